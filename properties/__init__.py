@@ -1,0 +1,1 @@
+"""Default settings as yaml files; a package only so that they are installed as `recbole_rcekd.properties`."""

@@ -1,0 +1,19 @@
+"""Distil any RecBole model into a small one, inside RecBole.
+
+Three entry points: :func:`run_recbole_kd` (as ``run_recbole``, with a teacher), :class:`DistillTrainer` with
+:func:`load_teacher` (in a pipeline of your own), and the command ``run_recbole_kd.py``.
+"""
+
+from __future__ import annotations
+
+from recbole_rcekd import compat
+
+compat.apply()  # before anything imports recbole
+
+from recbole_rcekd.errors import KDError  # noqa: E402
+from recbole_rcekd.quick_start import run_recbole_kd  # noqa: E402
+from recbole_rcekd.teacher import load_teacher  # noqa: E402
+from recbole_rcekd.trainer import DistillTrainer, distill_trainer  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = ["DistillTrainer", "KDError", "distill_trainer", "load_teacher", "run_recbole_kd"]

@@ -1,0 +1,279 @@
+"""Teacher scores, computed once: two tables where the teacher is a product, a memory-mapped matrix where it is not.
+
+* :class:`FactorScores`: for BPR, LightGCN and all others whose scores are dot products. Exact, small
+  ((users + items) × d), any cell on demand.
+* :class:`DenseScores`: for the rest (NeuMF, auto-encoders, item-based models): users × items on disk, mapped, so that memory
+  grows with what is read at a time.
+
+:func:`open_teacher_scores` finds either on disk, under a name that hashes all that made it, or makes it. The teacher is
+not touched on a hit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_rcekd.errors import KDError, TeacherError
+from recbole_rcekd.item_sets import Seen, top_k
+from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.store import Store
+from recbole_rcekd.teacher import Teacher
+
+# Cells gathered at a time by FactorScores.score: 16 MB of float32, about a processor cache.
+_GATHERED_CELLS = 4_000_000
+
+
+class _Scores(ABC):
+    """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk."""
+
+    def __init__(self, n_contexts: int, n_items: int, seen: Seen, store: Store | None, side: str = "users") -> None:
+        self.n_contexts = n_contexts
+        self.n_items = n_items
+        self._seen = seen
+        self._store = store
+        self._side = side
+        self._lists: dict[bool, Tensor] = {}
+
+    @abstractmethod
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``."""
+
+    @abstractmethod
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Scores ``[n, n_items]`` (float32) of every item; −inf at the padding item."""
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
+        """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``."""
+        k = min(k, self.n_items - 1)
+        lists = self._lists.get(unseen)
+        if lists is None or lists.shape[1] < k:
+            lists = self._lists[unseen] = self._open_lists(k, unseen).to(contexts.device)
+        return lists[contexts, :k].long()
+
+    def _open_lists(self, k: int, unseen: bool) -> Tensor:
+        name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}"
+        found = self._store.read(name) if self._store else None
+        if found is not None:
+            return torch.from_numpy(found["ids"])
+        lists = self._make_lists(k, unseen)
+        if self._store:
+            _write_if_possible(self._store, name, {"ids": lists.numpy()})
+        return lists
+
+    def _make_lists(self, k: int, unseen: bool) -> Tensor:
+        lists = torch.zeros((self.n_contexts, k), dtype=torch.int32)
+        for block in blocks(self.n_contexts, self.n_items):
+            rows = self.score_all(block)
+            if unseen:
+                rows[self._seen.cells(block)] = -torch.inf
+            lists[block] = top_k(rows, k).int().cpu()
+        return lists
+
+
+class FactorScores(_Scores):
+    """Scores that are dot products of two tables.
+
+    Args:
+        context_factors: ``[n_contexts, d]`` float32, row 0 is padding.
+        item_factors: ``[n_items, d]`` float32, row 0 is padding.
+        seen: the training interactions, for lists of unseen items.
+        store: where lists are kept between runs; ``None``: in memory only.
+        side: names the contexts in the store.
+    """
+
+    def __init__(
+        self,
+        context_factors: Tensor,
+        item_factors: Tensor,
+        seen: Seen,
+        store: Store | None = None,
+        side: str = "users",
+    ) -> None:
+        super().__init__(len(context_factors), len(item_factors), seen, store, side)
+        self.context_factors = context_factors
+        self.item_factors = item_factors
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        scores = torch.empty(items.shape, dtype=torch.float32, device=self.item_factors.device)
+        step = max(1, _GATHERED_CELLS // max(1, items.shape[1] * self.item_factors.shape[1]))
+        for start in range(0, len(items), step):
+            part = slice(start, start + step)
+            picked = torch.nn.functional.embedding(items[part].long(), self.item_factors)
+            torch.bmm(picked, self.context_factors[contexts[part]].unsqueeze(2), out=scores[part].unsqueeze(2))
+        return scores
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        scores = self.context_factors[contexts] @ self.item_factors.t()
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def transposed(self) -> FactorScores:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return FactorScores(
+            self.item_factors,
+            self.context_factors,
+            self._seen.transposed(),
+            self._store,
+            side=f"by-{self._side}",
+        )
+
+
+class DenseScores(_Scores):
+    """Scores as a matrix on disk, mapped into memory.
+
+    Args:
+        matrix: ``[n_contexts, n_items]`` float16 or float32, as ``np.load(..., mmap_mode="r")`` gives it.
+        seen: the training interactions, for lists of unseen items.
+        store: where lists are kept between runs; ``None``: in memory only.
+        device: where scores are wanted.
+        side: names the contexts in the store.
+    """
+
+    def __init__(
+        self,
+        matrix: np.ndarray[Any, Any],
+        seen: Seen,
+        store: Store | None = None,
+        device: torch.device | None = None,
+        side: str = "users",
+    ) -> None:
+        super().__init__(matrix.shape[0], matrix.shape[1], seen, store, side)
+        self._matrix = matrix
+        self._device = device or torch.device("cpu")
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        cells = self._matrix[contexts.cpu().numpy()[:, None], items.cpu().numpy()]
+        return torch.from_numpy(cells.astype(np.float32)).to(self._device)
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        rows = torch.from_numpy(self._matrix[contexts.cpu().numpy()].astype(np.float32)).to(self._device)
+        rows[:, 0] = -torch.inf
+        return rows
+
+    def transposed(self) -> DenseScores:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return DenseScores(self._matrix.T, self._seen.transposed(), self._store, self._device, f"by-{self._side}")
+
+
+def open_teacher_scores(
+    teacher: Teacher, settings: KDSettings, show_progress: bool = False
+) -> FactorScores | DenseScores:
+    """The teacher's scores, from disk if they are there, computed and stored if not.
+
+    Args:
+        teacher: from :func:`~recbole_rcekd.teacher.load_teacher`; its model is built on a miss only.
+        settings: ``kd_cache_dir``, ``kd_cache_dtype``.
+        show_progress: a progress bar while scores are computed.
+
+    Raises:
+        TeacherError: the teacher gives NaN or infinite scores; the message names users.
+        KDError: dense scores do not fit on the disk.
+    """
+    store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
+    dense_name = f"dense-{settings.kd_cache_dtype}"
+    found = store.read("factors")
+    if found is not None:
+        getLogger().info(f"Teacher scores: two tables, from [{store.root}]")
+        users, items = (torch.from_numpy(found[key]).to(teacher.device) for key in ("users", "items"))
+        return FactorScores(users, items, teacher.seen, store)
+    found = store.read(dense_name, mmap=True)
+    if found is not None:
+        getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, from [{store.root}]")
+        return DenseScores(found["scores"], teacher.seen, store, teacher.device)
+
+    factors = teacher.factors()
+    if factors is not None:
+        _require_finite_factors(teacher, *factors)
+        _write_if_possible(
+            store, "factors", dict(zip(("users", "items"), (f.cpu().numpy() for f in factors), strict=True))
+        )
+        getLogger().info(f"Teacher scores: two tables, computed, kept in [{store.root}]")
+        return FactorScores(*factors, teacher.seen, store)
+    _write_dense(teacher, store, dense_name, settings.kd_cache_dtype, show_progress)
+    written = store.read(dense_name, mmap=True)
+    if written is None:
+        raise KDError(f"The teacher's scores in [{store.root}] vanished while they were written.")
+    getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, computed, kept in [{store.root}]")
+    return DenseScores(written["scores"], teacher.seen, store, teacher.device)
+
+
+def blocks(n_contexts: int, n_items: int, cells: int = 4_000_000) -> Iterator[Tensor]:
+    """All ids from 0 to ``n_contexts``, in blocks whose full rows hold about ``cells`` scores."""
+    step = max(1, cells // n_items)
+    for start in range(0, n_contexts, step):
+        yield torch.arange(start, min(start + step, n_contexts))
+
+
+def _write_if_possible(store: Store, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    try:
+        store.write(name, arrays)
+    except OSError as error:
+        getLogger().warning(
+            f"The teacher's scores could not be kept in [{store.root}] ({error.strerror or error}); this run goes on with "
+            "them in memory, the next will compute them again."
+        )
+
+
+def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_progress: bool) -> None:
+    """Stream full rows to disk, one block in memory at a time."""
+    shape = (teacher.n_contexts, teacher.n_items)
+    size = shape[0] * shape[1] * np.dtype(dtype).itemsize / 2**20
+    wrong: list[Tensor] = []
+    try:
+        with store.writing(name) as folder:
+            # Plain writes: a mapped file that outgrows the disk would kill the process instead of raising.
+            with (folder / "scores.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
+                    file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+                )
+                parts = blocks(*shape)
+                total = -(-shape[0] // max(1, 4_000_000 // shape[1]))
+                for block in tqdm(parts, total=total, ncols=100, desc="Teacher scores", disable=not show_progress):
+                    rows = teacher.score_all(block.to(teacher.device)).cpu()
+                    rows[:, 0] = 0.0
+                    stored = rows.numpy().astype(dtype)
+                    bad = ~np.isfinite(stored).all(1)
+                    bad[block.numpy() == 0] = False  # the padding user has no meaning
+                    wrong.append(block[torch.from_numpy(bad)])
+                    file.write(np.ascontiguousarray(stored).tobytes())
+            _require_finite(teacher, torch.cat(wrong))
+    except OSError as error:
+        raise KDError(
+            f"The teacher's scores ({size:.0f} MiB) could not be written to [{store.root}]: {error.strerror or error}. "
+            "Nothing was left there. Set kd_cache_dir to a larger disk, or kd_cache_dtype: float16."
+        ) from error
+
+
+def _require_finite_factors(teacher: Teacher, users: Tensor, items: Tensor) -> None:
+    bad_items = ~torch.isfinite(items[1:]).all(1)
+    if bad_items.any():
+        raise TeacherError(
+            f"The teacher in [{teacher.source}] has NaN or infinite values for {int(bad_items.sum())} items, so for all "
+            "users. Its training diverged: train it again with a smaller learning rate."
+        )
+    bad = ~torch.isfinite(users).all(1)
+    bad[0] = False
+    _require_finite(teacher, bad.nonzero().squeeze(1).cpu())
+
+
+def _require_finite(teacher: Teacher, bad_users: Tensor) -> None:
+    if len(bad_users):
+        shown = ", ".join(teacher.user_tokens(bad_users[:5])) + (", …" if len(bad_users) > 5 else "")
+        raise TeacherError(
+            f"The teacher in [{teacher.source}] gives NaN or infinite scores to {len(bad_users)} users: {shown}. Its "
+            "training diverged: train it again with a smaller learning rate (or store its scores with kd_cache_dtype: "
+            "float32, if they outgrow float16)."
+        )

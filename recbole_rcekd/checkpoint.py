@@ -1,0 +1,123 @@
+"""Reading RecBole checkpoints without running what a stranger put into them.
+
+RecBole pickles its Config, so ``torch.load(weights_only=True)`` rejects every checkpoint of it, and
+``weights_only=False`` runs any code that the file contains. The unpickler here builds only what RecBole's own files
+contain; classes that are merely mentioned (the model's, a yaml loader) come back as inert names.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from enum import Enum
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from recbole_rcekd.errors import TeacherError
+
+_NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
+
+# (module, names) that may be built. Nothing here opens files, imports, or calls what it is given.
+_BUILDABLE: dict[str, frozenset[str]] = {
+    "recbole.config.configurator": frozenset({"Config"}),
+    "recbole.utils.enum_type": frozenset(
+        {"ModelType", "KGDataLoaderState", "EvaluatorType", "InputType", "FeatureType", "FeatureSource"}
+    ),
+    "collections": frozenset({"OrderedDict", "defaultdict"}),
+    "builtins": frozenset({"set", "frozenset", "slice", "range", "complex", "bytearray"}),
+    "torch": frozenset({"device", "Size", "dtype"}),
+    "torch._utils": frozenset({"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_sparse_tensor"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.storage": frozenset({"UntypedStorage", "TypedStorage"}),
+    "numpy": frozenset({"dtype", "ndarray"}),
+    **{module: frozenset({"scalar", "_reconstruct"}) for module in _NUMPY},
+    "scipy.sparse._csr": frozenset({"csr_matrix"}),
+    "scipy.sparse._csc": frozenset({"csc_matrix"}),
+    "scipy.sparse._coo": frozenset({"coo_matrix"}),
+    "_codecs": frozenset({"encode"}),
+}
+
+# Modules whose classes are only ever mentioned in a Config.
+_MENTIONED = ("recbole.model.", "yaml.")
+
+
+class _Named(type):
+    """Metaclass of inert stand-ins: the name of a class, without the class."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise pickle.UnpicklingError(f"the file tries to call {cls.__module__}.{cls.__qualname__}")
+
+
+def _enum_member(cls: Any, name: str) -> Any:
+    """The only use of ``getattr`` in a checkpoint: some Python versions pickle enum members by name."""
+    if not (isinstance(cls, type) and issubclass(cls, Enum)):
+        raise pickle.UnpicklingError("the file looks up an attribute")
+    return cls[name]
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
+        if name in _BUILDABLE.get(module, ()):
+            return super().find_class(module, name)
+        if module.startswith(_MENTIONED):
+            return _Named(name, (), {"__module__": module})
+        raise pickle.UnpicklingError(f"the file needs {module}.{name}")
+
+
+def _allow_list_module() -> ModuleType:
+    """What ``torch.load`` expects as ``pickle_module``."""
+    module = ModuleType("recbole_rcekd_allow_list_pickle")
+
+    def load(file: io.BufferedIOBase, **kwargs: Any) -> Any:
+        return _AllowListUnpickler(file, **kwargs).load()
+
+    for name, value in {"Unpickler": _AllowListUnpickler, "load": load}.items():
+        setattr(module, name, value)
+    return module
+
+
+def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
+    """Read a RecBole checkpoint onto the CPU.
+
+    Args:
+        path: a file written by RecBole's ``Trainer``.
+        trust: run whatever the file contains (``teacher_trust: True``); for files of your own making only.
+
+    Returns:
+        RecBole's dict: ``config``, ``state_dict``, ``other_parameter``, …
+
+    Raises:
+        TeacherError: there is no such file, it is damaged, not a RecBole checkpoint, or needs something that is not on
+            the allow-list.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise TeacherError(f"There is no checkpoint at [{path}].")
+    if not zipfile.is_zipfile(path):
+        raise TeacherError(f"[{path}] is not a checkpoint, or was cut off while it was written: train it again.")
+    try:
+        content = torch.load(
+            path,
+            map_location="cpu",
+            weights_only=False,
+            pickle_module=None if trust else _allow_list_module(),
+        )
+    except pickle.UnpicklingError as error:
+        raise TeacherError(
+            f"[{path}] was not read, because {error}, which RecBole's own checkpoints do not. If the file is your own, "
+            "set teacher_trust: True; a pickle from a stranger can run any code."
+        ) from error
+    except Exception as error:
+        raise TeacherError(f"[{path}] is damaged or not a RecBole checkpoint ({error}).") from error
+    if not isinstance(content, dict) or not {"config", "state_dict"} <= content.keys():
+        raise TeacherError(f"[{path}] is not a RecBole checkpoint: it lacks [config] or [state_dict].")
+    if not isinstance(content["state_dict"], (dict, OrderedDict)):
+        raise TeacherError(f"[{path}] is not a RecBole checkpoint: its [state_dict] is no dict of tensors.")
+    return content

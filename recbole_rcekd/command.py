@@ -1,0 +1,56 @@
+"""The command line: RecBole's habits, plus ``--teacher``, ``--kd_loss``, ``--seeds`` and ``--output_dir``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import resources
+
+from recbole_rcekd.errors import KDError
+from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.quick_start import run_recbole_kd
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_kd.py",
+        description="Distil a RecBole model into a smaller one. Without arguments: ml-100k, a teacher of 256 dimensions, "
+        "a student of 8, the student alone and with RCE-KD.",
+        epilog="Anything else as --key=value: RecBole's own keys, KD keys (properties/*.yaml), and teacher_ keys.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", "-m", help="the student, a RecBole model name")
+    parser.add_argument("--dataset", "-d", help="RecBole dataset name")
+    parser.add_argument("--config_files", help='RecBole property files: "a.yaml b.yaml"')
+    parser.add_argument("--teacher", "-t", help="a model name (trained now) or a RecBole checkpoint")
+    parser.add_argument("--kd_loss", "-l", help=f"one or more of scratch,{','.join(LOSSES)}")
+    parser.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
+    parser.add_argument("--output_dir", help="folder for result.json and the histories")
+    known, _ = parser.parse_known_args(arguments)
+
+    files = known.config_files.strip().split(" ") if known.config_files else []
+    if not (known.model or known.dataset or known.teacher or files):
+        with resources.as_file(resources.files("recbole_rcekd.properties") / "quick_start.yaml") as default:
+            files = [str(default)]
+    seeds = [int(seed) for seed in known.seeds.split(",")] if known.seeds else None
+    try:
+        run_recbole_kd(
+            model=known.model,
+            dataset=known.dataset,
+            config_file_list=files or None,
+            teacher=known.teacher,
+            kd_loss=known.kd_loss,
+            seeds=seeds,
+            output_dir=known.output_dir,
+        )
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "Stopped. Checkpoints and histories so far are whole; the same command goes on with what is missing.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0

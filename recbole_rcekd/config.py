@@ -1,0 +1,163 @@
+"""From RecBole's Config to settings: the strict check of our keys, and the Config of a teacher that is trained here.
+
+RecBole reads a missing key as ``None`` and accepts every unknown one, so that a typing error means "trained with the
+default". Keys with our prefixes are therefore checked by name here, before anything is computed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from recbole.config import Config
+from recbole.utils.argument_list import (
+    dataset_arguments,
+    evaluation_arguments,
+    general_arguments,
+    training_arguments,
+)
+
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
+from recbole_rcekd.settings import KDSettings, nearest, read_settings
+
+SCRATCH = "scratch"
+# Keys of a whole command, not of one loss.
+RUN_KEYS = frozenset({"kd_loss", "teacher", "teacher_config_files", "teacher_trust", "seeds", "output_dir"})
+# RecBole's training keys that may differ between the methods of one command: `rce_weight_decay`, `scratch_epochs`.
+PER_LOSS_KEYS = frozenset({"learning_rate", "weight_decay", "learner", "epochs", "eval_step", "stopping_step"})
+
+
+def loss_names(value: Any) -> list[str]:
+    """``kd_loss`` as a list of known names: ``"scratch,rce"``, ``[scratch, rce]`` or one name.
+
+    Raises:
+        SettingsError: a name is unknown or stands there twice.
+    """
+    names = value.split(",") if isinstance(value, str) else list(value or [])
+    names = [str(name).strip() for name in names]
+    for name in names:
+        if name != SCRATCH:
+            get_loss(name)
+    if not names or len(set(names)) < len(names):
+        raise SettingsError(f"[kd_loss] is {value!r}, but must name each method once, as in scratch,rce.")
+    return names
+
+
+def read_kd_settings(config: Any) -> tuple[KDSettings, KDLoss]:
+    """The settings of one distillation, from a Config with RecBole's own precedence.
+
+    Args:
+        config: RecBole's Config (or any mapping); ``kd_loss`` names one loss, default ``rce``.
+
+    Raises:
+        SettingsError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
+    """
+    check_keys(config)
+    given = _plain(config)
+    names = loss_names(given.get("kd_loss") or "rce")
+    if len(names) != 1 or names == [SCRATCH]:
+        raise SettingsError(f"One trainer distils with one loss, but [kd_loss] is {given.get('kd_loss')!r}.")
+    loss_type = get_loss(names[0])
+    settings = read_settings(loss_type.settings_type, f"loss/{names[0]}", given)
+    return read_settings(KDSettings, "kd", given), loss_type(settings)
+
+
+def check_keys(config: Any) -> None:
+    """Refuse keys that look like ours and are not.
+
+    Raises:
+        SettingsError: names the key and the nearest known one.
+    """
+    ours = set(KDSettings.keys()) | RUN_KEYS
+    prefixes = {"kd": set(KDSettings.keys()) | {"kd_loss"}}
+    for name, loss_type in LOSSES.items():
+        prefixes[name] = set(loss_type.settings_type.keys()) | {f"{name}_{key}" for key in PER_LOSS_KEYS}
+        ours |= prefixes[name]
+    prefixes[SCRATCH] = {f"{SCRATCH}_{key}" for key in PER_LOSS_KEYS}
+    known = _known_to_recbole(config)
+    for key in _plain(config):
+        prefix = key.split("_", 1)[0]
+        if prefix in prefixes and "_" in key:
+            if key not in prefixes[prefix]:
+                raise SettingsError(f"[{key}] is not a setting of distillation. {nearest(key, prefixes[prefix])}")
+        elif known and key not in known and key not in ours and not key.startswith("teacher_"):
+            close = difflib.get_close_matches(key, ours, n=1, cutoff=0.8)
+            if close:
+                raise SettingsError(f"[{key}] is known neither to RecBole nor here. Did you mean [{close[0]}]?")
+
+
+def overrides_for(name: str, config: Any) -> dict[str, Any]:
+    """RecBole keys that the user set for one method: ``rce_weight_decay: 1e-5`` → ``{"weight_decay": 1e-5}``."""
+    given = _plain(config)
+    return {key: given[f"{name}_{key}"] for key in sorted(PER_LOSS_KEYS) if f"{name}_{key}" in given}
+
+
+def teacher_config(name: str, student: Any) -> Any:
+    """The Config of a teacher that is trained now.
+
+    Data, evaluation and environment are the student's. The model's and the training's keys are the teacher's own:
+    RecBole's defaults, then ``teacher_config_files``, then keys with the prefix ``teacher_``.
+
+    Raises:
+        SettingsError: a ``teacher_`` key does not exist for this model.
+    """
+    shared_keys = {*general_arguments, *evaluation_arguments, *dataset_arguments}
+    shared = {k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"}
+    own = {
+        key.removeprefix("teacher_"): value
+        for key, value in _plain(student).items()
+        if key.startswith("teacher_") and key not in RUN_KEYS
+    }
+    files = student["teacher_config_files"] or []
+    files = files.split() if isinstance(files, str) else list(files)
+    with _no_command_line():
+        config = Config(model=name, dataset=student["dataset"], config_file_list=files, config_dict={**shared, **own})
+    known = _known_to_recbole(config)
+    for key in own:
+        if key not in known:
+            raise SettingsError(f"[teacher_{key}]: {name} has no setting [{key}]. {nearest(key, known)}")
+    config["seed"] = student["seed"]  # the seed is part of the split
+    return config
+
+
+@contextmanager
+def _no_command_line() -> Iterator[None]:
+    """RecBole's Config reads ``sys.argv`` each time: the student's ``--embedding_size`` must not reach the teacher."""
+    argv, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        yield
+    finally:
+        sys.argv = argv
+
+
+def _plain(config: Any) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = getattr(config, "final_config_dict", config)
+    return values
+
+
+def _known_to_recbole(config: Any) -> set[str]:
+    internal = getattr(config, "internal_config_dict", None)
+    if internal is None:
+        return set()
+    return {
+        *internal,
+        *general_arguments,
+        *training_arguments,
+        *evaluation_arguments,
+        *dataset_arguments,
+        *("model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "offset", "group_offset"),
+        *(
+            "MODEL_INPUT_TYPE",
+            "MODEL_TYPE",
+            "eval_type",
+            "single_spec",
+            "local_rank",
+            "device",
+            "valid_metric_bigger",
+        ),
+        *("valid_neg_sample_args", "test_neg_sample_args"),
+    }

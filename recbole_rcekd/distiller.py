@@ -1,0 +1,218 @@
+"""Distillation of one model in training: refresh the item sets, plan who learns when, compute the KD loss of a step.
+
+This is where teacher, student, item sets and loss meet; RecBole's trainer only calls it (see :mod:`.trainer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.functional import closure_gap, count_above, is_member, ndcg_against
+from recbole_rcekd.item_sets import Lists, Seen, top_k
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.types import ItemSets, TeacherScores
+
+# The list lengths of the diagnostics: the same for every method, so that histories can be laid side by side.
+_OVERLAP_AT = 50
+_NDCG_AT = 10
+
+
+@dataclass
+class _Side:
+    """One direction of distillation: item lists for users, or (IR-RRD) user lists for items."""
+
+    loss: KDLoss
+    weight: float
+    teacher: TeacherScores
+    seen: Seen
+    score: Callable[[Tensor, Tensor], Tensor]
+    score_all: Callable[[Tensor], Tensor]
+    contexts: Tensor
+    sets: ItemSets | None = None
+    row_of: Tensor = field(init=False)
+    group: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row_of = torch.full((len(self.seen.starts) - 1,), -1, dtype=torch.int64, device=self.contexts.device)
+        self.row_of[self.contexts] = torch.arange(len(self.contexts), device=self.contexts.device)
+
+
+class Distiller:
+    """The KD term of one training run.
+
+    Args:
+        scorer: the student.
+        teacher: the teacher's scores.
+        loss: which method.
+        settings: schedule, refresh, diagnostics.
+        seen: the training interactions.
+        seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
+    """
+
+    def __init__(
+        self,
+        scorer: ModelScorer,
+        teacher: TeacherScores,
+        loss: KDLoss,
+        settings: KDSettings,
+        seen: Seen,
+        seed: int,
+    ) -> None:
+        loss.settings.check_catalogue(teacher.n_items - 1)
+        self.loss = loss
+        self.settings = settings
+        self._scorer = scorer
+        self.generator = torch.Generator(scorer.device).manual_seed(seed)
+        contexts = seen.contexts().to(scorer.device)
+        self._sides = [_Side(loss, 1.0, teacher, seen, scorer.score, scorer.score_all, contexts)]
+        item_side = loss.item_side()
+        if item_side is not None:
+            by_item, owners = teacher.transposed(), seen.transposed()
+            self._sides.append(
+                _Side(
+                    *item_side,
+                    by_item,
+                    owners,
+                    scorer.score_by_item,
+                    scorer.score_all,
+                    owners.contexts().to(scorer.device),
+                )
+            )
+        for side in self._sides:
+            order = torch.randperm(len(side.contexts), generator=self.generator, device=scorer.device)
+            side.group = order % settings.kd_refresh_epochs
+        self._plans: list[Iterator[Tensor]] = []
+        self._watched = self._choose_watched()
+        self.steps = 0
+
+    # -- once per epoch ------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+        """Renew the lists whose turn it is, and share the users out over the steps."""
+        with self._scorer.evaluating():
+            for side in self._sides:
+                self._refresh(side, epoch)
+        self._plans = [self._partition(len(side.contexts), n_steps) for side in self._sides]
+        self.steps = 0
+
+    def _refresh(self, side: _Side, epoch: int) -> None:
+        if side.sets is None:
+            due = torch.arange(len(side.contexts), device=side.contexts.device)
+        elif side.loss.renewed:
+            due = (side.group == epoch % self.settings.kd_refresh_epochs).nonzero().squeeze(1)
+        else:
+            return
+        width = max(side.teacher.n_items, 1)
+        for part in torch.split(due, max(1, self.settings.kd_block_scores // width)):
+            lists = Lists(side.contexts[part], side.teacher, side.score_all, side.seen, self.generator)
+            block = side.loss.select(lists)
+            if side.sets is None:
+                side.sets = block.empty_like(len(side.contexts))
+            side.sets.put(part, block)
+
+    def _partition(self, n: int, n_steps: int) -> Iterator[Tensor]:
+        """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps."""
+        device = self.generator.device
+        while True:
+            order = torch.randperm(n, generator=self.generator, device=device)
+            yield from order.tensor_split(max(1, n_steps))
+
+    # -- once per step -------------------------------------------------------------------------------------------
+
+    def step(self, users: Tensor) -> Tensor:
+        """The KD loss of one step, a scalar with gradient.
+
+        Args:
+            users: the user ids of the training batch, ``[B]`` (used by ``kd_schedule: interactions``).
+        """
+        self.steps += 1
+        total = torch.zeros((), device=self.generator.device)
+        for side, plan in zip(self._sides, self._plans, strict=True):
+            if self.settings.kd_schedule == "interactions" and side is self._sides[0]:
+                rows, weights = self._rows_of_batch(side, users)
+            else:
+                rows = next(plan)
+                weights = torch.full((len(rows),), 1.0 / max(1, len(rows)), device=rows.device)
+            if len(rows):
+                total = total + side.weight * (self._losses(side, rows) * weights).sum()
+        return total
+
+    def _rows_of_batch(self, side: _Side, users: Tensor) -> tuple[Tensor, Tensor]:
+        """A user who stands in a batch c times counts c times; it is scored once."""
+        distinct, counts = torch.unique(users[users != 0], return_counts=True)
+        rows = side.row_of[distinct]
+        known = rows >= 0
+        return rows[known], counts[known] / max(1, int(counts.sum()))
+
+    def _losses(self, side: _Side, rows: Tensor) -> Tensor:
+        if side.sets is None:
+            raise RuntimeError("begin_epoch comes before step")
+        contexts, sets = side.contexts[rows], side.sets.rows(rows)
+        if not side.loss.scores_all_items:
+            return side.loss.forward(side.score(contexts, sets.items), sets)
+        if side.loss.teaches_all_items:
+            sets = ItemSets(sets.items, side.teacher.score_all(contexts))
+        return side.loss.forward(side.score_all(contexts), sets)
+
+    # -- diagnostics ---------------------------------------------------------------------------------------------
+
+    def diagnostics(self) -> dict[str, float]:
+        """How far the student is, on the same few users in every epoch.
+
+        Returns:
+            ``overlap@50``: share of the teacher's top-50 in the student's; ``ndcg@10_to_teacher``: NDCG of the student's
+            top-10 with the teacher's as truth; ``gamma``: mean mixing weight of all users (RCE-KD); ``closure_gap``: Δ of
+            the item sets as they are now, in nats (METHODS.md, T3).
+        """
+        side = self._sides[0]
+        found: dict[str, float] = {}
+        if side.sets is not None and side.sets.gamma is not None:
+            found["gamma"] = float(side.sets.gamma.mean())
+        if len(self._watched) == 0:
+            return found
+        with self._scorer.evaluating():
+            rows = side.score_all(side.contexts[self._watched])
+        k = min(_OVERLAP_AT, side.teacher.n_items - 1)
+        student_top = top_k(rows, k)
+        found[f"overlap@{k}"] = float(is_member(self._teacher_top, student_top).float().mean())
+        found[f"ndcg@{_NDCG_AT}_to_teacher"] = float(
+            ndcg_against(student_top[:, :_NDCG_AT], self._teacher_top[:, :_NDCG_AT]).mean()
+        )
+        gap = self._closure_gap(side, rows)
+        if gap is not None:
+            found["closure_gap"] = gap
+        return found
+
+    def _choose_watched(self) -> Tensor:
+        side = self._sides[0]
+        n = min(self.settings.kd_diagnostic_users, len(side.contexts))
+        watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
+        if n:
+            k = min(_OVERLAP_AT, side.teacher.n_items - 1)
+            self._teacher_top = top_k(side.teacher.score_all(side.contexts[watched]), k)
+        return watched
+
+    def _closure_gap(self, side: _Side, rows: Tensor) -> float | None:
+        if side.sets is None or side.loss.scores_all_items:
+            return None
+        pair = side.loss.closure_sets(side.sets.rows(self._watched))
+        if pair is None:
+            return None
+        targets, support = pair
+        if targets.teacher_scores is None:
+            return None
+        scores = rows.gather(1, targets.items.long())
+        teacher = targets.teacher_scores
+        if targets.keep is not None:
+            teacher = teacher.masked_fill(~targets.keep, torch.finfo(teacher.dtype).min)
+        probs = teacher.softmax(-1)
+        if targets.keep is not None:
+            probs = probs.masked_fill(~targets.keep, 0.0)
+        gap = closure_gap(probs, scores, count_above(scores, rows), rows.gather(1, support.items.long()), support.keep)
+        return float(gap.mean())

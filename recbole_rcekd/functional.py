@@ -1,0 +1,202 @@
+"""Pure tensor mathematics shared by the losses and the item sets.
+
+Everything stays in log space, is vectorised over rows, takes its randomness as an argument and never builds
+a users × items or a rows × K × M tensor.
+
+>>> import torch
+>>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 5.0]])
+>>> soft_cross_entropy(student, teacher)  # two items, both sides indifferent: ln 2
+tensor([0.6931])
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision up to float32: a log-softmax over item scores loses its small terms below that."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def masked_log_softmax(scores: Tensor, keep: Tensor | None = None) -> Tensor:
+    r"""``log softmax`` over the last axis, counting only the kept entries.
+
+    Args:
+        scores: ``[..., K]``.
+        keep: bool ``[..., K]``; entries that do not count return 0, so that a product with a zero weight is 0.
+
+    Returns:
+        ``[..., K]``; a row that keeps nothing is all 0, and a NaN that was in a kept score stays visible.
+    """
+    scores = at_least_float32(scores)
+    if keep is None:
+        return scores.log_softmax(-1)
+    # The dtype's own minimum instead of -inf: a row without any kept entry then has a finite gradient (0).
+    filled = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
+    return filled.log_softmax(-1).masked_fill(~keep, 0.0)
+
+
+def soft_cross_entropy(
+    student_scores: Tensor, teacher_scores: Tensor, keep: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    r"""Cross-entropy between the teacher's and the student's softmax over one item set.
+
+    .. math:: -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i
+
+    Args:
+        student_scores: ``[..., K]``, with gradient.
+        teacher_scores: ``[..., K]``, no gradient is taken.
+        keep: bool ``[..., K]``, the set J (``None``: all K).
+        temperature: τ > 0, divides both scores; no τ² factor (authors' code @ 771322a).
+
+    Returns:
+        ``[...]``, one loss per row; 0 for a row with an empty set.
+    """
+    teacher_probs = masked_log_softmax(teacher_scores.detach() / temperature, keep).exp()
+    return -(teacher_probs * masked_log_softmax(student_scores / temperature, keep)).sum(-1)
+
+
+def plackett_luce(
+    head: Tensor, tail: Tensor, head_keep: Tensor | None = None, tail_keep: Tensor | None = None
+) -> Tensor:
+    r"""Negative log-likelihood of picking the head in its order before anything of the tail.
+
+    .. math:: \sum_k \Big[\log\Big(\sum_{k'\ge k} e^{h_{k'}} + \sum_l e^{r_l}\Big) - h_k\Big]
+
+    Args:
+        head: scores ``[..., K]`` in the order to be learned, best first.
+        tail: scores ``[..., L]`` that should all come below the head, in any order.
+        head_keep: bool ``[..., K]``, which of the head count.
+        tail_keep: bool ``[..., L]``, which of the tail count.
+
+    Returns:
+        ``[...]``, one loss per row.
+    """
+    head, tail = at_least_float32(head), at_least_float32(tail)
+    lowest = torch.finfo(head.dtype).min
+    counted = head if head_keep is None else head.masked_fill(~head_keep, lowest)
+    if tail_keep is not None:
+        tail = tail.masked_fill(~tail_keep, lowest)
+    rest = counted.flip(-1).logcumsumexp(-1).flip(-1)
+    steps = torch.logaddexp(rest, tail.logsumexp(-1, keepdim=True)) - counted
+    if head_keep is not None:
+        steps = steps.masked_fill(~head_keep, 0.0)
+    return steps.sum(-1)
+
+
+def is_member(query: Tensor, table: Tensor) -> Tensor:
+    """For each row, which entries of ``query [n, q]`` occur in ``table [n, t]``: bool ``[n, q]``.
+
+    One sort and one binary search per row: O((q + t) log t), no q × t comparison.
+    """
+    if table.shape[-1] == 0:
+        return torch.zeros_like(query, dtype=torch.bool)
+    ordered = table.sort(-1).values
+    place = torch.searchsorted(ordered, query.contiguous()).clamp_(max=table.shape[-1] - 1)
+    return ordered.gather(-1, place) == query
+
+
+def votes_from_below(voters: Tensor, inclusive: bool) -> Tensor:
+    """How many voters stand below each position of a ranked list.
+
+    Args:
+        voters: bool ``[n, M]`` along a list with the best item first.
+        inclusive: count a voter at the position itself too.
+
+    Returns:
+        int64 ``[n, M]``.
+    """
+    below = voters.long().flip(-1).cumsum(-1).flip(-1)
+    return below if inclusive else below - voters.long()
+
+
+def draw_without_replacement(log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Positions ``[rows, n]`` drawn without replacement, each row with probabilities ∝ exp(log_weights).
+
+    Adding Gumbel noise and taking the n largest is the same distribution as drawing one by one (Vieira 2014), for
+    all rows at once. Entries of −inf are drawn only where a row has fewer than ``n`` others.
+    """
+    uniform = torch.rand(log_weights.shape, generator=generator, device=log_weights.device)
+    # An exponential variable E gives the Gumbel -log E; the clamp keeps log(0) out.
+    gumbel = -(-uniform.clamp_(min=1e-20).log()).clamp_(min=1e-20).log()
+    return (log_weights + gumbel).topk(n, dim=-1).indices
+
+
+def first_distinct(candidates: Tensor, allowed: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The first ``n`` distinct allowed candidates of each row, in their order.
+
+    Args:
+        candidates: ids ``[rows, R]`` in the order they were drawn.
+        allowed: bool ``[rows, R]``.
+        n: how many to take, at most R.
+
+    Returns:
+        ``ids [rows, n]`` (0 where a row ran out) and ``found [rows, n]``.
+    """
+    ordered, order = candidates.masked_fill(~allowed, 0).sort(dim=-1, stable=True)
+    repeated = torch.zeros_like(allowed)
+    repeated[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
+    usable = allowed & ~torch.zeros_like(allowed).scatter(-1, order, repeated)
+    first = (~usable).to(torch.uint8).argsort(dim=-1, stable=True)[..., :n]
+    found = usable.gather(-1, first)
+    return candidates.gather(-1, first).masked_fill(~found, 0), found
+
+
+def count_above(scores: Tensor, all_scores: Tensor) -> Tensor:
+    """How many of ``all_scores [n, N]`` are strictly above each of ``scores [n, K]``: int64 ``[n, K]``.
+
+    One binary search per cell of the smaller side, O(N log K) a row, no argsort of N.
+    """
+    ordered, order = scores.sort(-1)
+    # below[j] = how many of the K listed scores lie strictly below cell j; cell j is above exactly those.
+    below = torch.searchsorted(ordered, all_scores.contiguous(), right=False)
+    k = scores.shape[-1]
+    histogram = torch.zeros(*scores.shape[:-1], k + 1, dtype=torch.int64, device=scores.device)
+    histogram.scatter_add_(-1, below, torch.ones_like(below))
+    above = histogram.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+    return torch.zeros_like(order).scatter(-1, order, above)
+
+
+def closure_gap(
+    target_probs: Tensor,
+    target_scores: Tensor,
+    target_above: Tensor,
+    support_scores: Tensor,
+    support_keep: Tensor | None = None,
+) -> Tensor:
+    r"""How far an item set A is from closed, in nats: Δ(A) of ``METHODS.md``.
+
+    .. math:: \Delta(A) = \sum_{i\in J} \tilde q_i \, \ln(1 + p^A_i\, m_i(A))
+
+    with :math:`m_i(A)` the items outside A that the student puts above i. Adding Δ to the cross-entropy on A turns it
+    into a true bound: :math:`-\ln \mathrm{NDCG}_J \le \mathrm{CE} + \Delta`. It is 0 exactly when no blocker is missing.
+
+    Args:
+        target_probs: q̃ ``[n, J]``, the teacher's softmax over J; 0 for entries that do not count.
+        target_scores: student scores of J, ``[n, J]``; J ⊆ A.
+        target_above: how many items of the whole catalogue the student puts above, ``[n, J]``.
+        support_scores: student scores of A, ``[n, A]``.
+        support_keep: bool ``[n, A]``.
+
+    Returns:
+        ``[n]``.
+    """
+    lowest = torch.finfo(support_scores.dtype).min
+    kept = support_scores if support_keep is None else support_scores.masked_fill(~support_keep, lowest)
+    probs = (target_scores - kept.logsumexp(-1, keepdim=True)).exp()
+    missing = (target_above - count_above(target_scores, kept)).clamp(min=0)
+    return (target_probs * torch.log1p(probs * missing)).sum(-1)
+
+
+def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
+    """NDCG of the student's list when the teacher's list is the truth (binary gains): ``[n]``.
+
+    Args:
+        student_top: the student's best k items, best first, ``[n, k]``.
+        teacher_top: the teacher's best k items, ``[n, k]``.
+    """
+    k = student_top.shape[-1]
+    discount = 1.0 / torch.log2(torch.arange(2, k + 2, dtype=torch.float32, device=student_top.device))
+    return (is_member(student_top, teacher_top).float() * discount).sum(-1) / discount.sum()

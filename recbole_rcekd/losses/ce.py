@@ -1,0 +1,78 @@
+r"""Cross-entropy on a short list: the teacher's top-K, the student's, or both.
+
+.. math:: \ell = -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i, \qquad J = Q_T,\ Q_S \text{ or } Q_T\cup Q_S
+
+On :math:`Q_T` this is "vanilla CE" ("KD" in the authors' code), the method that RCE-KD sets out to mend: nothing in it
+pushes down what the student ranks above :math:`Q_T`. On :math:`Q_S` the set is closed, but the student never hears of
+what it misses.
+
+Source: RCE-KD, ICLR 2026, section 5 and figure 3; authors' code woriazzc/RCEKD @ 771322a (class ``KD``,
+``kd_guide: teacher | student``). The union is what a reviewer of that paper asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.functional import is_member, soft_cross_entropy
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import ItemSets
+
+
+@dataclass(frozen=True)
+class CESettings(LossSettings):
+    """Settings of CE on a list; ``properties/loss/ce.yaml`` gives type, purpose and source of each."""
+
+    ce_weight: float = setting(10.0, low=0.0)
+    ce_top_k: int = setting(50, low=1)
+    ce_temperature: float = setting(1.0, above=0.0)
+    ce_items: Literal["teacher", "student", "union"] = "teacher"
+
+    def needs_items(self) -> int:
+        """One list of K."""
+        return self.ce_top_k
+
+
+class CELoss(KDLoss):
+    """Cross-entropy on the teacher's top-K, the student's top-K, or their union.
+
+    Relations: :class:`~recbole_rcekd.losses.fce.FCELoss` is the same over the whole catalogue.
+    """
+
+    settings_type = CESettings
+    settings: CESettings
+
+    def __init__(self, settings: CESettings) -> None:
+        super().__init__(settings)
+        self.renewed = settings.ce_items != "teacher"
+
+    def select(self, lists: Lists) -> ItemSets:
+        """``[Q_T]``, ``[Q_S]`` or ``[Q_T | Q_S]``, each item counted once."""
+        k, which = self.settings.ce_top_k, self.settings.ce_items
+        if which == "teacher":
+            items = lists.teacher_top(k)
+            return ItemSets(items, lists.teacher_scores(items))
+        student_top = lists.student_top(k)
+        if which == "student":
+            return ItemSets(student_top, lists.teacher_scores(student_top))
+        teacher_top = lists.teacher_top(k)
+        shared = is_member(student_top, teacher_top)
+        items = torch.cat([teacher_top, student_top], dim=1)
+        keep = torch.cat([torch.ones_like(shared), ~shared], dim=1)
+        return ItemSets(items, lists.teacher_scores(items), keep, overlap=shared.float().mean(1))
+
+    def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
+        """Soft cross-entropy per row."""
+        if sets.teacher_scores is None:
+            raise ValueError("CELoss needs teacher_scores; see CELoss.select.")
+        return soft_cross_entropy(student_scores, sets.teacher_scores, sets.keep, self.settings.ce_temperature)
+
+    def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
+        """The list is both target and normaliser."""
+        return sets, sets

@@ -1,0 +1,158 @@
+r"""RCE-KD: cross-entropy on item sets that are closed, or nearly so.
+
+For each user, with :math:`Q_T, Q_S` the top-K lists of teacher and student:
+
+.. math::
+    \ell_1 &= \mathrm{CE}_{Q_S}, \qquad \ell_2 = \mathrm{CE}_{A}, \quad A = (Q_T \setminus Q_S) \cup \text{samples} \\
+    \ell   &= (1-\gamma)\,\ell_1 + \gamma\,\ell_2, \qquad \gamma = e^{-\beta\,|Q_T\cap Q_S|/K}
+
+where :math:`\mathrm{CE}_J = -\sum_{i\in J}\sigma_J(t/\tau)_i\log\sigma_J(s/\tau)_i`. The samples are L of the student's
+top-M, drawn without replacement with :math:`p_j\propto e^{z_j/T}`, z the number of :math:`Q_T\setminus Q_S` that the
+student ranks below j: likely blockers, which make A almost closed.
+
+Source: Rejuvenating Cross-Entropy Loss in Knowledge Distillation for Recommender Systems, ICLR 2026 (arXiv 2509.20989);
+authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting; see METHODS.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.functional import draw_without_replacement, is_member, soft_cross_entropy, votes_from_below
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import ItemSets
+
+# The authors' code never counts more than this many votes (`playground.py` @ 771322a).
+_CODE_MAX_VOTES = 50
+
+
+@dataclass(frozen=True)
+class RCESettings(LossSettings):
+    """Settings of RCE-KD; ``properties/loss/rce.yaml`` gives type, purpose and source of each."""
+
+    rce_weight: float = setting(10.0, low=0.0)
+    rce_top_k: int = setting(50, low=1)
+    rce_samples: int = setting(50, low=0)
+    rce_pool: int = setting(200, low=1)
+    rce_temperature: float = setting(1.0, above=0.0)
+    rce_sampling_temperature: float = setting(10.0, above=0.0)
+    rce_beta: float = setting(5.0, low=0.0)
+    rce_gamma: Literal["paper", "code", "constant"] = "paper"
+    rce_gamma_value: float = setting(0.5, low=0.0, high=1.0)
+    rce_votes: Literal["paper", "code"] = "paper"
+    rce_terms: Literal["full", "l1", "l2", "no_split"] = "full"
+
+    def check_relations(self) -> None:
+        """The samples and the student's top-K both come out of the pool."""
+        for key in ("rce_top_k", "rce_samples"):
+            if getattr(self, key) > self.rce_pool:
+                raise SettingsError(
+                    f"[{key}]={getattr(self, key)} is larger than [rce_pool]={self.rce_pool}, the student's list it is "
+                    f"taken from. Raise rce_pool or lower {key}."
+                )
+
+    def needs_items(self) -> int:
+        """The pool is the longest list."""
+        return self.rce_pool
+
+
+def blocker_votes(pool: Tensor, teacher_top: Tensor, top_k: int, mode: str) -> Tensor:
+    """z: how many teacher items the student ranks below each position of its pool, ``[n, M]``.
+
+    Args:
+        pool: the student's top-M, best first, ``[n, M]``.
+        teacher_top: Q_T, ``[n, K]``.
+        top_k: K.
+        mode: ``paper``: only Q_T∖Q_S votes, strictly below. (Members of it that lie beyond M would add the same number
+            everywhere, which cancels in p.) ``code``: all of Q_T inside the pool, the position itself included, at
+            most 50.
+    """
+    hits = is_member(pool, teacher_top)
+    if mode == "code":
+        return votes_from_below(hits, inclusive=True).clamp(max=_CODE_MAX_VOTES)
+    hits[:, :top_k] = False  # what lies in Q_S is not in Q_T without Q_S
+    return votes_from_below(hits, inclusive=False)
+
+
+class RCELoss(KDLoss):
+    """RCE-KD, and its ablations through ``rce_terms`` and ``rce_gamma``.
+
+    Relations: ``rce_terms: l1`` is :class:`~recbole_rcekd.losses.ce.CELoss` on the student's top-K; with
+    ``rce_samples: 0`` and ``rce_beta: 0`` it is cross-entropy on Q_T without Q_S.
+    """
+
+    settings_type = RCESettings
+    settings: RCESettings
+
+    def select(self, lists: Lists) -> ItemSets:
+        """Columns ``[Q_S (K) | samples (L) | Q_T (K)]``; Q_T is masked where it is already in one of the others."""
+        s = self.settings
+        teacher_top = lists.teacher_top(s.rce_top_k)
+        pool = lists.student_top(s.rce_pool)
+        student_top = pool[:, : s.rce_top_k]
+        votes = blocker_votes(pool, teacher_top, s.rce_top_k, s.rce_votes)
+        drawn = draw_without_replacement(votes / s.rce_sampling_temperature, s.rce_samples, lists.generator)
+        sampled = pool.gather(1, drawn)
+        shared, in_sample = is_member(teacher_top, student_top), is_member(teacher_top, sampled)
+        return self.build(student_top, sampled, teacher_top, shared, in_sample, lists)
+
+    def build(
+        self,
+        student_top: Tensor,
+        sampled: Tensor,
+        teacher_top: Tensor,
+        shared: Tensor,
+        in_sample: Tensor,
+        lists: Lists,
+    ) -> ItemSets:
+        """Lay the three lists out in columns, with the mask, γ and the teacher's scores."""
+        s = self.settings
+        items = torch.cat([student_top, sampled, teacher_top], dim=1)
+        keep = torch.cat([torch.ones_like(sampled, dtype=torch.bool), ~(shared | in_sample)], dim=1)
+        if s.rce_terms == "no_split":
+            # One cross-entropy on the union: the student's top-K counts once, whether it was drawn or not.
+            keep[:, : s.rce_samples] = ~is_member(sampled, student_top)
+        overlap = shared.float().mean(1)
+        counted = in_sample.float().mean(1) if s.rce_gamma == "code" else overlap
+        gamma = torch.exp(-s.rce_beta * counted)
+        if s.rce_gamma == "constant":
+            gamma = torch.full_like(gamma, s.rce_gamma_value)
+        return ItemSets(
+            items=items, teacher_scores=lists.teacher_scores(items), keep=keep, gamma=gamma, overlap=overlap
+        )
+
+    def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
+        """``(1 − γ)·ℓ1 + γ·ℓ2`` per row."""
+        k, tau, teacher = self.settings.rce_top_k, self.settings.rce_temperature, sets.teacher_scores
+        if teacher is None or sets.keep is None or sets.gamma is None:
+            raise ValueError("RCELoss needs teacher_scores, keep and gamma; see RCELoss.select.")
+        terms = self.settings.rce_terms
+        if terms == "no_split":
+            keep = torch.cat([torch.ones_like(sets.items[:, :k], dtype=torch.bool), sets.keep], dim=1)
+            return soft_cross_entropy(student_scores, teacher, keep, tau)
+        if terms == "l1":
+            return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
+        on_rest = soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
+        if terms == "l2":
+            return on_rest
+        on_student_top = soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
+        gamma = sets.gamma.to(on_rest.dtype)
+        return (1.0 - gamma) * on_student_top + gamma * on_rest
+
+    def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
+        """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it."""
+        k, n_drawn = self.settings.rce_top_k, self.settings.rce_samples
+        if sets.keep is None or sets.teacher_scores is None:
+            raise ValueError("RCELoss needs teacher_scores and keep; see RCELoss.select.")
+        missed = ~is_member(sets.items[:, k + n_drawn :], sets.items[:, :k])
+        targets = ItemSets(sets.items[:, k + n_drawn :], sets.teacher_scores[:, k + n_drawn :], missed)
+        keep = sets.keep.clone()
+        keep[:, n_drawn:] = missed & ~is_member(sets.items[:, k + n_drawn :], sets.items[:, k : k + n_drawn])
+        return targets, ItemSets(sets.items[:, k:], sets.teacher_scores[:, k:], keep)

@@ -1,0 +1,269 @@
+"""``run_recbole_kd``: as RecBole's ``run_recbole``, with a teacher. The only module that knows all the others."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import sys
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
+
+from recbole_rcekd.config import (
+    SCRATCH,
+    check_keys,
+    loss_names,
+    overrides_for,
+    read_kd_settings,
+    teacher_config,
+)
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
+from recbole_rcekd.teacher import Teacher, load_teacher, split_hash
+from recbole_rcekd.trainer import distill_trainer, recording_trainer
+
+# RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
+_EVAL_BATCH_SIZE = 2**20
+
+
+def run_recbole_kd(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    saved: bool = True,
+    teacher: str | os.PathLike[str] | None = None,
+    kd_loss: str | list[str] | None = None,
+    seeds: list[int] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Train a student with distillation, from data to test result.
+
+    Args:
+        model: the student, a RecBole model name; may also stand in a config file.
+        dataset: RecBole dataset name; likewise.
+        config_file_list: RecBole property files; KD keys may stand in them.
+        config_dict: RecBole parameters; KD keys too.
+        saved: keep checkpoints.
+        teacher: a RecBole checkpoint, or the name of a model to train first (and to re-use later).
+        kd_loss: the methods to train with, in order: names from ``LOSSES``, and ``scratch`` for no distillation.
+        seeds: initialisations and draws to repeat with, on one split and one teacher; default: the Config's seed.
+        output_dir: where to write ``result.json`` and a ``history.csv`` per run; finished runs found there are kept.
+
+    Returns:
+        RecBole's keys (``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``) of the last
+        method's first run, and ``teacher``, ``runs``, ``summary`` as in ``result.json``.
+
+    Raises:
+        SettingsError: a setting is unknown or wrong; before data are read.
+        TeacherError: the teacher cannot be used for this student.
+    """
+    extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
+    given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in extra.items() if v is not None}
+    config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
+    return _Experiment(config, saved).run()
+
+
+@dataclass
+class _Data:
+    dataset: Any
+    train: Any
+    valid: Any
+    test: Any
+
+
+class _Experiment:
+    """One command: a teacher, a split, and a run for each method and seed."""
+
+    def __init__(self, config: Any, saved: bool) -> None:
+        self.config = config
+        self.saved = saved
+        check_keys(config)
+        self.losses = loss_names(config["kd_loss"] or "rce")
+        self.seeds = _seeds(config)
+        self.output_dir = Path(config["output_dir"]) if config["output_dir"] else None
+        # Every setting of every method is read now: a typing error in the last one must not cost hours.
+        self.run_configs = {name: self._run_config(name) for name in self.losses}
+        if not config["teacher"] and self.losses != [SCRATCH]:
+            raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
+        if "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+            for each in (config, *self.run_configs.values()):
+                each["eval_batch_size"] = _EVAL_BATCH_SIZE
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        init_seed(config["seed"], config["reproducibility"])
+        init_logger(config)
+        logger = getLogger()
+        logger.info(sys.argv)
+        logger.info(config)
+        dataset = create_dataset(config)
+        logger.info(dataset)
+        data = _Data(dataset, *data_preparation(config, dataset))
+        for name in self.losses:
+            if name != SCRATCH:
+                _, loss = read_kd_settings(self.run_configs[name])
+                loss.settings.check_catalogue(int(dataset.item_num) - 1)
+
+        teacher = None
+        report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
+        if config["teacher"]:
+            teacher, report.teacher = self._prepare_teacher(data)
+        for seed in self.seeds:
+            for name in self.losses:
+                report.add(self._run(name, seed, data, teacher, report))
+        logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
+        report.show()
+        return report.result(config["valid_metric_bigger"])
+
+    # -- teacher -------------------------------------------------------------------------------------------------
+
+    def _prepare_teacher(self, data: _Data) -> tuple[Teacher, TeacherResult]:
+        source = str(self.config["teacher"])
+        if source.endswith(".pth") or os.path.sep in source or os.path.exists(source):
+            stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k != "teacher_trust"]
+            stray = [k for k in stray if self.config[k]]
+            if stray:
+                raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{source}] is trained already.")
+            trained: dict[str, Any] = {}
+        else:
+            source, trained = self._train_teacher(source, data)
+        teacher = load_teacher(source, data.train, trust=bool(self.config["teacher_trust"]))
+        return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
+
+    def _train_teacher(self, name: str, data: _Data) -> tuple[str, dict[str, Any]]:
+        """Train a teacher as RecBole would, or find the one that the same settings gave before."""
+        config = teacher_config(name, self.config)
+        if "eval_batch_size" not in config.external_config_dict:
+            config["eval_batch_size"] = _EVAL_BATCH_SIZE
+        unimportant = (
+            "checkpoint_dir",
+            "show_progress",
+            "state",
+            "data_path",
+            "device",
+            "log_wandb",
+            "worker",
+        )
+        settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in unimportant}
+        key = hashlib.sha256(json.dumps([settings, split_hash(data.train._dataset)]).encode()).hexdigest()[:10]
+        file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
+        facts = file.with_suffix(".json")
+        logger = getLogger()
+        if file.exists() and facts.exists():
+            logger.info(set_color("Teacher", "pink") + f": {name} trained before, from [{file}]")
+            return str(file), json.loads(facts.read_text(encoding="utf-8"))
+        logger.info(set_color("Teacher", "pink") + f": training {name}, kept in [{file}]")
+        logger.info(config)
+        init_seed(config["seed"], config["reproducibility"])
+        dataset = create_dataset(config)
+        train, valid, _ = data_preparation(config, dataset)
+        init_seed(config["seed"], config["reproducibility"])
+        model = get_model(name)(config, train._dataset).to(config["device"])
+        logger.info(model)
+        trainer = recording_trainer(config)(config, model)
+        started = perf_counter()
+        trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
+        trained = _course(trainer, perf_counter() - started)
+        # The last step: a teacher whose training was interrupted is not found the next time.
+        os.replace(trainer.saved_model_file, file)
+        facts.write_text(json.dumps(trained), encoding="utf-8")
+        return str(file), trained
+
+    # -- students ------------------------------------------------------------------------------------------------
+
+    def _run_config(self, name: str) -> Any:
+        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings."""
+        config = copy.deepcopy(self.config)
+        config["kd_loss"] = name
+        for key, value in overrides_for(name, self.config).items():
+            config[key] = value
+        if name != SCRATCH:
+            settings, loss = read_kd_settings(config)
+            # Written back, so that log, tensorboard and checkpoint say what was used.
+            for key, value in {**settings.as_dict(), **loss.settings.as_dict()}.items():
+                config[key] = value
+        return config
+
+    def _run(self, name: str, seed: int, data: _Data, teacher: Teacher | None, report: Report) -> RunResult:
+        config, logger = self.run_configs[name], getLogger()
+        title = set_color(f"{name}, seed {seed}", "pink")
+        known = report.finished(name, seed, config, teacher)
+        if known is not None:
+            logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
+            return known
+        logger.info(f"{title}: training {config['model']}")
+        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
+        init_seed(seed, config["reproducibility"])
+        data.train.generator.manual_seed(seed)
+        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
+        logger.info(model)
+        if name == SCRATCH:
+            trainer = recording_trainer(config)(config, model)
+        else:
+            trainer = distill_trainer(config)(config, model, teacher, seed)
+        folder = report.run_folder(name, seed)
+        if folder is not None:
+            trainer.history.file = folder / "history.csv"
+        started = perf_counter()
+        best_score, best_valid = trainer.fit(
+            data.train, data.valid, saved=self.saved, show_progress=config["show_progress"]
+        )
+        seconds = perf_counter() - started
+        test = trainer.evaluate(data.test, load_best_model=self.saved, show_progress=config["show_progress"])
+        logger.info(f"{title}: " + set_color("best valid", "yellow") + f": {best_valid}")
+        logger.info(f"{title}: " + set_color("test result", "yellow") + f": {test}")
+        return RunResult(
+            loss=name,
+            seed=seed,
+            settings=_kd_settings_of(config, name),
+            best_valid_score=float(best_score),
+            best_valid_result={k: float(v) for k, v in (best_valid or {}).items()},
+            test_result={k: float(v) for k, v in test.items()},
+            parameters=sum(p.numel() for p in model.parameters()),
+            checkpoint=trainer.saved_model_file if self.saved else "",
+            checkpoint_bytes=os.path.getsize(trainer.saved_model_file) if self.saved else 0,
+            ranking_ms_per_1000_users=ranking_time(model, data.train._dataset),
+            fingerprint=report.fingerprint(config, teacher),
+            **_course(trainer, seconds),
+        )
+
+
+def _course(trainer: Any, seconds: float) -> dict[str, Any]:
+    """How long the training was."""
+    rows = trainer.history.rows
+    in_training = sum(row.get("train_seconds", 0.0) for row in rows)
+    return {
+        "epochs": len(rows),
+        "seconds": round(seconds, 3),
+        "seconds_per_epoch": round(in_training / max(1, len(rows)), 4),
+    }
+
+
+def _kd_settings_of(config: Any, name: str) -> dict[str, Any]:
+    """The KD settings and the per-method RecBole keys of a run."""
+    used = {
+        key: config[key] for key in ("learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step")
+    }
+    if name == SCRATCH:
+        return used
+    settings, loss = read_kd_settings(config)
+    return {**used, **settings.as_dict(), **loss.settings.as_dict()}
+
+
+def _seeds(config: Any) -> list[int]:
+    value = config["seeds"]
+    if value is None:
+        return [int(config["seed"])]
+    values = [value] if isinstance(value, int) else list(value)
+    if not values or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+        raise SettingsError(f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2.")
+    return values

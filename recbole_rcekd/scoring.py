@@ -1,0 +1,261 @@
+"""The one adapter from a RecBole model to "scores of these items for these users".
+
+RecBole's models answer in three ways, and :class:`ModelScorer` finds out which by running the model once:
+
+* ``product``: ``full_sort_predict`` ends in a product of user rows and an item table. The two operands are taken out
+  of it, so that a few items cost a few dot products and not a full row. No model is named anywhere for this.
+* ``rows``: any other ``full_sort_predict``; a full row, then the wanted cells.
+* ``pairs``: no ``full_sort_predict``; one ``predict`` per cell.
+
+Evaluation uses the full sort, so it is what is learned too (``predict`` differs from it in FISM and CORE).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from recbole.data.interaction import Interaction
+from recbole.utils import ModelType
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from recbole_rcekd.errors import ScoringError
+
+Kind = Literal["product", "rows", "pairs"]
+
+# What evaluation leaves behind in LightGCN, NGCF, DGCF, SGL, NCL, SpectralCF and DMF. Left over from a scoring call,
+# the next validation would rank with embeddings from before the training step.
+_EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
+
+_PRODUCTS = {
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.Tensor.mm,
+    torch.nn.functional.linear,
+}
+
+
+class _Enough(Exception):
+    """Both operands are known: the product itself need not be computed."""
+
+
+class _ProductRecorder(TorchFunctionMode):
+    """Watches for products ``[n_contexts, d] × [d, n_items]`` and keeps the operands of the last (or n-th) one."""
+
+    def __init__(self, n_contexts: int, n_items: int, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.shape = (n_contexts, n_items)
+        self.stop_at = stop_at
+        self.found = 0
+        self.operands: tuple[Tensor, Tensor] | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS and len(args) >= 2 and not kwargs:
+            left, right = args[0], args[1]
+            if func is torch.nn.functional.linear:
+                # A bias would be missing from the operands.
+                right = right.t() if right.dim() == 2 and (len(args) == 2 or args[2] is None) else left
+            if left.dim() == 2 and right.dim() == 2 and (left.shape[0], right.shape[1]) == self.shape:
+                self.found += 1
+                self.operands = (left, right.t())
+                if self.found == self.stop_at:
+                    raise _Enough
+        return func(*args, **(kwargs or {}))
+
+
+class ModelScorer:
+    """Scores of any cells of a RecBole model, with a gradient in training mode.
+
+    Args:
+        model: a RecBole model with user and item ids as its only inputs (general and knowledge-aware models).
+        dataset: the dataset it was built for; names the id fields and the numbers of users and items.
+        trainable: refuse a model whose scores have no gradient.
+
+    Attributes:
+        kind: ``product``, ``rows`` or ``pairs``.
+
+    Raises:
+        ScoringError: the model is of a type that is not scored by user id, has no gradient though ``trainable``, or
+            the fast way gives other numbers than the model's own.
+    """
+
+    def __init__(self, model: Any, dataset: Any, trainable: bool = False) -> None:
+        self.model = model
+        self.name = type(model).__name__
+        self.n_contexts = int(dataset.user_num)
+        self.n_items = int(dataset.item_num)
+        self.device: torch.device = model.device
+        self._user_field = dataset.uid_field
+        self._item_field = dataset.iid_field
+        self._product_index = 0
+        self._inside = False
+        model_type = getattr(type(model), "type", None)
+        if model_type not in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
+            raise ScoringError(
+                f"{self.name} is a {getattr(model_type, 'name', model_type)} model; so far only general and "
+                "knowledge-aware models, which are scored by user id, can be distilled."
+            )
+        with self.evaluating():
+            self.kind: Kind = self._find_kind()
+        if trainable:
+            self._require_gradient()
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """Scores of ``items [n, T]`` for ``contexts [n]``: ``[n, T]``."""
+        items = items.long()
+        if self.kind == "product":
+            rows, table = self.operands(contexts)
+            picked = torch.nn.functional.embedding(items, table)
+            return torch.bmm(picked, rows.unsqueeze(2)).squeeze(2)
+        if self.kind == "rows":
+            return self._full_sort(contexts).gather(1, items)
+        users = contexts.unsqueeze(1).expand_as(items)
+        return self._predict(users.reshape(-1), items.reshape(-1)).view_as(items)
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Scores of every item, ``[n, n_items]``; −inf at the padding item."""
+        if self.kind == "product":
+            rows, table = self.operands(contexts)
+            scores = rows @ table.t()
+        elif self.kind == "rows":
+            scores = self._full_sort(contexts)
+        else:
+            items = torch.arange(self.n_items, device=contexts.device).expand(len(contexts), -1)
+            scores = self.score(contexts, items)
+        padding = torch.zeros(self.n_items, dtype=torch.bool, device=scores.device)
+        padding[0] = True
+        return scores.masked_fill(padding, -torch.inf)
+
+    def score_by_item(self, items: Tensor, users: Tensor) -> Tensor:
+        """Scores seen from the item side: of ``users [n, T]`` for ``items [n]``, ``[n, T]``."""
+        distinct, place = torch.unique(users.long(), return_inverse=True)
+        wanted = items.long().unsqueeze(1).expand_as(users)
+        if self.kind == "product":
+            rows, table = self.operands(distinct)
+            return (rows[place] * table[items.long()].unsqueeze(1)).sum(-1)
+        if self.kind == "rows":
+            return self._full_sort(distinct)[place, wanted]
+        return self._predict(users.reshape(-1), wanted.reshape(-1)).view_as(users)
+
+    def operands(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """User rows ``[n, d]`` and item table ``[n_items, d]`` of a ``product`` model, with their gradients."""
+        recorder = _ProductRecorder(len(contexts), self.n_items, stop_at=self._product_index)
+        with self._fresh_caches():
+            try:
+                with recorder:
+                    self.model.full_sort_predict(Interaction({self._user_field: contexts.long()}))
+            except _Enough:
+                pass
+        if recorder.operands is None:
+            raise ScoringError(f"{self.name} no longer ends in a product of two tables; please report this model.")
+        return recorder.operands
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, no gradient, no leftovers: how lists are made and the teacher is asked."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self._fresh_caches():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def shared_propagation(self) -> Iterator[Callable[[], None]]:
+        """Let the base loss and the KD loss of one step use one graph propagation.
+
+        Graph models call ``forward()`` with no argument, or with nothing but sparse matrices, wherever they need
+        propagated embeddings; within a step the answer is the same. Yields the function that ends a step.
+        """
+        original = self.model.forward
+        memory: dict[tuple[int, ...], tuple[tuple[Any, ...], Any]] = {}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            propagation = not kwargs and all(isinstance(arg, Tensor) and arg.is_sparse for arg in args)
+            if not propagation or not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            key = tuple(id(arg) for arg in args)
+            if key not in memory:
+                memory[key] = (args, original(*args))
+            return memory[key][1]
+
+        self.model.forward = forward
+        try:
+            yield memory.clear
+        finally:
+            del self.model.forward
+
+    @contextmanager
+    def _fresh_caches(self) -> Iterator[None]:
+        """Clear what evaluation keeps, before and after; blocks of one evaluation share it in between."""
+        if self._inside:
+            yield
+            return
+        caches = [name for name in _EVALUATION_CACHES if name in vars(self.model)]
+        self._inside = True
+        try:
+            for name in caches:
+                setattr(self.model, name, None)
+            yield
+        finally:
+            self._inside = False
+            for name in caches:
+                setattr(self.model, name, None)
+
+    def _full_sort(self, contexts: Tensor) -> Tensor:
+        with self._fresh_caches():
+            scores: Tensor = self.model.full_sort_predict(Interaction({self._user_field: contexts.long()}))
+        return scores.view(len(contexts), -1)
+
+    def _predict(self, users: Tensor, items: Tensor) -> Tensor:
+        interaction = Interaction({self._user_field: users.long(), self._item_field: items.long()})
+        with self._fresh_caches():
+            scores: Tensor = self.model.predict(interaction)
+        return scores.view(-1)
+
+    def _find_kind(self) -> Kind:
+        probe = torch.arange(1, min(4, self.n_contexts), device=self.device)
+        recorder = _ProductRecorder(len(probe), self.n_items)
+        try:
+            with recorder:
+                own = self._full_sort(probe)
+        except NotImplementedError:
+            return "pairs"
+        if own.shape != (len(probe), self.n_items):
+            raise ScoringError(
+                f"{self.name}.full_sort_predict gave {tuple(own.shape)} scores for {len(probe)} users and "
+                f"{self.n_items} items."
+            )
+        if recorder.operands is None:
+            return "rows"
+        rows, table = recorder.operands
+        if not torch.allclose(rows @ table.t(), own, rtol=1e-4, atol=1e-5, equal_nan=True):
+            return "rows"
+        self._product_index = recorder.found
+        # The start-up check: the way that training will take gives what the model itself says.
+        items = torch.arange(self.n_items, device=self.device).expand(len(probe), -1)
+        self.kind = "product"
+        if not torch.allclose(self.score(probe, items), own, rtol=1e-4, atol=1e-5, equal_nan=True):
+            raise ScoringError(f"{self.name}: the scores used for distillation differ from full_sort_predict.")
+        return "product"
+
+    def _require_gradient(self) -> None:
+        was_training = self.model.training
+        self.model.train()
+        # Dropout draws here must not shift the random stream of plain RecBole.
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
+            try:
+                scores = self.score(probe, torch.ones((len(probe), 1), dtype=torch.int64, device=self.device))
+            finally:
+                self.model.train(was_training)
+        if not scores.requires_grad:
+            raise ScoringError(
+                f"{self.name} has no gradient through its scores, so it cannot be a student (it can be a teacher)."
+            )

@@ -1,0 +1,164 @@
+"""Settings: RecBole's loose key–value Config, read once into frozen dataclasses that refuse what they do not know.
+
+Each loss names its own keys with its own prefix (``rce_beta``); the keys common to all start with ``kd_``. The
+defaults that a run starts from are the yaml files in ``properties/``, which a RecBole user can read and copy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import operator
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, TypeVar
+
+import yaml
+
+from recbole_rcekd.errors import SettingsError
+
+S = TypeVar("S", bound="Settings")
+
+
+def setting(default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None) -> Any:
+    """A dataclass field with a default and the range that is allowed (``low`` and ``high`` included)."""
+    return field(default=default, metadata={"low": low, "above": above, "high": high})
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """`` Did you mean [x]?``, or the list of what exists when nothing is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"Did you mean [{close[0]}]?" if close else f"Known: {', '.join(known)}."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of all settings: checks types and ranges when it is built, so that no run starts with a bad one.
+
+    Raises:
+        SettingsError: a value has the wrong type, is out of range, or does not fit another one.
+    """
+
+    def __post_init__(self) -> None:
+        """Check every field, then the relations between fields."""
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            self._check_type(spec.name, hints[spec.name])
+            self._check_range(spec)
+        self.check_relations()
+
+    def check_relations(self) -> None:
+        """Override to check fields against each other."""
+
+    def _check_type(self, name: str, hint: Any) -> None:
+        value = getattr(self, name)
+        if typing.get_origin(hint) is typing.Literal:
+            allowed = typing.get_args(hint)
+            if value not in allowed:
+                raise SettingsError(
+                    f"[{name}] is {value!r}, but must be one of {', '.join(map(str, allowed))}. "
+                    f"{nearest(str(value), map(str, allowed))}"
+                )
+            return
+        if hint is float and isinstance(value, int) and not isinstance(value, bool):
+            object.__setattr__(self, name, float(value))
+        elif not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+            raise SettingsError(
+                f"[{name}] is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}; "
+                f"write it as {name}: {type(self).__dataclass_fields__[name].default!r}, for example."
+            )
+
+    def _check_range(self, spec: dataclasses.Field[Any]) -> None:
+        value, meta = getattr(self, spec.name), spec.metadata
+        for kind, fits, words in (
+            ("low", operator.ge, "at least"),
+            ("above", operator.gt, "above"),
+            ("high", operator.le, "at most"),
+        ):
+            bound = meta.get(kind)
+            # Written so that NaN fails too.
+            if bound is not None and not fits(value, bound):
+                raise SettingsError(f"[{spec.name}] is {value!r}, but must be {words} {bound}.")
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """The names of the settings, in their order."""
+        return [spec.name for spec in dataclasses.fields(cls)]
+
+    @classmethod
+    def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
+        """Build from a mapping that holds nothing but settings of this class.
+
+        Raises:
+            SettingsError: a key is unknown (the nearest known one is named), or a value does not fit.
+        """
+        known = cls.keys()
+        for key in values:
+            if key not in known:
+                raise SettingsError(f"[{key}] is not a setting of {cls.__name__}. {nearest(key, known)}")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain key–value pairs, as they stand in a yaml file."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class KDSettings(Settings):
+    """What is common to all losses; ``properties/kd.yaml`` documents each line.
+
+    Attributes:
+        kd_schedule: ``users`` visits every user once per epoch (mean over users, as in the paper); ``interactions``
+            visits the users of each batch's rows, once per row (as the authors' code).
+        kd_refresh_epochs: every user's lists are renewed once in so many epochs, a rotating share each epoch.
+        kd_block_scores: how many scores are held at once when lists are renewed (4 bytes each).
+        kd_cache_dir: folder of the teacher-score cache.
+        kd_cache_dtype: precision of cached scores of teachers that are not a product of two tables.
+        kd_diagnostic_users: so many users are looked at in full every epoch for the closure gap; 0 turns it off.
+    """
+
+    kd_schedule: typing.Literal["users", "interactions"] = "users"
+    kd_refresh_epochs: int = setting(4, low=1)
+    kd_block_scores: int = setting(4_000_000, low=1)
+    kd_cache_dir: str = "saved/teacher_scores"
+    kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
+    kd_diagnostic_users: int = setting(32, low=0)
+
+
+@dataclass(frozen=True)
+class LossSettings(Settings):
+    """Base of a loss's settings. Each has a key ``<prefix>_weight``, the λ of ``base + λ · KD``."""
+
+    def needs_items(self) -> int:
+        """How many items the catalogue must have at least; override where lists are cut to a length."""
+        return 1
+
+    def check_catalogue(self, n_items: int) -> None:
+        """Refuse lists that are longer than the catalogue (``n_items`` without the padding item).
+
+        Raises:
+            SettingsError: the lists do not fit.
+        """
+        if self.needs_items() > n_items:
+            wrong = [k for k, v in self.as_dict().items() if isinstance(v, int) and v > n_items]
+            raise SettingsError(
+                f"{' and '.join(f'[{k}]={getattr(self, k)}' for k in wrong) or 'the item lists'} need a catalogue of at "
+                f"least {self.needs_items()} items, but this dataset has {n_items}. Lower them below {n_items}."
+            )
+
+
+def shipped_defaults(name: str) -> dict[str, Any]:
+    """The defaults in ``properties/<name>.yaml``, as shipped (or as the user edited them in a clone)."""
+    text = resources.files("recbole_rcekd.properties").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text) or {}
+    return loaded
+
+
+def read_settings(cls: type[S], yaml_name: str, given: Mapping[str, Any]) -> S:
+    """The shipped yaml, overlaid by those keys that the user gave (in a file, a dict or on the command line)."""
+    values = shipped_defaults(yaml_name)
+    values.update({key: given[key] for key in cls.keys() if key in given})
+    return cls.from_mapping(values)

@@ -1,0 +1,286 @@
+"""The teacher: a RecBole checkpoint rebuilt from its own Config, frozen, its ids translated to the student's.
+
+A teacher is refused unless its *training interactions* are the student's. In RecBole the random seed is part of the
+split, so a teacher of another seed has most likely seen the student's test set, and its knowledge would leak.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data import create_dataset
+from recbole.utils import ModelType, get_model, init_seed
+from recbole.utils.argument_list import dataset_arguments
+from torch import Tensor
+
+from recbole_rcekd.checkpoint import read_checkpoint
+from recbole_rcekd.errors import TeacherError
+from recbole_rcekd.item_sets import Seen
+from recbole_rcekd.scoring import ModelScorer
+
+# What decides the training interactions, besides RecBole's dataset arguments.
+_SPLIT_KEYS = ("seed", "repeatable")
+# A Config may name other files to be unpickled; the weights come from the checkpoint alone.
+_NEUTRAL = {
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+    "use_pretrain": False,
+}
+_MACHINE_KEYS = frozenset({"device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank"})
+
+
+class Teacher:
+    """A frozen model that is asked in the student's ids.
+
+    Made by :func:`load_teacher`.
+
+    Args:
+        checkpoint: what :func:`~recbole_rcekd.checkpoint.read_checkpoint` returned.
+        dataset: the teacher's training dataset.
+        student_dataset: the student's training dataset.
+        device: where to score.
+        source: the file, for messages.
+    """
+
+    def __init__(
+        self,
+        checkpoint: dict[str, Any],
+        dataset: Any,
+        student_dataset: Any,
+        device: torch.device,
+        source: str,
+    ) -> None:
+        self.config = checkpoint["config"]
+        self.source = source
+        self.user_field = student_dataset.uid_field
+        self.device = device
+        self.n_contexts = int(student_dataset.user_num)
+        self.n_items = int(student_dataset.item_num)
+        self.seen = training_interactions(student_dataset)
+        self._checkpoint = checkpoint
+        self._dataset = dataset
+        self._student_dataset = student_dataset
+        same = dataset is student_dataset
+        self.user_ids = None if same else _translate(student_dataset, dataset, student_dataset.uid_field, source)
+        self.item_ids = None if same else _translate(student_dataset, dataset, student_dataset.iid_field, source)
+
+    @cached_property
+    def model(self) -> Any:
+        """The RecBole model in evaluation mode, without gradients; built on first use, so not at all on a cache hit."""
+        self.config["device"] = self.device
+        # Building it draws random numbers, which must not shift the student's.
+        with preserved_random_state():
+            model = get_model(self.config["model"])(self.config, self._dataset).to(self.device)
+        try:
+            model.load_state_dict(self._checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise TeacherError(
+                f"The weights in [{self.source}] do not fit a {self.config['model']} on this dataset: it was trained on "
+                f"other data or filters. {str(error).splitlines()[-1].strip()}"
+            ) from error
+        model.load_other_parameter(self._checkpoint.get("other_parameter"))
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    @cached_property
+    def scorer(self) -> ModelScorer:
+        """How the model is scored."""
+        return ModelScorer(self.model, self._dataset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the scores: weights, settings, id maps, training interactions."""
+        digest = hashlib.sha256()
+        settings = self.config.final_config_dict
+        for key in sorted(settings):
+            if key not in _MACHINE_KEYS:
+                digest.update(f"{key}={settings[key]!r};".encode())
+        for name, tensor in sorted(self._checkpoint["state_dict"].items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(split_hash(self._student_dataset).encode())
+        for ids in (self.user_ids, self.item_ids):
+            digest.update(b"same" if ids is None else ids.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two tables ``[n_users, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
+        if self.scorer.kind != "product":
+            return None
+        users = torch.arange(self.n_contexts) if self.user_ids is None else self.user_ids
+        with self.scorer.evaluating():
+            rows, table = self.scorer.operands(users.to(self.device))
+        items = table if self.item_ids is None else table[self.item_ids.to(self.device)]
+        return rows.float().clone(), items.float().clone()
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
+        own = contexts if self.user_ids is None else self.user_ids.to(contexts.device)[contexts]
+        with self.scorer.evaluating():
+            scores = self.scorer.score_all(own).float()
+        if self.item_ids is not None:
+            scores = scores[:, self.item_ids.to(scores.device)]
+        return scores
+
+    def user_tokens(self, contexts: Tensor) -> list[str]:
+        """The names of users in the user's data, for messages."""
+        tokens = self._student_dataset.field2id_token[self._student_dataset.uid_field]
+        return [str(tokens[int(i)]) for i in contexts]
+
+
+def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
+    """Open a RecBole checkpoint as the teacher of a student.
+
+    Args:
+        checkpoint: path of a checkpoint that RecBole's trainer wrote; its own Config is used, never the command line.
+        train_data: the student's training data, as ``data_preparation`` returned it (or its dataset).
+        trust: allow pickled content beyond RecBole's own (see :mod:`recbole_rcekd.checkpoint`).
+
+    Returns:
+        The teacher: frozen, in evaluation mode, answering in the student's ids.
+
+    Raises:
+        TeacherError: the file is not usable, or the teacher learned from other interactions than the student will.
+
+    Example:
+        >>> teacher = load_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
+    """
+    student_dataset = getattr(train_data, "_dataset", train_data)
+    student_config = student_dataset.config
+    content = read_checkpoint(checkpoint, trust)
+    config = content["config"]
+    if not hasattr(config, "final_config_dict") or not config["model"]:
+        raise TeacherError(f"[{checkpoint}] is not a RecBole checkpoint: its [config] is no RecBole Config.")
+    if config["dataset"] != student_config["dataset"]:
+        raise TeacherError(
+            f"The teacher in [{checkpoint}] was trained on [{config['dataset']}], the student's dataset is "
+            f"[{student_config['dataset']}]. Train a teacher on the student's dataset."
+        )
+    for key, value in {
+        **_NEUTRAL,
+        "data_path": student_config["data_path"],
+        "checkpoint_dir": student_config["checkpoint_dir"],
+        "single_spec": True,
+        "local_rank": 0,
+    }.items():
+        config[key] = value
+    try:
+        get_model(config["model"])
+    except ValueError as error:
+        raise TeacherError(f"[{checkpoint}] holds a [{config['model']}], which this RecBole does not know.") from error
+    if _same_split_by_settings(config, student_config):
+        dataset = student_dataset
+    else:
+        dataset = _rebuild_training_data(config)
+    teacher = Teacher(content, dataset, student_dataset, torch.device(student_config["device"]), str(checkpoint))
+    if dataset is not student_dataset:
+        _require_same_interactions(teacher, dataset, student_dataset, checkpoint)
+    getLogger().info(f"Teacher: {config['model']} from [{checkpoint}]")
+    return teacher
+
+
+def training_interactions(dataset: Any) -> Seen:
+    """Which items each user has in the training data."""
+    features = dataset.inter_feat
+    users, items = (torch.as_tensor(np.asarray(features[f])) for f in (dataset.uid_field, dataset.iid_field))
+    return Seen.from_pairs(users, items, int(dataset.user_num), int(dataset.item_num))
+
+
+def split_hash(dataset: Any) -> str:
+    """A hash of the training interactions and of the names behind the ids."""
+    seen = training_interactions(dataset)
+    digest = hashlib.sha256(seen.starts.numpy().tobytes())
+    digest.update(seen.ids.numpy().tobytes())
+    for field in (dataset.uid_field, dataset.iid_field):
+        digest.update("\n".join(map(str, dataset.field2id_token[field])).encode())
+    return digest.hexdigest()[:32]
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global random streams as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+
+
+def _same_split_by_settings(teacher: Any, student: Any) -> bool:
+    """Equal settings of data and split give equal interactions; then nothing has to be read again."""
+    keys = [k for k in dataset_arguments if k != "data_path"]
+    ready_split = teacher["benchmark_filename"] is not None
+    if not ready_split:
+        keys += _SPLIT_KEYS
+        parts = ("split", "group_by", "order")
+        if any(teacher["eval_args"].get(p) != student["eval_args"].get(p) for p in parts):
+            return False
+    return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
+
+
+def _dataset_class(config: Any) -> str:
+    """RecBole's choice of Dataset class: the id maps of knowledge-aware and sequential ones differ."""
+    special = (ModelType.KNOWLEDGE, ModelType.SEQUENTIAL)
+    return str(config["MODEL_TYPE"].name) if config["MODEL_TYPE"] in special else "Dataset"
+
+
+def _rebuild_training_data(config: Any) -> Any:
+    """The teacher's own training interactions, split exactly as in its own run."""
+    with preserved_random_state():
+        init_seed(config["seed"], config["reproducibility"])
+        built = create_dataset(config).build()
+    return built[0]
+
+
+def _require_same_interactions(teacher: Teacher, dataset: Any, student_dataset: Any, source: Any) -> None:
+    own, wanted = training_interactions(dataset), teacher.seen
+    user_ids, item_ids = teacher.user_ids, teacher.item_ids
+    if user_ids is None or item_ids is None:
+        raise TeacherError("a teacher with its own dataset has its own ids")
+    back_to_student = torch.zeros(int(dataset.user_num), dtype=torch.int64)
+    back_to_student[user_ids] = torch.arange(len(user_ids))
+    items_to_student = torch.zeros(int(dataset.item_num), dtype=torch.int64)
+    items_to_student[item_ids] = torch.arange(len(item_ids))
+    users = torch.repeat_interleave(torch.arange(int(dataset.user_num)), own.counts())
+    translated = Seen.from_pairs(back_to_student[users], items_to_student[own.ids], teacher.n_contexts, teacher.n_items)
+    if torch.equal(translated.starts, wanted.starts) and torch.equal(translated.ids, wanted.ids):
+        return
+    common = np.intersect1d(_keys(translated), _keys(wanted), assume_unique=True).size
+    raise TeacherError(
+        f"The teacher in [{source}] learned from other interactions than this student will: {common} of the student's "
+        f"{len(wanted.ids)} training interactions are among the teacher's {len(translated.ids)}, so the teacher may have "
+        "seen the student's test set. Train it with the same seed, split and filters (seed, eval_args, load_col, "
+        "…_inter_num_interval, val_interval), or distil with the teacher's."
+    )
+
+
+def _keys(seen: Seen) -> np.ndarray[Any, Any]:
+    owners = torch.repeat_interleave(torch.arange(len(seen.starts) - 1), seen.counts())
+    return (owners * seen.n_ids + seen.ids).numpy()
+
+
+def _translate(student_dataset: Any, teacher_dataset: Any, field: str, source: str) -> Tensor:
+    """For each student id the teacher's id of the same token."""
+    tokens = student_dataset.field2id_token[field]
+    ids = teacher_dataset.field2token_id[field]
+    missing = [str(token) for token in tokens if token not in ids]
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise TeacherError(
+            f"The teacher in [{source}] does not know {len(missing)} of the student's {len(tokens) - 1} values of "
+            f"[{field}]: {shown}. Use the same filters for both."
+        )
+    return torch.tensor([ids[token] for token in tokens], dtype=torch.int64)

@@ -1,0 +1,210 @@
+"""RecBole's trainers, distilling.
+
+``DistillTrainer(config, model, teacher)`` replaces ``Trainer(config, model)``; for models with a trainer of their own,
+:func:`distill_trainer` makes the distilling version of that. RecBole's ``fit`` runs unchanged: the KD term enters through
+the model's ``calculate_loss``, which is wrapped while ``fit`` runs (a ``loss_func`` handed to ``_train_epoch`` is dropped
+by several of RecBole's trainers).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from recbole.trainer import Trainer
+from recbole.utils import get_local_time, get_trainer, set_color
+
+from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.config import read_kd_settings
+from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.errors import KDError
+from recbole_rcekd.history import History
+from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.teacher import Teacher, training_interactions
+from recbole_rcekd.types import TeacherScores
+
+
+class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
+    """What every run here adds to a RecBole trainer: own file names, whole files, a history.
+
+    RecBole names checkpoints to the second, so two runs started together overwrite each other's; and a run stopped
+    while it saves leaves half a file. Here names are unique, and a checkpoint replaces the last one when it is whole.
+
+    Attributes:
+        history: one row per epoch; ``history.file`` is beside the checkpoint unless changed.
+    """
+
+    run_label = "scratch"
+
+    def __init__(self, config: Any, model: Any) -> None:
+        super().__init__(config, model)
+        name = f"{config['model']}-{self.run_label}-{get_local_time()}-{uuid.uuid4().hex[:6]}"
+        self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
+        self.history = History(Path(self.checkpoint_dir) / f"{name}.history.csv")
+
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        wanted = kwargs.pop("saved_model_file", self.saved_model_file)
+        beside = f"{wanted}.partial"
+        super()._save_checkpoint(epoch, verbose=False, saved_model_file=beside, **kwargs)
+        if not os.path.exists(beside):
+            return
+        os.replace(beside, wanted)
+        if verbose:
+            self.logger.info(set_color("Saving current", "blue") + f": {wanted}")
+
+    def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
+        """Called before the epoch's first batch, inside its measured time."""
+
+    def _end_epoch(self, epoch_idx: int, n_steps: int) -> dict[str, float]:
+        """Called after its last batch, inside its measured time; what it returns goes into the history."""
+        return {}
+
+    def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
+        self.history.begin(epoch_idx)
+        started, n_steps = perf_counter(), len(train_data)
+        self._begin_epoch(epoch_idx, n_steps)
+        losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
+        found = self._end_epoch(epoch_idx, n_steps)
+        total = float(sum(losses) if isinstance(losses, tuple) else losses)
+        self.history.note(train_seconds=perf_counter() - started, train_loss=total / max(1, n_steps), **found)
+        return losses
+
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
+        started = perf_counter()
+        score, result = super()._valid_epoch(valid_data, show_progress=show_progress)
+        self.history.note(valid_seconds=perf_counter() - started, **{f"valid_{k}": float(v) for k, v in result.items()})
+        return score, result
+
+
+class DistillMixin(RecordingMixin):
+    """Adds ``λ · KD`` to the loss of whatever RecBole trainer it is mixed into.
+
+    Args:
+        config: the student's stock RecBole Config; KD keys that it lacks take their shipped defaults.
+        model: the student, a stock RecBole model.
+        teacher: from :func:`~recbole_rcekd.teacher.load_teacher`, or any
+            :class:`~recbole_rcekd.types.TeacherScores` in the student's ids.
+        seed: of the draws; the Config's ``seed`` unless given.
+
+    Raises:
+        SettingsError: a KD key is unknown or has a wrong value.
+        ScoringError: the model cannot be a student.
+    """
+
+    def __init__(self, config: Any, model: Any, teacher: Teacher | TeacherScores, seed: int | None = None) -> None:
+        self.kd_settings, self.kd_loss = read_kd_settings(config)
+        self.run_label = config["kd_loss"] or "rce"
+        super().__init__(config, model)
+        self.teacher = teacher
+        self.seed = int(config["seed"] if seed is None else seed)
+        self.distiller: Distiller | None = None
+        self._kd_sum = self._base_sum = torch.zeros(())
+        self._refresh_seconds = 0.0
+
+    def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Train as RecBole does, with the KD term; arguments and result are RecBole's."""
+        dataset = train_data._dataset
+        scorer = ModelScorer(self.model, dataset, trainable=True)
+        if isinstance(self.teacher, Teacher):
+            show_progress = bool(kwargs.get("show_progress", False))
+            self.teacher_scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress)
+        else:
+            self.teacher_scores = self.teacher
+        seen = training_interactions(dataset)
+        self.distiller = Distiller(scorer, self.teacher_scores, self.kd_loss, self.kd_settings, seen, self.seed)
+        with scorer.shared_propagation() as forget:
+            self._wrap_loss(self.distiller, dataset.uid_field, forget)
+            try:
+                return super().fit(train_data, *args, **kwargs)
+            finally:
+                del self.model.calculate_loss
+
+    def _wrap_loss(self, distiller: Distiller, user_field: str, forget: Any) -> None:
+        original, weight = self.model.calculate_loss, self.kd_loss.weight
+
+        def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
+            forget()
+            base = original(interaction, *args, **kwargs)
+            if weight == 0.0:
+                # Nothing that could shift a random stream or a rounding: plain RecBole, bit for bit.
+                distiller.steps += 1
+                return base
+            kd = distiller.step(interaction[user_field])
+            forget()
+            self._kd_sum += kd.detach()
+            self._base_sum += sum(term.detach() for term in (base if isinstance(base, tuple) else (base,)))
+            if isinstance(base, tuple):
+                # To the first term: NCL drops the last ones while it warms up.
+                return (base[0] + weight * kd, *base[1:])
+            return base + weight * kd
+
+        self.model.calculate_loss = calculate_loss
+
+    def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
+        if self.distiller is None:
+            raise KDError("Distillation begins in fit(); an epoch was started without it.")
+        self._kd_sum = torch.zeros((), device=self.device)
+        self._base_sum = torch.zeros((), device=self.device)
+        started = perf_counter()
+        self.distiller.begin_epoch(epoch_idx, n_steps)
+        self._refresh_seconds = perf_counter() - started
+
+    def _end_epoch(self, epoch_idx: int, n_steps: int) -> dict[str, float]:
+        distiller = self.distiller
+        if distiller is None or distiller.steps == 0:
+            raise KDError(
+                f"{type(self.model).__name__}'s trainer ran an epoch without one distillation step: it does not call "
+                "calculate_loss. Please report this model; its result would be an undistilled student."
+            )
+        found = {
+            "base_loss": float(self._base_sum) / distiller.steps,
+            "kd_loss": float(self._kd_sum) / distiller.steps,
+            **distiller.diagnostics(),
+            "refresh_seconds": self._refresh_seconds,
+        }
+        shown = ", ".join(f"{set_color(name, 'blue')}: {value:.4f}" for name, value in found.items())
+        self.logger.info(set_color(f"epoch {epoch_idx} distilling", "green") + f" [{shown}]")
+        for name, value in found.items():
+            self.tensorboard.add_scalar(f"KD/{name}", value, epoch_idx)
+        self.wandblogger.log_metrics({"epoch": epoch_idx, **{f"kd/{k}": v for k, v in found.items()}}, head="train")
+        return found
+
+
+class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
+    """``Trainer(config, model)`` that distils: ``DistillTrainer(config, model, teacher)``.
+
+    For every model that RecBole trains with its plain ``Trainer`` (BPR, LightGCN, NeuMF, MultiVAE, …).
+
+    Raises:
+        KDError: the model has a trainer of its own in RecBole; use :func:`distill_trainer` then.
+
+    Example:
+        >>> teacher = load_teacher("saved/BPR-teacher.pth", train_data)  # doctest: +SKIP
+        >>> trainer = DistillTrainer(config, model, teacher)  # doctest: +SKIP
+        >>> best_valid_score, best_valid_result = trainer.fit(train_data, valid_data)  # doctest: +SKIP
+    """
+
+    def __init__(self, config: Any, model: Any, teacher: Teacher | TeacherScores, seed: int | None = None) -> None:
+        own = get_trainer(config["MODEL_TYPE"], config["model"])
+        if own is not Trainer:
+            raise KDError(
+                f"RecBole trains {config['model']} with {own.__name__}; write distill_trainer(config)(config, model, "
+                "teacher) instead of DistillTrainer(config, model, teacher)."
+            )
+        super().__init__(config, model, teacher, seed)
+
+
+def distill_trainer(config: Any) -> type[DistillMixin]:
+    """The distilling version of the trainer that RecBole picks for ``config["model"]``."""
+    own = get_trainer(config["MODEL_TYPE"], config["model"])
+    return DistillTrainer if own is Trainer else type(f"Distill{own.__name__}", (DistillMixin, own), {})
+
+
+def recording_trainer(config: Any) -> type[RecordingMixin]:
+    """RecBole's own trainer for ``config["model"]``, with a history and file names of its own."""
+    own = get_trainer(config["MODEL_TYPE"], config["model"])
+    return type(f"Recording{own.__name__}", (RecordingMixin, own), {})

@@ -1,0 +1,88 @@
+"""The two shapes that everything else passes along.
+
+:class:`ItemSets` is what a loss learns on; :class:`TeacherScores` is where the teacher's opinion comes from.
+Ids are RecBole's: row 0 of users and of items is padding, so an item id of 0 means "no item".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ItemSets:
+    """Which items each of ``n`` contexts (users, as a rule) is taught on, and what the teacher says of them.
+
+    Args:
+        items: item ids ``[n, T]``, integer; 0 means "no item".
+        teacher_scores: the teacher's scores of ``items``, ``[n, T]``, or ``None`` for losses that use only the order.
+        keep: ``[n, T]`` bool, which of ``items`` count (``None``: all of them).
+        gamma: ``[n]``, mixing weight of a loss with two terms (``None`` for the others).
+        overlap: ``[n]``, share of the teacher's top-K among the student's top-K, where the method looks at both.
+    """
+
+    items: Tensor
+    teacher_scores: Tensor | None = None
+    keep: Tensor | None = None
+    gamma: Tensor | None = None
+    overlap: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that are present, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+    def rows(self, index: Tensor) -> ItemSets:
+        """The sets of the contexts at ``index`` (positions, not ids)."""
+        return ItemSets(**{name: value[index] for name, value in self.tensors().items()})
+
+    def put(self, index: Tensor, block: ItemSets) -> None:
+        """Overwrite the rows at ``index`` with those of ``block``, in place."""
+        for name, value in block.tensors().items():
+            target: Tensor = getattr(self, name)
+            target[index] = value.to(target.dtype)
+
+    def empty_like(self, n: int) -> ItemSets:
+        """Unfilled sets of the same widths for ``n`` contexts; ids are kept in 32 bits."""
+        fields = self.tensors()
+        widths = {name: (n, *value.shape[1:]) for name, value in fields.items()}
+        return ItemSets(
+            **{
+                name: torch.zeros(
+                    widths[name], dtype=torch.int32 if name == "items" else value.dtype, device=value.device
+                )
+                for name, value in fields.items()
+            }
+        )
+
+
+class TeacherScores(Protocol):
+    """The frozen teacher as a table that can be asked for any cell; ids are the *student's*.
+
+    Implemented by :class:`recbole_rcekd.cache.FactorScores` and :class:`recbole_rcekd.cache.DenseScores`.
+    """
+
+    n_contexts: int
+    n_items: int
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``."""
+        ...
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf."""
+        ...
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+        """The ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``.
+
+        ``unseen=True`` leaves out what the context has in the training data.
+        """
+        ...
+
+    def transposed(self) -> TeacherScores:
+        """The same table seen from the items: contexts are items, "items" are users."""
+        ...

@@ -1,0 +1,11 @@
+"""Distil a RecBole model: ``python run_recbole_kd.py --help``."""
+
+import sys
+
+try:
+    from recbole_rcekd.command import main
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}. Install first, in this folder: pip install -c constraints.txt -e .")
+
+if __name__ == "__main__":
+    sys.exit(main())
