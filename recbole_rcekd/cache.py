@@ -23,13 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_rcekd.errors import KDError, TeacherError
-from recbole_rcekd.item_sets import Seen, top_k
+from recbole_rcekd.functional import picked_products
+from recbole_rcekd.item_sets import CELLS_AT_A_TIME, Seen, top_k
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import Store
 from recbole_rcekd.teacher import Teacher
-
-# Cells gathered at a time by FactorScores.score: 16 MB of float32, about a processor cache.
-_GATHERED_CELLS = 4_000_000
 
 
 class _Scores(ABC):
@@ -53,11 +51,11 @@ class _Scores(ABC):
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``."""
-        k = min(k, self.n_items - 1)
+        width = min(k, self.n_items - 1)
         lists = self._lists.get(unseen)
-        if lists is None or lists.shape[1] < k:
-            lists = self._lists[unseen] = self._open_lists(k, unseen).to(contexts.device)
-        return lists[contexts, :k].long()
+        if lists is None or lists.shape[1] < width:
+            lists = self._lists[unseen] = self._open_lists(width, unseen).to(contexts.device)
+        return torch.nn.functional.pad(lists[contexts, :width].long(), (0, k - width))
 
     def _open_lists(self, k: int, unseen: bool) -> Tensor:
         name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}"
@@ -104,13 +102,7 @@ class FactorScores(_Scores):
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
-        scores = torch.empty(items.shape, dtype=torch.float32, device=self.item_factors.device)
-        step = max(1, _GATHERED_CELLS // max(1, items.shape[1] * self.item_factors.shape[1]))
-        for start in range(0, len(items), step):
-            part = slice(start, start + step)
-            picked = torch.nn.functional.embedding(items[part].long(), self.item_factors)
-            torch.bmm(picked, self.context_factors[contexts[part]].unsqueeze(2), out=scores[part].unsqueeze(2))
-        return scores
+        return picked_products(self.context_factors[contexts], self.item_factors, items)
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
@@ -210,7 +202,7 @@ def open_teacher_scores(
     return DenseScores(written["scores"], teacher.seen, store, teacher.device)
 
 
-def blocks(n_contexts: int, n_items: int, cells: int = 4_000_000) -> Iterator[Tensor]:
+def blocks(n_contexts: int, n_items: int, cells: int = CELLS_AT_A_TIME) -> Iterator[Tensor]:
     """All ids from 0 to ``n_contexts``, in blocks whose full rows hold about ``cells`` scores."""
     step = max(1, cells // n_items)
     for start in range(0, n_contexts, step):
@@ -240,11 +232,12 @@ def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_pro
                     file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 )
                 parts = blocks(*shape)
-                total = -(-shape[0] // max(1, 4_000_000 // shape[1]))
+                total = -(-shape[0] // max(1, CELLS_AT_A_TIME // shape[1]))
                 for block in tqdm(parts, total=total, ncols=100, desc="Teacher scores", disable=not show_progress):
                     rows = teacher.score_all(block.to(teacher.device)).cpu()
                     rows[:, 0] = 0.0
-                    stored = rows.numpy().astype(dtype)
+                    with np.errstate(over="ignore"):  # what outgrows float16 is reported below
+                        stored = rows.numpy().astype(dtype)
                     bad = ~np.isfinite(stored).all(1)
                     bad[block.numpy() == 0] = False  # the padding user has no meaning
                     wrong.append(block[torch.from_numpy(bad)])

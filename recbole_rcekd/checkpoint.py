@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from recbole.config import Config
 
 from recbole_rcekd.errors import TeacherError
 
@@ -24,7 +25,6 @@ _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
 # (module, names) that may be built. Nothing here opens files, imports, or calls what it is given.
 _BUILDABLE: dict[str, frozenset[str]] = {
-    "recbole.config.configurator": frozenset({"Config"}),
     "recbole.utils.enum_type": frozenset(
         {"ModelType", "KGDataLoaderState", "EvaluatorType", "InputType", "FeatureType", "FeatureSource"}
     ),
@@ -34,11 +34,12 @@ _BUILDABLE: dict[str, frozenset[str]] = {
     "torch._utils": frozenset({"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_sparse_tensor"}),
     "torch.serialization": frozenset({"_get_layout"}),
     "torch.storage": frozenset({"UntypedStorage", "TypedStorage"}),
-    "numpy": frozenset({"dtype", "ndarray"}),
+    "numpy": frozenset({"dtype", "ndarray", "matrix"}),
     **{module: frozenset({"scalar", "_reconstruct"}) for module in _NUMPY},
     "scipy.sparse._csr": frozenset({"csr_matrix"}),
     "scipy.sparse._csc": frozenset({"csc_matrix"}),
     "scipy.sparse._coo": frozenset({"coo_matrix"}),
+    "scipy.sparse._lil": frozenset({"lil_matrix"}),
     "_codecs": frozenset({"encode"}),
 }
 
@@ -46,17 +47,30 @@ _BUILDABLE: dict[str, frozenset[str]] = {
 _MENTIONED = ("recbole.model.", "yaml.")
 
 
+class _Refused(pickle.UnpicklingError):
+    """The file asks for something that is not on the allow-list."""
+
+
 class _Named(type):
     """Metaclass of inert stand-ins: the name of a class, without the class."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise pickle.UnpicklingError(f"the file tries to call {cls.__module__}.{cls.__qualname__}")
+        raise _Refused(f"the file tries to call {cls.__module__}.{cls.__qualname__}")
+
+
+class _EmptyConfig:
+    """A Config that is not constructed, but filled afterwards: its constructor passes strings to ``eval``."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            raise _Refused(f"the file tries to call {Config.__module__}.{Config.__qualname__}")
+        return object.__new__(Config)
 
 
 def _enum_member(cls: Any, name: str) -> Any:
     """The only use of ``getattr`` in a checkpoint: some Python versions pickle enum members by name."""
-    if not (isinstance(cls, type) and issubclass(cls, Enum)):
-        raise pickle.UnpicklingError("the file looks up an attribute")
+    if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
+        raise _Refused("the file looks up an attribute")
     return cls[name]
 
 
@@ -64,11 +78,13 @@ class _AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
+        if (module, name) == (Config.__module__, Config.__qualname__):
+            return _EmptyConfig
         if name in _BUILDABLE.get(module, ()):
             return super().find_class(module, name)
         if module.startswith(_MENTIONED):
             return _Named(name, (), {"__module__": module})
-        raise pickle.UnpicklingError(f"the file needs {module}.{name}")
+        raise _Refused(f"the file needs {module}.{name}")
 
 
 def _allow_list_module() -> ModuleType:
@@ -103,16 +119,19 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise TeacherError(f"[{path}] is not a checkpoint, or was cut off while it was written: train it again.")
     try:
+        # torch.load runs the code of such an archive, whatever the unpickler is.
+        if not trust and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise _Refused("the file is a TorchScript program")
         content = torch.load(
             path,
             map_location="cpu",
             weights_only=False,
             pickle_module=None if trust else _allow_list_module(),
         )
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise TeacherError(
-            f"[{path}] was not read, because {error}, which RecBole's own checkpoints do not. If the file is your own, "
-            "set teacher_trust: True; a pickle from a stranger can run any code."
+            f"[{path}] was not read, because {error}; there is nothing of the kind in RecBole's own checkpoints. If "
+            "the file is your own, set teacher_trust: True; a pickle from a stranger can run any code."
         ) from error
     except Exception as error:
         raise TeacherError(f"[{path}] is damaged or not a RecBole checkpoint ({error}).") from error

@@ -33,7 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not (known.model or known.dataset or known.teacher or files):
         with resources.as_file(resources.files("recbole_rcekd.properties") / "quick_start.yaml") as default:
             files = [str(default)]
-    seeds = [int(seed) for seed in known.seeds.split(",")] if known.seeds else None
+    argv = sys.argv
+    if arguments is not None:
+        sys.argv = [argv[0], *arguments]  # where RecBole's Config looks for all other keys
     try:
         run_recbole_kd(
             model=known.model,
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             config_file_list=files or None,
             teacher=known.teacher,
             kd_loss=known.kd_loss,
-            seeds=seeds,
+            seeds=known.seeds,
             output_dir=known.output_dir,
         )
     except KDError as error:
@@ -53,4 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 130
+    finally:
+        sys.argv = argv
     return 0

@@ -103,7 +103,7 @@ def teacher_config(name: str, student: Any) -> Any:
     RecBole's defaults, then ``teacher_config_files``, then keys with the prefix ``teacher_``.
 
     Raises:
-        SettingsError: a ``teacher_`` key does not exist for this model.
+        SettingsError: a ``teacher_`` key does not exist for this model, or would give it another split.
     """
     shared_keys = {*general_arguments, *evaluation_arguments, *dataset_arguments}
     shared = {k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"}
@@ -112,6 +112,8 @@ def teacher_config(name: str, student: Any) -> Any:
         for key, value in _plain(student).items()
         if key.startswith("teacher_") and key not in RUN_KEYS
     }
+    if "seed" in own:
+        raise SettingsError("[teacher_seed] has no effect: the seed is part of the split, which the student decides.")
     files = student["teacher_config_files"] or []
     files = files.split() if isinstance(files, str) else list(files)
     with _no_command_line():

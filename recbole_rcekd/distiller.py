@@ -14,13 +14,15 @@ from torch import Tensor
 from recbole_rcekd.functional import closure_gap, count_above, is_member, ndcg_against
 from recbole_rcekd.item_sets import Lists, Seen, top_k
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, TeacherScores
 
 # The list lengths of the diagnostics: the same for every method, so that histories can be laid side by side.
 _OVERLAP_AT = 50
 _NDCG_AT = 10
+# Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a full row.
+_REFRESHED_AT_A_TIME = 1024
 
 
 @dataclass
@@ -69,7 +71,8 @@ class Distiller:
         self.settings = settings
         self._scorer = scorer
         self.generator = torch.Generator(scorer.device).manual_seed(seed)
-        contexts = seen.contexts().to(scorer.device)
+        seen = seen.to(scorer.device)
+        contexts = seen.contexts()
         self._sides = [_Side(loss, 1.0, teacher, seen, scorer.score, scorer.score_all, contexts)]
         item_side = loss.item_side()
         if item_side is not None:
@@ -81,7 +84,7 @@ class Distiller:
                     owners,
                     scorer.score_by_item,
                     scorer.score_all,
-                    owners.contexts().to(scorer.device),
+                    owners.contexts(),
                 )
             )
         for side in self._sides:
@@ -95,7 +98,8 @@ class Distiller:
 
     def begin_epoch(self, epoch: int, n_steps: int) -> None:
         """Renew the lists whose turn it is, and share the users out over the steps."""
-        with self._scorer.evaluating():
+        # DiffRec, for example, draws noise in evaluation too; RecBole's random stream stays where it was.
+        with preserved_random_state(), self._scorer.evaluating():
             for side in self._sides:
                 self._refresh(side, epoch)
         self._plans = [self._partition(len(side.contexts), n_steps) for side in self._sides]
@@ -108,8 +112,7 @@ class Distiller:
             due = (side.group == epoch % self.settings.kd_refresh_epochs).nonzero().squeeze(1)
         else:
             return
-        width = max(side.teacher.n_items, 1)
-        for part in torch.split(due, max(1, self.settings.kd_block_scores // width)):
+        for part in torch.split(due, _REFRESHED_AT_A_TIME):
             lists = Lists(side.contexts[part], side.teacher, side.score_all, side.seen, self.generator)
             block = side.loss.select(lists)
             if side.sets is None:
@@ -176,7 +179,7 @@ class Distiller:
             found["gamma"] = float(side.sets.gamma.mean())
         if len(self._watched) == 0:
             return found
-        with self._scorer.evaluating():
+        with preserved_random_state(), self._scorer.evaluating():
             rows = side.score_all(side.contexts[self._watched])
         k = min(_OVERLAP_AT, side.teacher.n_items - 1)
         student_top = top_k(rows, k)

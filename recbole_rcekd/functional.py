@@ -11,8 +11,15 @@ tensor([0.6931])
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Cells gathered at a time where there is no product without gathering: 256 MB of float32.
+_GATHERED_CELLS = 64_000_000
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -171,7 +178,8 @@ def closure_gap(
     .. math:: \Delta(A) = \sum_{i\in J} \tilde q_i \, \ln(1 + p^A_i\, m_i(A))
 
     with :math:`m_i(A)` the items outside A that the student puts above i. Adding Δ to the cross-entropy on A turns it
-    into a true bound: :math:`-\ln \mathrm{NDCG}_J \le \mathrm{CE} + \Delta`. It is 0 exactly when no blocker is missing.
+    into a true bound: :math:`-\ln \mathrm{NDCG}_J \le \mathrm{CE} + \Delta`. It is 0 exactly when no blocker is
+    missing.
 
     Args:
         target_probs: q̃ ``[n, J]``, the teacher's softmax over J; 0 for entries that do not count.
@@ -187,7 +195,9 @@ def closure_gap(
     kept = support_scores if support_keep is None else support_scores.masked_fill(~support_keep, lowest)
     probs = (target_scores - kept.logsumexp(-1, keepdim=True)).exp()
     missing = (target_above - count_above(target_scores, kept)).clamp(min=0)
-    return (target_probs * torch.log1p(probs * missing)).sum(-1)
+    # Entries of probability 0 may lie outside A, where p overflows.
+    gaps = (target_probs * torch.log1p(probs * missing)).masked_fill(target_probs == 0, 0.0)
+    return gaps.sum(-1)
 
 
 def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
@@ -200,3 +210,70 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
     k = student_top.shape[-1]
     discount = 1.0 / torch.log2(torch.arange(2, k + 2, dtype=torch.float32, device=student_top.device))
     return (is_member(student_top, teacher_top).float() * discount).sum(-1) / discount.sum()
+
+
+def picked_products(rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    """A few cells of a product of two tables: ``out[b, t] = rows[b] · table[items[b, t]]``.
+
+    The same as ``(rows @ table.T).gather(1, items)`` without the other cells, and without a copy of the picked table
+    rows: a product sampled at the cells of a sparse matrix. With gradients for both tables
+    (``benchmarks/README.md`` has what that saves).
+
+    Args:
+        rows: ``[B, d]``.
+        table: ``[N, d]``.
+        items: ``[B, T]``, integer.
+
+    Returns:
+        ``[B, T]``.
+    """
+    result: Tensor = _PickedProducts.apply(rows, table, items.long())  # type: ignore[no-untyped-call]
+    return result
+
+
+class _PickedProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, table, items)
+        if items.numel() == 0:
+            return rows.new_zeros(items.shape)
+        if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+            cells: Tensor = torch.sparse.sampled_addmm(_cells_of(items, table), rows, table.t(), beta=0.0)
+            return cells.values().view(items.shape)
+        step = max(1, _GATHERED_CELLS // (items.shape[1] * table.shape[1]))
+        parts = zip(torch.split(rows, step), torch.split(items, step), strict=True)
+        return torch.cat([torch.bmm(table[i], r.unsqueeze(2)).squeeze(2) for r, i in parts])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, table, items = ctx.saved_tensors
+        if items.numel() == 0:
+            return torch.zeros_like(rows), torch.zeros_like(table), None
+        grad_rows = grad_table = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = torch.nn.functional.embedding_bag(
+                items, table, mode="sum", per_sample_weights=grad.contiguous()
+            )
+        if ctx.needs_input_grad[1]:
+            spread = (grad.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
+            grad_table = torch.zeros_like(table).index_add_(0, items.flatten(), spread)
+        return grad_rows, grad_table, None
+
+
+def _cells_of(items: Tensor, table: Tensor) -> Tensor:
+    """The sparse matrix ``[B, N]`` that stores the cells ``items``; repeats are stored as often as they occur."""
+    starts = torch.arange(0, items.numel() + 1, items.shape[1], device=items.device)
+    return torch.sparse_csr_tensor(
+        starts, items.flatten(), table.new_zeros(items.numel()), (len(items), len(table)), check_invariants=False
+    )
+
+
+def _hear_csr_warning() -> None:
+    """Torch says once per process that compressed sparse tensors are young; no user can act on that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _cells_of(torch.zeros((1, 1), dtype=torch.int64), torch.zeros((1, 1)))
+
+
+_hear_csr_warning()

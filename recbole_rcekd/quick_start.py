@@ -27,6 +27,7 @@ from recbole_rcekd.config import (
 )
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
+from recbole_rcekd.scoring import require_scored_by_user
 from recbole_rcekd.teacher import Teacher, load_teacher, split_hash
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 
@@ -42,7 +43,7 @@ def run_recbole_kd(
     saved: bool = True,
     teacher: str | os.PathLike[str] | None = None,
     kd_loss: str | list[str] | None = None,
-    seeds: list[int] | None = None,
+    seeds: str | list[int] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Train a student with distillation, from data to test result.
@@ -55,7 +56,8 @@ def run_recbole_kd(
         saved: keep checkpoints.
         teacher: a RecBole checkpoint, or the name of a model to train first (and to re-use later).
         kd_loss: the methods to train with, in order: names from ``LOSSES``, and ``scratch`` for no distillation.
-        seeds: initialisations and draws to repeat with, on one split and one teacher; default: the Config's seed.
+        seeds: initialisations and draws to repeat with, on one split and one teacher (``[0, 1, 2]`` or ``"0,1,2"``);
+            default: the Config's seed.
         output_dir: where to write ``result.json`` and a ``history.csv`` per run; finished runs found there are kept.
 
     Returns:
@@ -94,6 +96,7 @@ class _Experiment:
         self.run_configs = {name: self._run_config(name) for name in self.losses}
         if not config["teacher"] and self.losses != [SCRATCH]:
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
+        self.teacher_config = self._read_teacher()
         if "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
             for each in (config, *self.run_configs.values()):
                 each["eval_batch_size"] = _EVAL_BATCH_SIZE
@@ -126,22 +129,33 @@ class _Experiment:
 
     # -- teacher -------------------------------------------------------------------------------------------------
 
-    def _prepare_teacher(self, data: _Data) -> tuple[Teacher, TeacherResult]:
-        source = str(self.config["teacher"])
+    def _read_teacher(self) -> Any:
+        """The Config of a teacher that is to be trained, or ``None``; read now for the same reason."""
+        source = str(self.config["teacher"] or "")
         if source.endswith(".pth") or os.path.sep in source or os.path.exists(source):
             stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k != "teacher_trust"]
-            stray = [k for k in stray if self.config[k]]
+            stray = [k for k in stray if self.config[k] is not None]
             if stray:
                 raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{source}] is trained already.")
-            trained: dict[str, Any] = {}
-        else:
-            source, trained = self._train_teacher(source, data)
+            return None
+        if not source:
+            return None
+        try:
+            model_class = get_model(source)
+        except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+            raise SettingsError(f"[teacher] is {source!r}, which is neither a RecBole model nor a file.") from error
+        require_scored_by_user(model_class)
+        return teacher_config(source, self.config)
+
+    def _prepare_teacher(self, data: _Data) -> tuple[Teacher, TeacherResult]:
+        source, trained = str(self.config["teacher"]), dict[str, Any]()
+        if self.teacher_config is not None:
+            source, trained = self._train_teacher(source, self.teacher_config, data)
         teacher = load_teacher(source, data.train, trust=bool(self.config["teacher_trust"]))
         return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
 
-    def _train_teacher(self, name: str, data: _Data) -> tuple[str, dict[str, Any]]:
+    def _train_teacher(self, name: str, config: Any, data: _Data) -> tuple[str, dict[str, Any]]:
         """Train a teacher as RecBole would, or find the one that the same settings gave before."""
-        config = teacher_config(name, self.config)
         if "eval_batch_size" not in config.external_config_dict:
             config["eval_batch_size"] = _EVAL_BATCH_SIZE
         unimportant = (
@@ -174,8 +188,8 @@ class _Experiment:
         trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
         trained = _course(trainer, perf_counter() - started)
         # The last step: a teacher whose training was interrupted is not found the next time.
-        os.replace(trainer.saved_model_file, file)
         facts.write_text(json.dumps(trained), encoding="utf-8")
+        os.replace(trainer.saved_model_file, file)
         return str(file), trained
 
     # -- students ------------------------------------------------------------------------------------------------
@@ -206,7 +220,8 @@ class _Experiment:
         data.train.generator.manual_seed(seed)
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
         logger.info(model)
-        if name == SCRATCH:
+        trainer: Any
+        if name == SCRATCH or teacher is None:
             trainer = recording_trainer(config)(config, model)
         else:
             trainer = distill_trainer(config)(config, model, teacher, seed)
@@ -266,4 +281,6 @@ def _seeds(config: Any) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise SettingsError(f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2.")
+    if len(set(values)) < len(values):
+        raise SettingsError(f"[seeds] is {value!r}, but must name each seed once.")
     return values

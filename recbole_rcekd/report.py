@@ -9,6 +9,7 @@ import platform
 import shlex
 import statistics
 import sys
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
@@ -165,7 +166,7 @@ class Report:
         if folder is not None and self.folder is not None:
             _write_json(folder / "run.json", asdict(run))
             _write_json(self.folder / "result.json", self.as_dict())
-            (self.folder / "summary.md").write_text(self.table("github") + "\n", encoding="utf-8")
+            _write_whole(self.folder / "summary.md", self.table("github") + "\n")
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""
@@ -366,8 +367,12 @@ def _machine() -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    """Whole or not at all."""
+    _write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Whole or not at all, also when several commands write into one folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:6]}.partial")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(file)

@@ -12,10 +12,12 @@ Evaluation uses the full sort, so it is what is learned too (``predict`` differs
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
@@ -23,12 +25,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from recbole_rcekd.errors import ScoringError
+from recbole_rcekd.functional import picked_products
 
 Kind = Literal["product", "rows", "pairs"]
 
 # What evaluation leaves behind in LightGCN, NGCF, DGCF, SGL, NCL, SpectralCF and DMF. Left over from a scoring call,
 # the next validation would rank with embeddings from before the training step.
-_EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
+EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
 
 _PRODUCTS = {
     torch.matmul,
@@ -38,6 +41,32 @@ _PRODUCTS = {
     torch.Tensor.mm,
     torch.nn.functional.linear,
 }
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Whatever is drawn inside leaves the global random streams as they were."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def require_scored_by_user(model_class: Any) -> None:
+    """Refuse models whose scores need more than a user id.
+
+    Raises:
+        ScoringError: names the model and its type.
+    """
+    model_type = getattr(model_class, "type", None)
+    if model_type not in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
+        raise ScoringError(
+            f"{model_class.__name__} is a {getattr(model_type, 'name', model_type)} model; so far only general and "
+            "knowledge-aware models, which are scored by user id, can be distilled."
+        )
 
 
 class _Enough(Exception):
@@ -58,9 +87,10 @@ class _ProductRecorder(TorchFunctionMode):
         if func in _PRODUCTS and len(args) >= 2 and not kwargs:
             left, right = args[0], args[1]
             if func is torch.nn.functional.linear:
-                # A bias would be missing from the operands.
-                right = right.t() if right.dim() == 2 and (len(args) == 2 or args[2] is None) else left
-            if left.dim() == 2 and right.dim() == 2 and (left.shape[0], right.shape[1]) == self.shape:
+                right = right.t()
+            # What a bias adds would be missing from the operands.
+            biased = len(args) > 2 and args[2] is not None
+            if not biased and left.dim() == right.dim() == 2 and (left.shape[0], right.shape[1]) == self.shape:
                 self.found += 1
                 self.operands = (left, right.t())
                 if self.found == self.stop_at:
@@ -94,24 +124,19 @@ class ModelScorer:
         self._item_field = dataset.iid_field
         self._product_index = 0
         self._inside = False
-        model_type = getattr(type(model), "type", None)
-        if model_type not in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
-            raise ScoringError(
-                f"{self.name} is a {getattr(model_type, 'name', model_type)} model; so far only general and "
-                "knowledge-aware models, which are scored by user id, can be distilled."
-            )
-        with self.evaluating():
-            self.kind: Kind = self._find_kind()
-        if trainable:
-            self._require_gradient()
+        require_scored_by_user(type(model))
+        # What is drawn here (by MacridVAE or dropout, for example) must not shift the random stream of plain RecBole.
+        with preserved_random_state():
+            with self.evaluating():
+                self.kind: Kind = self._find_kind()
+            if trainable:
+                self._require_gradient()
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """Scores of ``items [n, T]`` for ``contexts [n]``: ``[n, T]``."""
         items = items.long()
         if self.kind == "product":
-            rows, table = self.operands(contexts)
-            picked = torch.nn.functional.embedding(items, table)
-            return torch.bmm(picked, rows.unsqueeze(2)).squeeze(2)
+            return picked_products(*self.operands(contexts), items)
         if self.kind == "rows":
             return self._full_sort(contexts).gather(1, items)
         users = contexts.unsqueeze(1).expand_as(items)
@@ -122,6 +147,9 @@ class ModelScorer:
         if self.kind == "product":
             rows, table = self.operands(contexts)
             scores = rows @ table.t()
+            if not scores.requires_grad:
+                scores[:, 0] = -torch.inf  # saves a pass over memory while lists are made
+                return scores
         elif self.kind == "rows":
             scores = self._full_sort(contexts)
         else:
@@ -159,12 +187,12 @@ class ModelScorer:
     def evaluating(self) -> Iterator[None]:
         """Evaluation mode, no gradient, no leftovers: how lists are made and the teacher is asked."""
         was_training = self.model.training
-        self.model.eval()
+        self._set_training(False)
         try:
             with torch.no_grad(), self._fresh_caches():
                 yield
         finally:
-            self.model.train(was_training)
+            self._set_training(was_training)
 
     @contextmanager
     def shared_propagation(self) -> Iterator[Callable[[], None]]:
@@ -197,7 +225,7 @@ class ModelScorer:
         if self._inside:
             yield
             return
-        caches = [name for name in _EVALUATION_CACHES if name in vars(self.model)]
+        caches = [name for name in EVALUATION_CACHES if name in vars(self.model)]
         self._inside = True
         try:
             for name in caches:
@@ -207,6 +235,10 @@ class ModelScorer:
             self._inside = False
             for name in caches:
                 setattr(self.model, name, None)
+
+    def _set_training(self, mode: bool) -> None:
+        """As ``model.train(mode)``, without what a model does besides: SGL draws new graphs."""
+        torch.nn.Module.train(self.model, mode)
 
     def _full_sort(self, contexts: Tensor) -> Tensor:
         with self._fresh_caches():
@@ -247,14 +279,13 @@ class ModelScorer:
 
     def _require_gradient(self) -> None:
         was_training = self.model.training
-        self.model.train()
-        # Dropout draws here must not shift the random stream of plain RecBole.
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        self._set_training(True)
+        with torch.enable_grad():
             probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
             try:
                 scores = self.score(probe, torch.ones((len(probe), 1), dtype=torch.int64, device=self.device))
             finally:
-                self.model.train(was_training)
+                self._set_training(was_training)
         if not scores.requires_grad:
             raise ScoringError(
                 f"{self.name} has no gradient through its scores, so it cannot be a student (it can be a teacher)."

@@ -114,7 +114,6 @@ class KDSettings(Settings):
         kd_schedule: ``users`` visits every user once per epoch (mean over users, as in the paper); ``interactions``
             visits the users of each batch's rows, once per row (as the authors' code).
         kd_refresh_epochs: every user's lists are renewed once in so many epochs, a rotating share each epoch.
-        kd_block_scores: how many scores are held at once when lists are renewed (4 bytes each).
         kd_cache_dir: folder of the teacher-score cache.
         kd_cache_dtype: precision of cached scores of teachers that are not a product of two tables.
         kd_diagnostic_users: so many users are looked at in full every epoch for the closure gap; 0 turns it off.
@@ -122,7 +121,6 @@ class KDSettings(Settings):
 
     kd_schedule: typing.Literal["users", "interactions"] = "users"
     kd_refresh_epochs: int = setting(4, low=1)
-    kd_block_scores: int = setting(4_000_000, low=1)
     kd_cache_dir: str = "saved/teacher_scores"
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
     kd_diagnostic_users: int = setting(32, low=0)
@@ -132,9 +130,9 @@ class KDSettings(Settings):
 class LossSettings(Settings):
     """Base of a loss's settings. Each has a key ``<prefix>_weight``, the λ of ``base + λ · KD``."""
 
-    def needs_items(self) -> int:
-        """How many items the catalogue must have at least; override where lists are cut to a length."""
-        return 1
+    def longest_list(self) -> tuple[str, ...]:
+        """The keys whose sum is how many items the catalogue must have; override where lists are cut to a length."""
+        return ()
 
     def check_catalogue(self, n_items: int) -> None:
         """Refuse lists that are longer than the catalogue (``n_items`` without the padding item).
@@ -142,11 +140,12 @@ class LossSettings(Settings):
         Raises:
             SettingsError: the lists do not fit.
         """
-        if self.needs_items() > n_items:
-            wrong = [k for k, v in self.as_dict().items() if isinstance(v, int) and v > n_items]
+        keys = self.longest_list()
+        needed = sum(getattr(self, key) for key in keys)
+        if needed > n_items:
             raise SettingsError(
-                f"{' and '.join(f'[{k}]={getattr(self, k)}' for k in wrong) or 'the item lists'} need a catalogue of at "
-                f"least {self.needs_items()} items, but this dataset has {n_items}. Lower them below {n_items}."
+                f"{' + '.join(f'[{key}]={getattr(self, key)}' for key in keys)} needs a catalogue of at least {needed} "
+                f"items, but this dataset has {n_items}. Lower it to {n_items} or less."
             )
 
 

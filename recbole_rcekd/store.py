@@ -7,6 +7,7 @@ pickled. What is damaged, partial or of another format is reported and rebuilt, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ import numpy as np
 
 FORMAT = 1
 _MANIFEST = "manifest.json"
+_ATTEMPTS = 100
+# What reading an entry raises if it is damaged, partial or foreign.
+_UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 Array = np.ndarray[Any, Any]
 
 
@@ -46,19 +50,11 @@ class Store:
         if not folder.exists():
             return None
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise ValueError(f"it has format version {manifest['format']}, this package reads {FORMAT}")
-            if manifest["made_by"] != self.root.name:
-                raise ValueError("it was made by another teacher")
-            for file, checksum in manifest["files"].items():
-                if _checksum(folder / file) != checksum:
-                    raise ValueError(f"{file} is damaged")
             return {
                 Path(file).stem: np.load(folder / file, mmap_mode="r" if mmap else None, allow_pickle=False)
-                for file in manifest["files"]
+                for file in self._checked_files(folder)
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNUSABLE as error:
             getLogger().warning(f"Cached teacher scores in [{folder}] are not used and made again: {error}.")
             return None
 
@@ -86,17 +82,33 @@ class Store:
             for key, array in arrays.items():
                 np.save(folder / f"{key}.npy", array, allow_pickle=False)
 
-    @staticmethod
-    def _put_in_place(scratch: Path, place: Path) -> None:
-        try:
-            os.rename(scratch, place)
-        except OSError:
-            # There is an entry already: one that was refused as damaged, or another process was faster. Either way
-            # ours is whole and equal to what should be there.
+    def _checked_files(self, folder: Path) -> list[str]:
+        """The names of the files of an entry; one of ``_UNUSABLE`` if anything about it is wrong."""
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it has format version {manifest['format']}, this package reads {FORMAT}")
+        if manifest["made_by"] != self.root.name:
+            raise ValueError("it was made by another teacher")
+        for file, checksum in manifest["files"].items():
+            if _checksum(folder / file) != checksum:
+                raise ValueError(f"{file} is damaged")
+        return list(manifest["files"])
+
+    def _put_in_place(self, scratch: Path, place: Path) -> None:
+        for _ in range(_ATTEMPTS):
+            with contextlib.suppress(OSError):
+                os.rename(scratch, place)
+                return
+            # There is an entry already. If it is whole, another process was faster: it holds what ours does, and may be
+            # in use. If not, ours takes its place.
+            with contextlib.suppress(*_UNUSABLE):
+                self._checked_files(place)
+                return
             old = place.with_name(f".old-{uuid.uuid4().hex}")
-            os.rename(place, old)
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(scratch, place)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(place, old)
+                shutil.rmtree(old, ignore_errors=True)
+        os.rename(scratch, place)
 
 
 def _checksum(path: Path) -> str:

@@ -7,15 +7,14 @@ split, so a teacher of another seed has most likely seen the student's test set,
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cached_property
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 import torch
 from recbole.data import create_dataset
 from recbole.utils import ModelType, get_model, init_seed
@@ -25,7 +24,7 @@ from torch import Tensor
 from recbole_rcekd.checkpoint import read_checkpoint
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.item_sets import Seen
-from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_scored_by_user
 
 # What decides the training interactions, besides RecBole's dataset arguments.
 _SPLIT_KEYS = ("seed", "repeatable")
@@ -35,7 +34,12 @@ _NEUTRAL = {
     "dataloaders_save_path": None,
     "save_dataset": False,
     "save_dataloaders": False,
-    "use_pretrain": False,
+    "use_pretrain": False,  # NeuMF
+}
+_NEUTRAL_FOR: dict[str, dict[str, Any]] = {
+    "ConvNCF": {"train_method": "no_pretrain"},
+    "NAIS": {"pretrain_path": None},
+    "RaCT": {"train_stage": "actor_pretrain"},
 }
 _MACHINE_KEYS = frozenset({"device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank"})
 
@@ -86,8 +90,8 @@ class Teacher:
             model.load_state_dict(self._checkpoint["state_dict"])
         except RuntimeError as error:
             raise TeacherError(
-                f"The weights in [{self.source}] do not fit a {self.config['model']} on this dataset: it was trained on "
-                f"other data or filters. {str(error).splitlines()[-1].strip()}"
+                f"The weights in [{self.source}] do not fit a {self.config['model']} on this dataset: it was trained "
+                f"on other data or filters. {str(error).splitlines()[-1].strip()}"
             ) from error
         model.load_other_parameter(self._checkpoint.get("other_parameter"))
         model.eval()
@@ -108,9 +112,10 @@ class Teacher:
         for key in sorted(settings):
             if key not in _MACHINE_KEYS:
                 digest.update(f"{key}={settings[key]!r};".encode())
-        for name, tensor in sorted(self._checkpoint["state_dict"].items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        other = self._checkpoint.get("other_parameter") or {}
+        learned = {name: value for name, value in other.items() if name not in EVALUATION_CACHES}
+        _hash_value(digest, self._checkpoint["state_dict"])
+        _hash_value(digest, learned)
         digest.update(split_hash(self._student_dataset).encode())
         for ids in (self.user_ids, self.item_ids):
             digest.update(b"same" if ids is None else ids.numpy().tobytes())
@@ -121,7 +126,7 @@ class Teacher:
         if self.scorer.kind != "product":
             return None
         users = torch.arange(self.n_contexts) if self.user_ids is None else self.user_ids
-        with self.scorer.evaluating():
+        with preserved_random_state(), self.scorer.evaluating():
             rows, table = self.scorer.operands(users.to(self.device))
         items = table if self.item_ids is None else table[self.item_ids.to(self.device)]
         return rows.float().clone(), items.float().clone()
@@ -129,7 +134,8 @@ class Teacher:
     def score_all(self, contexts: Tensor) -> Tensor:
         """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
         own = contexts if self.user_ids is None else self.user_ids.to(contexts.device)[contexts]
-        with self.scorer.evaluating():
+        # MacridVAE and ADMMSLIM, for example, draw noise in evaluation too.
+        with preserved_random_state(), self.scorer.evaluating():
             scores = self.scorer.score_all(own).float()
         if self.item_ids is not None:
             scores = scores[:, self.item_ids.to(scores.device)]
@@ -171,6 +177,7 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
         )
     for key, value in {
         **_NEUTRAL,
+        **_NEUTRAL_FOR.get(config["model"], {}),
         "data_path": student_config["data_path"],
         "checkpoint_dir": student_config["checkpoint_dir"],
         "single_spec": True,
@@ -178,8 +185,8 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
     }.items():
         config[key] = value
     try:
-        get_model(config["model"])
-    except ValueError as error:
+        require_scored_by_user(get_model(config["model"]))
+    except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
         raise TeacherError(f"[{checkpoint}] holds a [{config['model']}], which this RecBole does not know.") from error
     if _same_split_by_settings(config, student_config):
         dataset = student_dataset
@@ -209,14 +216,23 @@ def split_hash(dataset: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside leaves the global random streams as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
+def _hash_value(digest: Any, value: Any) -> None:
+    """Feed whatever weights are made of to the digest: tensors, numpy arrays, scipy matrices, dicts of them."""
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            digest.update(f"{key}=".encode())
+            _hash_value(digest, value[key])
+    elif isinstance(value, Tensor):
+        _hash_value(digest, value.detach().cpu().numpy())
+    elif scipy.sparse.issparse(value):
+        coordinates = value.tocoo()
+        for part in (coordinates.row, coordinates.col, coordinates.data):
+            _hash_value(digest, part)
+    elif isinstance(value, np.ndarray):
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    else:
+        digest.update(f"{value!r};".encode())
 
 
 def _same_split_by_settings(teacher: Any, student: Any) -> bool:
@@ -261,8 +277,8 @@ def _require_same_interactions(teacher: Teacher, dataset: Any, student_dataset: 
     common = np.intersect1d(_keys(translated), _keys(wanted), assume_unique=True).size
     raise TeacherError(
         f"The teacher in [{source}] learned from other interactions than this student will: {common} of the student's "
-        f"{len(wanted.ids)} training interactions are among the teacher's {len(translated.ids)}, so the teacher may have "
-        "seen the student's test set. Train it with the same seed, split and filters (seed, eval_args, load_col, "
+        f"{len(wanted.ids)} training interactions are among the teacher's {len(translated.ids)}, so the teacher may "
+        "have seen the student's test set. Train it with the same seed, split and filters (seed, eval_args, load_col, "
         "…_inter_num_interval, val_interval), or distil with the teacher's."
     )
 

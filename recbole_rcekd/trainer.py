@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_local_time, get_trainer, set_color
 
 from recbole_rcekd.cache import open_teacher_scores
-from recbole_rcekd.config import read_kd_settings
+from recbole_rcekd.config import loss_names, read_kd_settings
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.history import History
@@ -97,7 +99,7 @@ class DistillMixin(RecordingMixin):
 
     def __init__(self, config: Any, model: Any, teacher: Teacher | TeacherScores, seed: int | None = None) -> None:
         self.kd_settings, self.kd_loss = read_kd_settings(config)
-        self.run_label = config["kd_loss"] or "rce"
+        (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
         self.teacher = teacher
         self.seed = int(config["seed"] if seed is None else seed)
@@ -107,19 +109,24 @@ class DistillMixin(RecordingMixin):
 
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as RecBole does, with the KD term; arguments and result are RecBole's."""
+        with self.distilling(train_data, bool(kwargs.get("show_progress", False))):
+            return super().fit(train_data, *args, **kwargs)
+
+    @contextmanager
+    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller]:
+        """While this lasts, the model's ``calculate_loss`` includes the KD term."""
         dataset = train_data._dataset
         scorer = ModelScorer(self.model, dataset, trainable=True)
         if isinstance(self.teacher, Teacher):
-            show_progress = bool(kwargs.get("show_progress", False))
-            self.teacher_scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress)
+            scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress)
         else:
-            self.teacher_scores = self.teacher
+            scores = self.teacher
         seen = training_interactions(dataset)
-        self.distiller = Distiller(scorer, self.teacher_scores, self.kd_loss, self.kd_settings, seen, self.seed)
+        self.distiller = Distiller(scorer, scores, self.kd_loss, self.kd_settings, seen, self.seed)
         with scorer.shared_propagation() as forget:
             self._wrap_loss(self.distiller, dataset.uid_field, forget)
             try:
-                return super().fit(train_data, *args, **kwargs)
+                yield self.distiller
             finally:
                 del self.model.calculate_loss
 
@@ -136,7 +143,7 @@ class DistillMixin(RecordingMixin):
             kd = distiller.step(interaction[user_field])
             forget()
             self._kd_sum += kd.detach()
-            self._base_sum += sum(term.detach() for term in (base if isinstance(base, tuple) else (base,)))
+            self._base_sum += sum(term.detach().sum() for term in (base if isinstance(base, tuple) else (base,)))
             if isinstance(base, tuple):
                 # To the first term: NCL drops the last ones while it warms up.
                 return (base[0] + weight * kd, *base[1:])

@@ -1,13 +1,17 @@
 """What several test files share: a tiny RecBole dataset on disk, the way from it to a model, and a trained teacher.
 
 Everything is written below the folder that is passed in. RecBole's Trainer also writes ``log_tensorboard/`` where the
-process stands, so tests that train call ``monkeypatch.chdir(tmp_path)``.
+process stands: the functions here that need one go to the checkpoint's folder for that (:func:`inside`), and tests with
+a trainer of their own call ``monkeypatch.chdir(tmp_path)``.
 """
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +36,19 @@ class Bundle(NamedTuple):
     train: Any
     valid: Any
     test: Any
+
+
+@contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Stand in ``folder``, with a command line that has no arguments; for fixtures of a wider scope than a test."""
+    before, argv = Path.cwd(), sys.argv
+    os.chdir(folder)
+    sys.argv = ["pytest"]
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        sys.argv = argv
 
 
 def block_pairs(
@@ -75,13 +92,15 @@ def write_dataset(folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None
     return folder
 
 
-def write_knowledge(folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None = None) -> None:
-    """Add a knowledge graph to a dataset: four of five items are linked to an entity, and entities of a block to one genre.
+def write_knowledge(
+    folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None = None, without: Collection[str] = ()
+) -> None:
+    """Add a knowledge graph to a dataset: every item has an entity, and the entities of a block share a genre.
 
-    Knowledge-aware datasets give the linked items the last ids, so that they map items to other ids than the others do.
+    Items in ``without`` have none; a knowledge-aware dataset then drops their interactions.
     """
     pairs = block_pairs() if pairs is None else pairs
-    items = sorted({item for _, item in pairs if int(item[1:]) % 5}, key=lambda token: int(token[1:]))
+    items = sorted({item for _, item in pairs if item not in without}, key=lambda token: int(token[1:]))
     triples = [(f"e{item}", "of_genre", f"genre{int(item[1:]) % N_BLOCKS}") for item in items]
     triples += [(f"e{item}", "next_to", f"e{other}") for item, other in zip(items, [*items[1:], items[0]], strict=True)]
     write_atomic_file(
@@ -136,9 +155,10 @@ def train_and_save(bundle: Bundle, path: Path, model: Any = None) -> Any:
     config = bundle.config
     model = build_model(bundle) if model is None else model
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    trainer.saved_model_file = str(path)  # RecBole's own names have one-second resolution
-    trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
+    with inside(path.parent):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        trainer.saved_model_file = str(path)  # RecBole's own names have one-second resolution
+        trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     model.load_state_dict(checkpoint["state_dict"])
     model.load_other_parameter(checkpoint.get("other_parameter"))
@@ -151,9 +171,10 @@ def save_untrained(bundle: Bundle, path: Path, model: Any = None) -> Any:
     config = bundle.config
     model = build_model(bundle) if model is None else model
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-    trainer.saved_model_file = str(path)
-    trainer._save_checkpoint(0, verbose=False)
+    with inside(path.parent):
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        trainer.saved_model_file = str(path)
+        trainer._save_checkpoint(0, verbose=False)
     return model
 
 

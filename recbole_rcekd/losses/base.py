@@ -52,7 +52,7 @@ class KDLoss(ABC):
         """
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets] | None:
-        """The pair (J, A) whose closure gap is worth watching: targets J inside the normaliser A; ``None``: there is none."""
+        """The pair (J, A) whose closure gap is worth watching, targets J inside the normaliser A; ``None``: no pair."""
         return None
 
     def item_side(self) -> tuple[KDLoss, float] | None:

@@ -3,7 +3,8 @@ r"""CD, collaborative distillation: the teacher's score of a few sampled items a
 .. math:: \ell = \sum_{i\in D} \big[\log(1+e^{s_i}) - w_i\, s_i\big], \qquad w_i = \sigma\big((t_i + t_2)/t_1\big)
 
 D holds n distinct items from the guide's (student's or teacher's) top-P unseen items: two positions are drawn with
-probability :math:`\propto e^{-(r+1)/(P\,T)}`, the better of the two is taken, until there are n.
+probability :math:`\propto e^{-(r+1)/(P\,T)}`, the better of the two is taken, until there are n. This is done at once,
+as a draw without replacement with the probabilities of winning such a duel.
 
 Source: Lee et al., Collaborative Distillation for Top-N Recommendation, ICDM 2019; sampling, soft label and defaults as
 in woriazzc/RCEKD @ 771322a. Two deviations: repeats are really removed (their Python set of tensors never does), and no
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import at_least_float32, first_distinct
+from recbole_rcekd.functional import at_least_float32, draw_without_replacement
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -47,9 +48,9 @@ class CDSettings(LossSettings):
                 "Raise cd_pool or lower cd_items."
             )
 
-    def needs_items(self) -> int:
+    def longest_list(self) -> tuple[str, ...]:
         """The pool may be longer than the catalogue: it then holds all unseen items."""
-        return self.cd_items
+        return ("cd_items",)
 
 
 class CDLoss(KDLoss):
@@ -63,22 +64,26 @@ class CDLoss(KDLoss):
         s = self.settings
         top = lists.student_top if s.cd_guide == "student" else lists.teacher_top
         pool = top(s.cd_pool, unseen=True)
-        n, size = pool.shape
-        # Three duels per wanted item make a shortage rare even in small pools.
-        rounds = min(3 * s.cd_items + 8, size * 8)
-        weights = torch.exp(-torch.arange(1, size + 1, device=pool.device) / (s.cd_pool * s.cd_sampling_temperature))
-        duels = torch.multinomial(weights, n * rounds * 2, replacement=True, generator=lists.generator)
-        items = pool.gather(1, duels.view(n, rounds, 2).amin(-1))
-        items, found = first_distinct(items, items != 0, min(s.cd_items, rounds))
-        return ItemSets(items, lists.teacher_scores(items), found)
+        rank = torch.arange(1, pool.shape[1] + 1, device=pool.device)
+        weights = torch.exp(-rank / (s.cd_pool * s.cd_sampling_temperature)) * (pool != 0)
+        below = weights.flip(1).cumsum(1).flip(1) - weights
+        # r wins a duel with probability ∝ w_r·(w_r + 2·Σ of the w below r); duels until there are n distinct winners
+        # are a draw of n without replacement.
+        duels = weights.log() + (weights + 2.0 * below).log()
+        drawn = draw_without_replacement(duels, min(s.cd_items, pool.shape[1]), lists.generator)
+        items = pool.gather(1, drawn)
+        return ItemSets(items, lists.teacher_scores(items), items != 0)
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Binary cross-entropy with soft labels, from logits, summed over the items of a row."""
         if sets.teacher_scores is None:
             raise ValueError("CDLoss needs teacher_scores; see CDLoss.select.")
-        label = torch.sigmoid((sets.teacher_scores + self.settings.cd_label_shift) / self.settings.cd_label_scale)
+        label = torch.sigmoid(
+            (sets.teacher_scores.detach() + self.settings.cd_label_shift) / self.settings.cd_label_scale
+        )
         scores = at_least_float32(student_scores)
-        per_item = softplus(scores) - label * scores
-        if sets.keep is not None:
-            per_item = per_item.masked_fill(~sets.keep, 0.0)
-        return per_item.sum(-1)
+        if sets.keep is None:
+            return (softplus(scores) - label * scores).sum(-1)
+        # Masked before, so that nothing of a struck score is in the gradient; and after, since softplus(0) is not 0.
+        scores = scores.masked_fill(~sets.keep, 0.0)
+        return (softplus(scores) - label * scores).masked_fill(~sets.keep, 0.0).sum(-1)

@@ -1,6 +1,7 @@
 r"""Cross-entropy on a short list: the teacher's top-K, the student's, or both.
 
-.. math:: \ell = -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i, \qquad J = Q_T,\ Q_S \text{ or } Q_T\cup Q_S
+.. math:: \ell = -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i, \qquad
+    J = Q_T,\ Q_S \text{ or } Q_T\cup Q_S
 
 On :math:`Q_T` this is "vanilla CE" ("KD" in the authors' code), the method that RCE-KD sets out to mend: nothing in it
 pushes down what the student ranks above :math:`Q_T`. On :math:`Q_S` the set is closed, but the student never hears of
@@ -34,9 +35,9 @@ class CESettings(LossSettings):
     ce_temperature: float = setting(1.0, above=0.0)
     ce_items: Literal["teacher", "student", "union"] = "teacher"
 
-    def needs_items(self) -> int:
+    def longest_list(self) -> tuple[str, ...]:
         """One list of K."""
-        return self.ce_top_k
+        return ("ce_top_k",)
 
 
 class CELoss(KDLoss):

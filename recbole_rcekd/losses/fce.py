@@ -35,9 +35,9 @@ class FCESettings(LossSettings):
     fce_top_k: int = setting(50, low=1)
     fce_temperature: float = setting(1.0, above=0.0)
 
-    def needs_items(self) -> int:
-        """One list of K."""
-        return self.fce_top_k
+    def longest_list(self) -> tuple[str, ...]:
+        """One list of K, where there is one."""
+        return ("fce_top_k",) if self.fce_target == "teacher" else ()
 
 
 class FCELoss(KDLoss):
@@ -70,6 +70,6 @@ class FCELoss(KDLoss):
         catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
             return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], None, tau)
-        target = (sets.teacher_scores / tau).softmax(-1)
+        target = (sets.teacher_scores.detach() / tau).softmax(-1)
         log_probs = at_least_float32(student_scores).gather(1, sets.items.long()) / tau
         return (at_least_float32(catalogue) / tau).logsumexp(-1) - (target * log_probs).sum(-1)

@@ -17,7 +17,7 @@ authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -58,9 +58,9 @@ class RCESettings(LossSettings):
                     f"taken from. Raise rce_pool or lower {key}."
                 )
 
-    def needs_items(self) -> int:
+    def longest_list(self) -> tuple[str, ...]:
         """The pool is the longest list."""
-        return self.rce_pool
+        return ("rce_pool",)
 
 
 def blocker_votes(pool: Tensor, teacher_top: Tensor, top_k: int, mode: str) -> Tensor:
@@ -135,8 +135,7 @@ class RCELoss(KDLoss):
             raise ValueError("RCELoss needs teacher_scores, keep and gamma; see RCELoss.select.")
         terms = self.settings.rce_terms
         if terms == "no_split":
-            keep = torch.cat([torch.ones_like(sets.items[:, :k], dtype=torch.bool), sets.keep], dim=1)
-            return soft_cross_entropy(student_scores, teacher, keep, tau)
+            return soft_cross_entropy(student_scores, teacher, self._keep_all(sets), tau)
         if terms == "l1":
             return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
         on_rest = soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
@@ -147,12 +146,24 @@ class RCELoss(KDLoss):
         return (1.0 - gamma) * on_student_top + gamma * on_rest
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
-        """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it."""
+        """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it.
+
+        With ``rce_terms: no_split`` A is the whole union; with ``l1`` both are the student's top-K.
+        """
         k, n_drawn = self.settings.rce_top_k, self.settings.rce_samples
-        if sets.keep is None or sets.teacher_scores is None:
+        items, teacher, keep = sets.items, sets.teacher_scores, sets.keep
+        if teacher is None or keep is None:
             raise ValueError("RCELoss needs teacher_scores and keep; see RCELoss.select.")
-        missed = ~is_member(sets.items[:, k + n_drawn :], sets.items[:, :k])
-        targets = ItemSets(sets.items[:, k + n_drawn :], sets.teacher_scores[:, k + n_drawn :], missed)
-        keep = sets.keep.clone()
-        keep[:, n_drawn:] = missed & ~is_member(sets.items[:, k + n_drawn :], sets.items[:, k : k + n_drawn])
-        return targets, ItemSets(sets.items[:, k:], sets.teacher_scores[:, k:], keep)
+        if self.settings.rce_terms == "l1":
+            student_top = ItemSets(items[:, :k], teacher[:, :k])
+            return student_top, student_top
+        missed = ~is_member(items[:, k + n_drawn :], items[:, :k])
+        targets = ItemSets(items[:, k + n_drawn :], teacher[:, k + n_drawn :], missed)
+        if self.settings.rce_terms == "no_split":
+            return targets, ItemSets(items, teacher, self._keep_all(sets))
+        return targets, ItemSets(items[:, k:], teacher[:, k:], keep)
+
+    def _keep_all(self, sets: ItemSets) -> Tensor:
+        """The mask of all columns: the student's top-K counts in full."""
+        student_top = torch.ones_like(sets.items[:, : self.settings.rce_top_k], dtype=torch.bool)
+        return torch.cat([student_top, cast(Tensor, sets.keep)], dim=1)

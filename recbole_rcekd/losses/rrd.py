@@ -1,11 +1,13 @@
 r"""RRD, relaxed ranking distillation: learn the teacher's order at the top, and only that the rest is below.
 
-.. math:: \ell = \sum_{k=1}^{K}\Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
+.. math:: \ell = \sum_{k=1}^{K}
+    \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
 
 with π the "interesting" items in the teacher's order and the rest "uninteresting" ones. Interesting: K of the teacher's
 top-P unseen items, drawn without replacement with :math:`p_r\propto e^{-r/T}`. Uninteresting: L items drawn uniformly
-from what is neither seen nor in that list. ``rrd_sample: False`` takes the first K and, as the rest, the next L: the HetComp
-authors report that to be better. ``rrd_item_weight`` adds the item side of IR-RRD: the same for each item, over users.
+from what is neither seen nor in that list. ``rrd_sample: False`` takes the first K and, as the rest, the next L: the
+HetComp authors report that to be better. ``rrd_item_weight`` adds the item side of IR-RRD: the same for each item, over
+users.
 
 Source: Kang et al., DE-RRD, CIKM 2020; IR-RRD, Information Sciences 2021; woriazzc/RCEKD @ 771322a. One deviation: the
 scores are not cut at 80, which the log-space form does not need and which kills gradients.
@@ -38,9 +40,9 @@ class RRDSettings(LossSettings):
     rrd_sample: bool = True
     rrd_item_weight: float = setting(0.0, low=0.0)
 
-    def needs_items(self) -> int:
+    def longest_list(self) -> tuple[str, ...]:
         """A short catalogue shortens the pool, not the lists."""
-        return self.rrd_top_k + self.rrd_rest
+        return ("rrd_top_k", "rrd_rest")
 
 
 class RRDLoss(KDLoss):
@@ -58,9 +60,15 @@ class RRDLoss(KDLoss):
         s = self.settings
         if not s.rrd_sample:
             items = lists.teacher_top(s.rrd_top_k + s.rrd_rest, unseen=True)
+            # The item side may have fewer users than that; the head keeps its width.
+            items = torch.nn.functional.pad(items, (0, s.rrd_top_k + s.rrd_rest - items.shape[1]))
             return ItemSets(items, keep=items != 0)
-        pool = lists.teacher_top(s.rrd_pool, unseen=True)
+        listed = lists.teacher_top(s.rrd_pool + s.rrd_rest, unseen=True)
+        pool = listed[:, : s.rrd_pool]
         rank = torch.arange(1, pool.shape[1] + 1, device=pool.device)
+        # Where little is unseen, the pool is cut (not below K) to leave L items for the rest.
+        longest = ((listed != 0).sum(1, keepdim=True) - s.rrd_rest).clamp(min=s.rrd_top_k)
+        pool = pool.masked_fill(rank > longest, 0)
         log_weights = (-rank / s.rrd_sampling_temperature).masked_fill(pool == 0, -torch.inf)
         drawn = draw_without_replacement(log_weights, min(s.rrd_top_k, pool.shape[1]), lists.generator)
         head = pool.gather(1, drawn.sort(1).values)

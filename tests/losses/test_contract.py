@@ -1,0 +1,312 @@
+"""What every loss promises, whatever its formula. A new loss needs a line in ``CASES``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
+from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.types import ItemSets
+from tests.tables import make_world
+
+SMALL: dict[str, dict[str, Any]] = {
+    "rce": {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0},
+    "ce": {"ce_top_k": 5, "ce_temperature": 1.5},
+    "fce": {"fce_top_k": 5},
+    "cd": {"cd_items": 6, "cd_pool": 12},
+    "rrd": {"rrd_top_k": 4, "rrd_rest": 5, "rrd_pool": 9},
+}
+# name of the loss, what differs from SMALL
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *(("rce", {"rce_terms": terms}) for terms in ("full", "l1", "l2", "no_split")),
+    ("rce", {"rce_gamma": "code", "rce_votes": "code", "rce_temperature": 2.0}),
+    ("rce", {"rce_gamma": "constant", "rce_samples": 0}),
+    *(("ce", {"ce_items": items}) for items in ("teacher", "student", "union")),
+    *(("fce", {"fce_target": target}) for target in ("all", "teacher")),
+    *(("cd", {"cd_guide": guide}) for guide in ("student", "teacher")),
+    *(("rrd", {"rrd_sample": sample}) for sample in (True, False)),
+]
+# Losses that look only at differences of scores: cross-entropies and Plackett–Luce. CD looks at each score alone.
+RELATIVE = {"rce", "ce", "fce", "rrd"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with six rows to learn; ``support`` says which columns count."""
+
+    name: str
+    loss: KDLoss
+    scores: Tensor
+    sets: ItemSets
+    support: Tensor
+
+    def value(self, scores: Tensor | None = None, sets: ItemSets | None = None) -> Tensor:
+        return self.loss.forward(self.scores if scores is None else scores, self.sets if sets is None else sets)
+
+    def gradient(self, scores: Tensor | None = None, sets: ItemSets | None = None) -> tuple[Tensor, Tensor]:
+        scores = (self.scores if scores is None else scores).detach().clone().requires_grad_()
+        value = self.value(scores, sets)
+        (found,) = torch.autograd.grad(value.sum(), scores)
+        return value.detach(), found
+
+    def double(self) -> Case:
+        sets = ItemSets(
+            **{k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()},
+        )
+        return dataclasses.replace(self, scores=self.scores.double(), sets=sets)
+
+
+def build(name: str, settings: dict[str, Any]) -> Case:
+    """Select from a random teacher and student, then strike some columns where the loss has a mask."""
+    world = make_world()
+    loss = get_loss(name)(LOSSES[name].settings_type(**{**SMALL[name], **settings}))
+    sets = loss.select(world.lists())
+    if loss.scores_all_items:
+        if loss.teaches_all_items:
+            sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(torch.arange(1, 7)))
+        support = torch.ones(6, 31, dtype=torch.bool)
+        support[:, 0] = False
+        return Case(name, loss, world.student[1:], sets, support)
+    support = torch.ones_like(sets.items, dtype=torch.bool)
+    if sets.keep is not None:
+        struck = torch.rand(sets.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.25
+        sets = dataclasses.replace(sets, keep=sets.keep & ~struck)
+        support = sets.keep  # type: ignore[assignment]
+    if name == "rce":
+        first = torch.ones(6, 5, dtype=torch.bool)
+        terms = settings.get("rce_terms")
+        support = torch.cat([first & (terms != "l2"), support & (terms != "l1")], dim=1)
+    return Case(name, loss, world.student[1:].gather(1, sets.items), sets, support)
+
+
+def case_id(case: tuple[str, dict[str, Any]]) -> str:
+    return "-".join([case[0], *(f"{key.partition('_')[2]}={value}" for key, value in case[1].items())])
+
+
+@pytest.fixture(params=CASES, ids=case_id)
+def case(request: pytest.FixtureRequest) -> Case:
+    return build(*request.param)
+
+
+def only(*names: str, having: str = "") -> Callable[[Any], Any]:
+    """Run a test for the cases of these losses, if their sets have the field ``having``."""
+    cases = [case for case in CASES if case[0] in names]
+    cases = [case for case in cases if not having or having in build(*case).sets.tensors()]
+    return pytest.mark.parametrize("case", [build(*case) for case in cases], ids=map(case_id, cases))
+
+
+def test_every_loss_is_here() -> None:
+    assert {name for name, _ in CASES} == set(LOSSES) == set(SMALL)
+
+
+def test_one_value_per_row(case: Case) -> None:
+    value = case.value()
+    assert value.shape == (6,)
+    assert (value > 0).all()
+
+
+def test_finite_at_extreme_scores(case: Case) -> None:
+    # Signs at random: some rows agree with the teacher, some contradict it entirely.
+    draw = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        scores = torch.randint(-1, 2, case.scores.shape, generator=draw) * 1e4
+        sets = case.sets
+        if sets.teacher_scores is not None:
+            sets = dataclasses.replace(
+                sets, teacher_scores=torch.randint(-1, 2, sets.teacher_scores.shape, generator=draw) * 1e4
+            )
+        value, gradient = case.gradient(scores.where(case.support | (scores == 0), -1e4), sets)
+        assert scores.dtype == torch.float32
+        assert value.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def test_gradient_is_that_of_the_value(case: Case) -> None:
+    exact = case.double()
+    scores = exact.scores.clone()
+    scores[~exact.support] = 0.0  # −inf at the padding item
+    assert torch.autograd.gradcheck(lambda x: exact.value(x), scores.requires_grad_())
+
+
+@pytest.mark.parametrize("garbage", [0.0, 1e4, float("inf"), float("nan")])
+def test_what_is_masked_does_not_count(case: Case, garbage: float) -> None:
+    value, gradient = case.gradient()
+    spoilt_value, spoilt_gradient = case.gradient(case.scores.masked_fill(~case.support, garbage))
+    assert torch.equal(value, spoilt_value)
+    assert torch.equal(gradient, spoilt_gradient)
+    assert not gradient[~case.support].any()
+
+
+@only(*LOSSES, having="keep")
+def test_masked_is_as_good_as_deleted(case: Case) -> None:
+    case = case.double()
+    assert case.sets.keep is not None
+    first = case.sets.items.shape[1] - case.sets.keep.shape[1]  # RCE's first term has no mask
+    value, gradient = case.gradient()
+    for row in range(6):
+        columns = torch.cat([torch.arange(first), first + case.sets.keep[row].nonzero().squeeze(1)])
+        one = case.sets.rows(torch.tensor([row]))
+        assert one.teacher_scores is None or one.teacher_scores.shape == one.items.shape
+        shorter = dataclasses.replace(
+            one,
+            items=one.items[:, columns],
+            keep=torch.ones(1, len(columns) - first, dtype=torch.bool),
+            teacher_scores=None if one.teacher_scores is None else one.teacher_scores[:, columns],
+        )
+        loss = case.loss
+        if isinstance(loss, RRDLoss):
+            head = case.sets.items.shape[1] - loss.settings.rrd_rest
+            loss = RRDLoss(dataclasses.replace(loss.settings, rrd_rest=int((columns >= head).sum())))
+        alone = dataclasses.replace(case, loss=loss, scores=case.scores[row : row + 1, columns], sets=shorter)
+        alone_value, alone_gradient = alone.gradient()
+        torch.testing.assert_close(alone_value[0], value[row])
+        torch.testing.assert_close(alone_gradient[0], gradient[row, columns])
+
+
+@only(*RELATIVE)
+def test_a_constant_added_to_all_scores_of_a_row_changes_nothing(case: Case) -> None:
+    case = case.double()
+    value, gradient = case.gradient()
+    shift = torch.linspace(-50, 50, 6, dtype=torch.float64).unsqueeze(1)
+    moved_value, moved_gradient = case.gradient(case.scores + shift)
+    torch.testing.assert_close(moved_value, value)
+    torch.testing.assert_close(moved_gradient, gradient)
+    if case.sets.teacher_scores is not None:
+        moved = dataclasses.replace(case.sets, teacher_scores=case.sets.teacher_scores + shift)
+        torch.testing.assert_close(case.value(sets=moved), value)
+
+
+@only("cd")
+def test_cd_looks_at_each_score_alone(case: Case) -> None:
+    assert not torch.allclose(case.value(case.scores + 1), case.value())
+
+
+@only(*RELATIVE)
+def test_what_goes_up_comes_down(case: Case) -> None:
+    case = case.double()
+    _, gradient = case.gradient()
+    assert gradient.abs().amax(1).min() > 1e-6
+    assert gradient.sum(1).abs().max() < 1e-12
+
+
+def test_the_order_of_items_does_not_matter(case: Case) -> None:
+    """Where the method has an order (the head of RRD) or blocks (RCE), it is kept."""
+    case = case.double()
+    width = case.scores.shape[1]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
+    if case.loss.scores_all_items:  # column 0 is padding; items are renamed
+        order = torch.cat([order[order == 0], order[order != 0]])
+        sets = dataclasses.replace(case.sets, items=order.argsort()[case.sets.items])
+        if case.loss.teaches_all_items and sets.teacher_scores is not None:
+            sets = dataclasses.replace(sets, teacher_scores=sets.teacher_scores[:, order])
+    else:
+        fixed = {"rce": 5, "rrd": 4}.get(case.name, 0)
+        head = torch.arange(fixed) if case.name == "rrd" else order[order < fixed]
+        order = torch.cat([head, order[order >= fixed]])
+        keep, teacher = case.sets.keep, case.sets.teacher_scores
+        if keep is not None:
+            unmasked = width - keep.shape[1]  # columns before the first that has a mask
+            keep = keep[:, order[unmasked:] - unmasked]
+        sets = dataclasses.replace(
+            case.sets,
+            items=case.sets.items[:, order],
+            teacher_scores=None if teacher is None else teacher[:, order],
+            keep=keep,
+        )
+    value, gradient = case.gradient()
+    mixed_value, mixed_gradient = case.gradient(case.scores[:, order], sets)
+    torch.testing.assert_close(mixed_value, value)
+    torch.testing.assert_close(mixed_gradient, gradient[:, order])
+
+
+@only("rrd")
+def test_the_order_of_the_head_matters_in_rrd(case: Case) -> None:
+    assert case.sets.keep is not None
+    every = dataclasses.replace(case.sets, keep=torch.ones_like(case.sets.keep))
+    swapped = case.scores[:, [1, 0, *range(2, 9)]]
+    assert not torch.isclose(case.value(sets=every), case.value(swapped, every)).any()
+
+
+def test_rows_do_not_know_each_other(case: Case) -> None:
+    value, gradient = case.gradient()
+    for part in (torch.tensor([0]), torch.tensor([4, 1]), torch.tensor([2, 3, 5, 5])):
+        alone, alone_gradient = case.gradient(case.scores[part], case.sets.rows(part))
+        torch.testing.assert_close(alone, value[part])
+        torch.testing.assert_close(alone_gradient, gradient[part])
+
+
+@only(*LOSSES, having="teacher_scores")
+def test_the_teacher_gets_no_gradient(case: Case) -> None:
+    assert case.sets.teacher_scores is not None
+    teacher = case.sets.teacher_scores.clone().requires_grad_()
+    scores = case.scores.clone().requires_grad_()
+    value = case.value(scores, dataclasses.replace(case.sets, teacher_scores=teacher))
+    of_student, of_teacher = torch.autograd.grad(value.sum(), (scores, teacher), allow_unused=True)
+    assert of_teacher is None
+    assert of_student is not None
+
+
+def test_no_rows(case: Case) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    value, gradient = case.gradient(case.scores[none], case.sets.rows(none))
+    assert value.shape == (0,)
+    assert gradient.shape == case.scores[none].shape
+    sets = case.loss.select(make_world().lists(none))
+    assert sets.items.shape == case.sets.items[none].shape
+
+
+def test_bfloat16(case: Case) -> None:
+    rounded = case.scores.bfloat16()
+    value, gradient = case.gradient(rounded)
+    exact, exact_gradient = case.gradient(rounded.float())
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, exact, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(gradient.float(), exact_gradient, rtol=5e-2, atol=1e-2)
+
+
+def test_nan_in_a_score_that_counts_stays_visible(case: Case) -> None:
+    expected = case.value()
+    for row in range(6):
+        for column in case.support[row].nonzero().squeeze(1).tolist():
+            scores = case.scores.clone()
+            scores[row, column] = torch.nan
+            value = case.value(scores)
+            assert value[row].isnan(), column
+            others = torch.arange(6) != row
+            torch.testing.assert_close(value[others], expected[others])
+
+
+def test_selected_items_are_real(case: Case) -> None:
+    keep = case.sets.keep
+    items = case.sets.items if keep is None else case.sets.items[:, -keep.shape[1] :][keep]
+    assert (items > 0).all()
+    assert (items <= 30).all()
+
+
+def test_selection_follows_the_generator(case: Case) -> None:
+    first, second = (case.loss.select(make_world().lists(seed=5)).tensors() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    if not case.loss.renewed:
+        other = case.loss.select(make_world().lists(seed=6))
+        assert torch.equal(first["items"], other.items)
+
+
+def test_settings_class_and_weight(case: Case) -> None:
+    weighted = dataclasses.replace(case.loss.settings, **{f"{case.name}_weight": 0.25})
+    assert type(case.loss)(weighted).weight == 0.25
+    assert case.loss.closure_sets(case.sets) is None or case.name in ("rce", "ce")
+    assert case.loss.item_side() is None
+
+
+def test_unknown_loss() -> None:
+    with pytest.raises(Exception, match=r"\[kd_loss\] names 'rcee', which is not a loss. Did you mean \[rce\]\?"):
+        get_loss("rcee")
+    with pytest.raises(Exception, match="scratch"):
+        get_loss("zzzzz")

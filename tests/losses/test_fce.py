@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from recbole_rcekd.losses.fce import FCELoss, FCESettings
+from recbole_rcekd.types import ItemSets
+from tests.reference.fce import fce
+from tests.tables import make_world
+
+LN3 = math.log(3)
+
+
+def test_by_hand() -> None:
+    # Three items with student probabilities 1/5, 3/5, 1/5; the padding score counts nowhere.
+    student = torch.tensor([[99.0, 0.0, LN3, 0.0]], dtype=torch.float64)
+    # The teacher wants items 1 and 2, 1/4 and 3/4.
+    sets = ItemSets(torch.tensor([[2, 1]]), torch.tensor([[LN3, 0.0]], dtype=torch.float64))
+    value = FCELoss(FCESettings()).forward(student, sets)
+    assert value.item() == pytest.approx(3 / 4 * math.log(5 / 3) + 1 / 4 * math.log(5), abs=1e-12)
+    # All items as targets, wanted equally.
+    sets = ItemSets(torch.zeros(1, 0).long(), torch.tensor([[-torch.inf, 7.0, 7.0, 7.0]], dtype=torch.float64))
+    value = FCELoss(FCESettings(fce_target="all")).forward(student, sets)
+    assert value.item() == pytest.approx(1 / 3 * math.log(5 / 3) + 2 / 3 * math.log(5), abs=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
+def test_equals_the_slow_version(tau: float) -> None:
+    student, teacher = torch.randn(10, 15, dtype=torch.float64) * 2, torch.randn(10, 15, dtype=torch.float64) * 2
+    items = teacher[:, 1:].topk(4).indices + 1
+    some = FCELoss(FCESettings(fce_temperature=tau)).forward(student, ItemSets(items, teacher.gather(1, items)))
+    every = FCELoss(FCESettings(fce_temperature=tau, fce_target="all")).forward(
+        student, ItemSets(items[:, :0], teacher)
+    )
+    for row in range(10):
+        s, t = student[row].tolist(), teacher[row].tolist()
+        assert some[row].item() == pytest.approx(fce(s, t, items[row].tolist(), tau), abs=1e-10)
+        assert every[row].item() == pytest.approx(fce(s, t, range(1, 15), tau), abs=1e-10)
+
+
+def test_a_target_list_of_all_items_is_the_other_mode() -> None:
+    world = make_world()
+    short = FCELoss(FCESettings(fce_top_k=30))
+    sets = short.select(world.lists())
+    full = FCELoss(FCESettings(fce_target="all"))
+    everything = ItemSets(full.select(world.lists()).items, world.teacher.score_all(torch.arange(1, 7)))
+    torch.testing.assert_close(
+        short.forward(world.student[1:], sets), full.forward(world.student[1:], everything), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_what_is_asked_for() -> None:
+    world = make_world()
+    teacher, full = FCELoss(FCESettings(fce_top_k=4)), FCELoss(FCESettings(fce_target="all"))
+    assert torch.equal(teacher.select(world.lists()).items, world.lists().teacher_top(4))
+    assert full.select(world.lists()).items.shape == (6, 0)
+    assert (teacher.scores_all_items, full.scores_all_items) == (True, True)
+    assert (teacher.teaches_all_items, full.teaches_all_items) == (False, True)
+    assert not teacher.renewed
+
+
+def test_it_bounds_ndcg_of_the_teachers_list_without_closure() -> None:
+    # P5: −ln NDCG_{Q_T} ≤ loss, with the item's rank in the whole catalogue, ties counted against it.
+    student = torch.randn(200, 21, dtype=torch.float64) * torch.logspace(-2, 2, 200, dtype=torch.float64).unsqueeze(1)
+    teacher = torch.randn(200, 21, dtype=torch.float64) * 2
+    items = teacher[:, 1:].topk(5).indices + 1
+    loss = FCELoss(FCESettings()).forward(student, ItemSets(items, teacher.gather(1, items)))
+    for row in range(200):
+        q = teacher[row, items[row]].softmax(0).tolist()
+        ranks = [1 + int((student[row, 1:] > student[row, i]).sum()) for i in items[row]]
+        dcg = sum(gain / math.log2(1 + rank) for gain, rank in zip(q, ranks, strict=True))
+        ideal = sum(gain / math.log2(2 + k) for k, gain in enumerate(sorted(q, reverse=True)))
+        assert loss[row].item() >= -math.log(dcg / ideal) - 1e-12
+
+
+def test_scores_of_the_teacher_are_required() -> None:
+    with pytest.raises(ValueError, match="teacher_scores"):
+        FCELoss(FCESettings()).forward(torch.zeros(1, 2), ItemSets(torch.ones(1, 1).long()))

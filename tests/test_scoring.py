@@ -1,0 +1,468 @@
+"""Every model that RecBole can build here, scored as its own full sort does it, with a gradient or refused.
+
+What is expected comes from the model's own `full_sort_predict` or `predict`, called here without our code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from recbole_rcekd.errors import ScoringError
+from recbole_rcekd.scoring import ModelScorer
+from tests.helpers import Bundle, build, build_model, write_dataset, write_knowledge
+
+# isort: split
+from recbole.data.interaction import Interaction
+from recbole.model.abstract_recommender import GeneralRecommender, KnowledgeRecommender
+from recbole.utils import ModelType
+
+GENERAL = {
+    **dict.fromkeys(("BPR", "LINE", "LightGCN", "NGCF", "DGCF", "SGL", "NCL", "SpectralCF", "SimpleX"), "product"),
+    "NCEPLRec": "product",
+    # DMF ends in a sigmoid, so its scores are no product.
+    **dict.fromkeys(("DMF", "ENMF", "GCMC", "FISM", "NAIS"), "rows"),
+    **dict.fromkeys(("CDAE", "MultiDAE", "MultiVAE", "MacridVAE", "RecVAE", "RaCT", "DiffRec", "LDiffRec"), "rows"),
+    **dict.fromkeys(("Pop", "Random", "ItemKNN", "AsymKNN", "EASE", "SLIMElastic", "ADMMSLIM"), "rows"),
+    **dict.fromkeys(("NeuMF", "ConvNCF", "NNCF"), "pairs"),
+}
+KNOWLEDGE = {
+    **dict.fromkeys(("CKE", "KGAT", "KGIN", "MCCLK"), "product"),
+    **dict.fromkeys(("KGCN", "KGNNLS", "RippleNet"), "rows"),
+    **dict.fromkeys(("CFKG", "KTUP", "MKR"), "pairs"),
+}
+KINDS = {**GENERAL, **KNOWLEDGE}
+# Packages that are not among RecBole's requirements; without them the model cannot be built.
+NEEDS = {"KGAT": "dgl", "KGIN": "torch_scatter", "MCCLK": "torch_scatter"}
+NO_GRADIENT = ("Pop", "Random", "ItemKNN", "AsymKNN", "EASE", "SLIMElastic", "ADMMSLIM", "NCEPLRec")
+TRAINABLE = [name for name in KINDS if name not in NO_GRADIENT]
+KEEP_THEIR_EVALUATION = ("LightGCN", "NGCF", "DGCF", "SGL", "NCL", "SpectralCF", "DMF")
+PROPAGATE_IN_FORWARD = ("LightGCN", "NGCF", "DGCF", "SGL", "NCL", "SpectralCF")
+
+SMALL: dict[str, Any] = {
+    "embedding_size": 8,
+    "kg_embedding_size": 8,
+    "mlp_hidden_size": [8],
+    "latent_dimension": 4,
+    "hidden_dimension": 8,
+    "encoder_hidden_size": [8],
+    "dims_dnn": [8],
+    "in_dims": [8],
+    "gcn_output_dim": 8,
+    "n_layers": 2,
+}
+NO_SAMPLING: dict[str, Any] = {"train_neg_sample_args": None}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("CDAE", "MultiDAE", "MultiVAE", "RecVAE", "RaCT", "DiffRec", "LDiffRec"), NO_SAMPLING),
+    "MacridVAE": {**NO_SAMPLING, "kfac": 2},
+    "KTUP": {"use_st_gumbel": False},  # with it, even its evaluation draws noise
+    "ConvNCF": {"embedding_size": 64},  # its convolutions are cut to this size
+}
+
+
+@pytest.fixture(scope="module")
+def data_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_dataset(tmp_path_factory.mktemp("scoring"))
+    write_knowledge(folder)
+    return folder
+
+
+def make(data_path: Path, name: str, **overrides: Any) -> tuple[Any, Bundle]:
+    """A model with weights large enough for its scores to differ, and its data."""
+    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"{name} needs {NEEDS[name]}, which is not installed")
+    bundle = build(data_path, name, **{**SMALL, **SPECIAL.get(name, {}), **overrides})
+    model = build_model(bundle)
+    if name == "Pop":  # it counts in training
+        for interaction in bundle.train:
+            model.calculate_loss(interaction)
+    if name not in NO_GRADIENT:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape) * 0.2)
+    return model, bundle
+
+
+def scorer_of(model: Any, bundle: Bundle, trainable: bool = False) -> ModelScorer:
+    return ModelScorer(model, bundle.train._dataset, trainable)
+
+
+def forget_evaluation(model: Any) -> None:
+    for name in ("restore_user_e", "restore_item_e", "i_embedding"):
+        if name in vars(model):
+            setattr(model, name, None)
+
+
+def own_scores(model: Any, kind: str, users: Tensor) -> Tensor:
+    """Full rows as RecBole's evaluation gets them."""
+    n_items = int(model.n_items)
+    torch.manual_seed(7)  # for `Random`
+    forget_evaluation(model)
+    if kind == "pairs":
+        grid = {"user_id": users.repeat_interleave(n_items), "item_id": torch.arange(n_items).repeat(len(users))}
+        scores = model.predict(Interaction(grid))
+    else:
+        scores = model.full_sort_predict(Interaction({"user_id": users}))
+    forget_evaluation(model)
+    rows: Tensor = scores.view(len(users), n_items)
+    return rows
+
+
+def classes_in(package_name: str, base: type) -> set[str]:
+    package = importlib.import_module(package_name)
+    found = set()
+    for info in pkgutil.iter_modules(package.__path__, package_name + "."):
+        module = importlib.import_module(info.name)
+        found |= {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == info.name
+        }
+    return found
+
+
+def test_no_model_of_recbole_is_forgotten() -> None:
+    assert classes_in("recbole.model.general_recommender", GeneralRecommender) == set(GENERAL)
+    assert classes_in("recbole.model.knowledge_aware_recommender", KnowledgeRecommender) == set(KNOWLEDGE)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_scores_are_the_models_own(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    scorer = scorer_of(model, bundle)
+    assert scorer.kind == KINDS[name]
+
+    users = torch.tensor([5, 1, 5, 17])  # one of them twice
+    model.eval()
+    with torch.no_grad():
+        expected = own_scores(model, scorer.kind, users)
+    items = torch.randint(1, scorer.n_items, (len(users), 9), generator=torch.Generator().manual_seed(1))
+    items[:, 3] = items[:, 2]
+    with scorer.evaluating():
+        torch.manual_seed(7)
+        everything = scorer.score_all(users)
+        torch.manual_seed(7)
+        cells = scorer.score(users, items.int())  # ids are kept in 32 bits elsewhere
+    assert expected[:, 1:].std() > 0
+    assert everything.shape == (len(users), bundle.dataset.item_num)
+    assert (everything[:, 0] == -torch.inf).all()
+    torch.testing.assert_close(everything[:, 1:], expected[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cells, expected.gather(1, items), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_gradient_is_the_models_own(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    scorer = scorer_of(model, bundle, trainable=True)
+    users = torch.tensor([5, 1, 5])
+    items = torch.tensor([[3, 4, 3], [60, 1, 2], [9, 8, 7]])
+    weights = torch.tensor([[1.0, -2.0, 0.5], [0.3, 1.0, 1.0], [2.0, -1.0, 1.5]])
+
+    def gradients(scores: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        torch.autograd.backward((scores * weights).sum())
+        return {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+
+    model.eval()  # no dropout: the same function twice
+    wanted = gradients(own_scores(model, scorer.kind, users).gather(1, items))
+    got = gradients(scorer.score(users, items))
+    assert any(gradient.abs().sum() > 0 for gradient in wanted.values())
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(got.get(key, torch.zeros(())).expand_as(gradient), gradient, rtol=1e-3, atol=1e-5)
+
+    model.train()
+    drawn = gradients(scorer.score(users, items))
+    assert any(gradient.abs().sum() > 0 for gradient in drawn.values())
+
+
+@pytest.mark.parametrize("name", NO_GRADIENT)
+def test_models_without_gradient_are_no_students(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    with pytest.raises(ScoringError, match=f"^{name} has no gradient .* cannot be a student"):
+        scorer_of(model, bundle, trainable=True)
+
+
+def random_states() -> tuple[Any, Any, str]:
+    return torch.random.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_start_up_check_leaves_no_trace(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    for training in (True, False):
+        model.train(training)
+        graph = getattr(model, "sub_graph1", None)  # SGL draws one whenever it is put into training mode
+        before = random_states()
+        scorer = scorer_of(model, bundle, trainable=name not in NO_GRADIENT)
+        with scorer.evaluating():
+            pass
+        assert random_states() == before
+        assert model.training is training
+        assert all(module.training is training for module in model.modules())
+        assert getattr(model, "sub_graph1", None) is graph
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(getattr(model, cache, None) is not None for cache in ("restore_user_e", "i_embedding"))
+
+
+@pytest.mark.parametrize("name", KEEP_THEIR_EVALUATION)
+def test_next_evaluation_uses_the_new_weights(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    scorer = scorer_of(model, bundle, trainable=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=5.0)
+    users = torch.tensor([1, 2, 3])
+
+    def evaluate(some_model: Any) -> Tensor:
+        some_model.eval()
+        with torch.no_grad():
+            scores: Tensor = some_model.full_sort_predict(Interaction({"user_id": users})).view(len(users), -1)
+        return scores
+
+    before = evaluate(model)  # fills the cache, which the scoring below must not use
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.train()
+    scores = scorer.score(users, torch.tensor([[1, 2], [3, 4], [5, 6]]))
+    assert not torch.allclose(scores, before[:, :6].reshape(3, 2, 3)[:, :, 0])
+    torch.autograd.backward(-scores.sum())
+    optimizer.step()
+    with scorer.evaluating():  # as lists are renewed: several blocks, then another step
+        scorer.score_all(users)
+        scorer.score_all(users + 3)
+    model.train()
+    optimizer.zero_grad()
+    torch.autograd.backward(scorer.score(users, torch.tensor([[1], [2], [3]])).sum())
+    optimizer.step()
+
+    fresh = build_model(bundle)
+    fresh.load_state_dict(model.state_dict())
+    after = evaluate(model)
+    torch.testing.assert_close(after, evaluate(fresh))
+    assert not torch.allclose(after, before)
+
+
+def test_blocks_of_one_evaluation_propagate_once(data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bundle = make(data_path, "LightGCN")
+    scorer = scorer_of(model, bundle)
+    calls = count_sparse_products(monkeypatch)
+    with scorer.evaluating():
+        for block in torch.split(torch.arange(1, 41), 10):
+            scorer.score_all(block)
+    assert len(calls) == 2  # n_layers
+
+
+def count_sparse_products(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    calls: list[None] = []
+    product = torch.sparse.mm
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(None)
+        scores: Tensor = product(*args)
+        return scores
+
+    monkeypatch.setattr(torch.sparse, "mm", counted)
+    return calls
+
+
+def batch() -> Interaction:
+    return Interaction(
+        {
+            "user_id": torch.tensor([1, 2, 3, 4]),
+            "item_id": torch.tensor([5, 6, 7, 8]),
+            "neg_item_id": torch.tensor([9, 10, 11, 12]),
+        }
+    )
+
+
+def one_step(model: Any, scorer: ModelScorer) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)
+    random.seed(3)
+    base = model.calculate_loss(batch())
+    total = sum(base) if isinstance(base, tuple) else base
+    total = total + scorer.score(torch.tensor([1, 7]), torch.tensor([[1, 2], [3, 4]])).square().sum()
+    torch.autograd.backward(total)
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_base_loss_and_kd_share_one_propagation(data_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, bundle = make(data_path, "LightGCN")
+    scorer = scorer_of(model, bundle, trainable=True)
+    model.train()
+    calls = count_sparse_products(monkeypatch)
+    wanted = one_step(model, scorer)
+    assert len(calls) == 4  # two layers, twice
+    calls.clear()
+    with scorer.shared_propagation() as end_step:
+        got = one_step(model, scorer)
+        assert len(calls) == 2
+        end_step()
+        with torch.no_grad():
+            model.user_embedding.weight.mul_(2)
+        again = one_step(model, scorer)
+        assert len(calls) == 4
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient)
+    assert not torch.allclose(again["user_embedding.weight"], got["user_embedding.weight"])
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("name", PROPAGATE_IN_FORWARD)
+def test_sharing_does_not_change_the_gradient(data_path: Path, name: str) -> None:
+    no_dropout = {"node_dropout": 0.0, "message_dropout": 0.0}
+    if name == "NCL":
+        no_dropout["warm_up_step"] = 0  # its clusters need faiss
+    model, bundle = make(data_path, name, **no_dropout)
+    if name == "NCL":
+        model.ProtoNCE_loss = lambda *_: torch.zeros(())
+    scorer = scorer_of(model, bundle, trainable=True)
+    model.train()
+    wanted = one_step(model, scorer)
+    with scorer.shared_propagation():
+        got = one_step(model, scorer)
+    for key, gradient in wanted.items():
+        torch.testing.assert_close(got[key], gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_evaluation_within_a_step_does_not_reuse_its_propagation(data_path: Path) -> None:
+    model, bundle = make(data_path, "LightGCN")
+    scorer = scorer_of(model, bundle, trainable=True)
+    users = torch.tensor([1, 2])
+    with scorer.shared_propagation():
+        model.train()
+        stale = scorer.score_all(users)
+        with torch.no_grad():
+            model.user_embedding.weight.mul_(2)
+        with scorer.evaluating():
+            fresh = scorer.score_all(users)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fresh[:, 1:], own_scores(model, "product", users)[:, 1:])
+    assert not torch.allclose(fresh[:, 1:], stale[:, 1:])
+
+
+@pytest.mark.parametrize("name", ["BPR", "LightGCN", "ENMF", "NeuMF", "DMF"])
+def test_item_side_is_the_transposed_user_side(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    scorer = scorer_of(model, bundle)
+    items, users = torch.tensor([4, 60, 4]), torch.tensor([[1, 2, 2, 40], [7, 1, 9, 3], [5, 6, 7, 8]])
+    with scorer.evaluating():
+        got = scorer.score_by_item(items, users)
+        table = scorer.score_all(torch.arange(scorer.n_contexts))
+    torch.testing.assert_close(got, table[users, items.unsqueeze(1)], rtol=1e-4, atol=1e-5)
+    model.train()
+    assert scorer.score_by_item(items, users).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("FM", "CONTEXT"), ("DeepFM", "CONTEXT"), ("SASRec", "SEQUENTIAL"), ("GRU4Rec", "SEQUENTIAL")]
+)
+def test_models_not_scored_by_user_are_refused(data_path: Path, name: str, words: str) -> None:
+    sequential: dict[str, Any] = (
+        {"MAX_ITEM_LIST_LENGTH": 5, "train_neg_sample_args": None} if words == "SEQUENTIAL" else {}
+    )
+    bundle = build(data_path, name, load_col={"inter": ["user_id", "item_id", "timestamp"]}, **sequential)
+    with pytest.raises(ScoringError, match=f"^{name} is a {words} model; so far only general and knowledge-aware"):
+        scorer_of(build_model(bundle), bundle)
+
+
+class FakeData:
+    """Just enough of a Dataset."""
+
+    uid_field, iid_field, user_num, item_num = "user_id", "item_id", 4, 5
+
+
+class FakeModel(torch.nn.Module):
+    """A product of two tables, which the subclasses spoil."""
+
+    type = ModelType.GENERAL
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users = torch.nn.Parameter(torch.arange(8.0).view(4, 2))
+        self.items = torch.nn.Parameter(torch.arange(10.0).view(5, 2))
+        self.product: Callable[[Tensor, Tensor], Tensor] = lambda users, items: users @ items.t()
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        return self.product(self.users[interaction["user_id"]], self.items).view(-1)
+
+
+def test_every_way_to_write_a_product_is_recognised() -> None:
+    products: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "@": lambda u, i: u @ i.t(),
+        "matmul": lambda u, i: torch.matmul(u, i.transpose(0, 1)),
+        ".matmul": lambda u, i: u.matmul(i.T),
+        "mm": lambda u, i: torch.mm(u, i.t()),
+        ".mm": lambda u, i: u.mm(i.t()),
+        "linear": lambda u, i: torch.nn.functional.linear(u, i),
+    }
+    for product in products.values():
+        model = FakeModel()
+        model.product = product
+        scorer = ModelScorer(model, FakeData())
+        assert scorer.kind == "product"
+        users, items = torch.tensor([2, 1]), torch.tensor([[1, 4], [2, 2]])
+        expected = (model.users[users].unsqueeze(1) * model.items[items]).sum(-1)
+        torch.testing.assert_close(scorer.score(users, items), expected)
+
+
+def test_product_with_something_added_is_a_row() -> None:
+    class Biased(FakeModel):
+        def full_sort_predict(self, interaction: Any) -> Tensor:
+            return super().full_sort_predict(interaction).view(-1, 5) + torch.arange(5.0)
+
+    class Layer(FakeModel):
+        def full_sort_predict(self, interaction: Any) -> Tensor:
+            return torch.nn.functional.linear(self.users[interaction["user_id"]], self.items, torch.arange(5.0))
+
+    for model in (Biased(), Layer()):
+        scorer = ModelScorer(model, FakeData())
+        assert scorer.kind == "rows"
+        expected = model.users[[1]] @ model.items.t() + torch.arange(5.0)
+        torch.testing.assert_close(scorer.score(torch.tensor([1]), torch.arange(5).unsqueeze(0)), expected)
+
+
+def test_full_sort_of_another_shape_is_refused() -> None:
+    class Narrow(FakeModel):
+        def full_sort_predict(self, interaction: Any) -> Tensor:
+            return self.users[interaction["user_id"]] @ self.items[1:].t()
+
+    with pytest.raises((ScoringError, RuntimeError)):
+        ModelScorer(Narrow(), FakeData())
+
+
+def test_scores_that_change_between_calls_are_refused() -> None:
+    class Drifting(FakeModel):
+        def full_sort_predict(self, interaction: Any) -> Tensor:
+            self.users.data += 1
+            return super().full_sort_predict(interaction)
+
+    with pytest.raises(ScoringError, match="Drifting: the scores used for distillation differ from full_sort_predict"):
+        ModelScorer(Drifting(), FakeData())
+
+
+def test_product_that_disappears_is_reported() -> None:
+    model = FakeModel()
+    scorer = ModelScorer(model, FakeData())
+    model.product = lambda users, items: torch.zeros(len(users), len(items))
+    with pytest.raises(ScoringError, match="FakeModel no longer ends in a product"):
+        scorer.score(torch.tensor([1]), torch.tensor([[1]]))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
