@@ -37,8 +37,8 @@ def loss_names(value: Any) -> list[str]:
     Raises:
         SettingsError: a name is unknown or stands there twice.
     """
-    names = value.split(",") if isinstance(value, str) else list(value or [])
-    names = [str(name).strip() for name in names]
+    given = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    names = [str(name).strip() for name in given]
     for name in names:
         if name != SCRATCH:
             get_loss(name)

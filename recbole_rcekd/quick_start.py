@@ -278,7 +278,7 @@ def _seeds(config: Any) -> list[int]:
     value = config["seeds"]
     if value is None:
         return [int(config["seed"])]
-    values = [value] if isinstance(value, int) else list(value)
+    values = list(value) if isinstance(value, (list, tuple, str)) else [value]
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise SettingsError(f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2.")
     if len(set(values)) < len(values):

@@ -28,6 +28,7 @@ from tabulate import tabulate
 
 from recbole_rcekd.cache import blocks
 from recbole_rcekd.config import SCRATCH
+from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher
 
@@ -174,11 +175,17 @@ class Report:
 
     def fingerprint(self, config: Any, teacher: Teacher | None) -> str:
         """A hash of what decides a run's result, apart from its seed."""
-        settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in _UNIMPORTANT}
-        if config["kd_loss"] == SCRATCH:
-            settings = {k: v for k, v in settings.items() if not k.startswith("teacher")}
+        method = config["kd_loss"]
+        foreign = [f"{name}_" for name in (*LOSSES, SCRATCH) if name != method]
+        if method == SCRATCH:
+            foreign += ["kd_", "teacher"]
             teacher = None
-        parts = [settings, self.split, teacher.fingerprint if teacher else ""]
+        settings = {
+            k: repr(v)
+            for k, v in sorted(config.final_config_dict.items())
+            if k not in _UNIMPORTANT and not k.startswith(tuple(foreign))
+        }
+        parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def finished(self, loss: str, seed: int, config: Any, teacher: Teacher | None) -> RunResult | None:

@@ -82,6 +82,7 @@ class _ProductRecorder(TorchFunctionMode):
         self.stop_at = stop_at
         self.found = 0
         self.operands: tuple[Tensor, Tensor] | None = None
+        self.result: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and len(args) >= 2 and not kwargs:
@@ -95,6 +96,8 @@ class _ProductRecorder(TorchFunctionMode):
                 self.operands = (left, right.t())
                 if self.found == self.stop_at:
                     raise _Enough
+                self.result = func(left, args[1])
+                return self.result
         return func(*args, **(kwargs or {}))
 
 
@@ -264,7 +267,8 @@ class ModelScorer:
                 f"{self.name}.full_sort_predict gave {tuple(own.shape)} scores for {len(probe)} users and "
                 f"{self.n_items} items."
             )
-        if recorder.operands is None:
+        # The scores must be the product itself: a bias, for example, may be zero now and not later.
+        if recorder.operands is None or recorder.result is None or recorder.result.data_ptr() != own.data_ptr():
             return "rows"
         rows, table = recorder.operands
         if not torch.allclose(rows @ table.t(), own, rtol=1e-4, atol=1e-5, equal_nan=True):

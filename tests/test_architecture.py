@@ -112,7 +112,9 @@ def test_only_compat_knows_ray_and_versions() -> None:
         if name == "recbole_rcekd.compat":
             continue
         assert not [other for other in imports(name) if other.split(".")[0] in ("ray", "packaging", "pkg_resources")]
-        words = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+        words = {
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
         assert not [word for word in words if re.search(r"\bray\b", word)], name
         compared = [
             node
@@ -198,6 +200,10 @@ def raised_here(node: Definition) -> set[str]:
     return found & ERROR_NAMES
 
 
+def is_property(node: Definition) -> bool:
+    return any(isinstance(d, ast.Name) and d.id.endswith("property") for d in node.decorator_list)
+
+
 def test_everything_public_is_documented() -> None:
     inherited = {"forward", "select", "full_sort_predict"}
     missing = [
@@ -215,16 +221,19 @@ def test_what_is_raised_is_documented() -> None:
     silent = {
         f"{name.removeprefix('recbole_rcekd.')}.{node.name}"
         for name, node, around in public_definitions()
-        if raised_here(node) and not documented((ast.get_docstring(node) or "") + around)
+        if raised_here(node) and not is_property(node) and not documented((ast.get_docstring(node) or "") + around)
     }
-    # Called through what documents them: settings classes check themselves when they are built.
-    assert silent <= {"rce.check_relations", "losses.rce.check_relations", "losses.cd.check_relations"}
+    # Called by the constructor of all settings, which documents it.
+    assert silent == {"losses.rce.check_relations", "losses.cd.check_relations"}
 
 
 def test_no_assert_in_the_package() -> None:
     """``python -O`` drops them."""
     found = [
-        f"{name}:{node.lineno}" for name, tree in MODULES.items() for node in ast.walk(tree) if isinstance(node, ast.Assert)
+        f"{name}:{node.lineno}"
+        for name, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
     ]
     assert not found
 
@@ -233,13 +242,6 @@ def test_no_print_but_the_commands() -> None:
     for name, tree in MODULES.items():
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
         assert name == "recbole_rcekd.command" or not [n for n in calls if getattr(n.func, "id", "") == "print"]
-
-
-def test_every_warning_that_is_silenced_says_which() -> None:
-    for name, tree in MODULES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                assert node.func.attr != "simplefilter" or node.args[1:] or node.keywords, name
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

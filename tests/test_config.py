@@ -34,6 +34,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["x", *words])
 
 
+def with_keys(folder: Path, keys: dict[str, Any]) -> Any:
+    return build_config(folder, **keys)
+
+
 # --- unknown keys -------------------------------------------------------------------------------------------
 
 
@@ -61,7 +65,7 @@ def test_a_mistyped_key_is_named_with_the_nearest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, near: str, where: str
 ) -> None:
     if where == "dict":
-        config = build_config(tmp_path, **{key: 1})
+        config = with_keys(tmp_path, {key: 1})
     else:
         cli(monkeypatch, f"--{key}=1")
         config = build_config(tmp_path)
@@ -143,7 +147,7 @@ def test_loss_names(value: Any, names: list[str]) -> None:
         (["ce", " ce"], "must name each method once"),
         ([], "must name each method once"),
         ("rce,", "names ''"),
-        (5, "names '5'|must name|int"),
+        (5, "names '5'"),
     ],
 )
 def test_loss_names_that_are_refused(value: Any, words: str) -> None:
@@ -211,7 +215,7 @@ def test_overrides_for_one_method(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["scratch", *LOSSES])
 def test_every_method_takes_every_override(tmp_path: Path, name: str) -> None:
-    check_keys(build_config(tmp_path, **{f"{name}_{key}": 1 for key in PER_LOSS_KEYS}))
+    check_keys(with_keys(tmp_path, {f"{name}_{key}": 1 for key in PER_LOSS_KEYS}))
 
 
 def test_what_is_not_per_method_is_refused(tmp_path: Path) -> None:
@@ -258,12 +262,12 @@ def test_teacher_keys_and_files_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 )
 def test_a_teacher_key_that_does_not_exist(tmp_path: Path, key: str, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        teacher_config("BPR", build_config(tmp_path, **{key: 3}))
+        teacher_config("BPR", with_keys(tmp_path, {key: 3}))
 
 
 def test_data_evaluation_and_seed_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli(monkeypatch, "--seed=77", "--metrics=['MRR']")
-    shared = {
+    shared: dict[str, Any] = {
         "topk": [3],
         "valid_metric": "MRR@3",
         "user_inter_num_interval": "[2,inf)",
@@ -290,6 +294,6 @@ def test_the_teachers_split_is_the_students(tmp_path: Path, monkeypatch: pytest.
 
 def test_the_command_line_is_back_after_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli(monkeypatch, "--seed=1")
-    with pytest.raises(ValueError, match="not the name of an existing model"):
+    with pytest.raises((ValueError, ImportError)):  # RecBole looks for it among the models that need lightgbm
         teacher_config("BRP", build_config(tmp_path))
     assert sys.argv == ["x", "--seed=1"]

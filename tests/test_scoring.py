@@ -421,17 +421,24 @@ def test_every_way_to_write_a_product_is_recognised() -> None:
 
 
 def test_product_with_something_added_is_a_row() -> None:
-    class Biased(FakeModel):
-        def full_sort_predict(self, interaction: Any) -> Tensor:
-            return super().full_sort_predict(interaction).view(-1, 5) + torch.arange(5.0)
+    """Even where what is added is zero before training, as biases are."""
 
-    class Layer(FakeModel):
+    class Biased(FakeModel):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.zeros(5))
+
         def full_sort_predict(self, interaction: Any) -> Tensor:
-            return torch.nn.functional.linear(self.users[interaction["user_id"]], self.items, torch.arange(5.0))
+            return super().full_sort_predict(interaction).view(-1, 5) + self.bias
+
+    class Layer(Biased):
+        def full_sort_predict(self, interaction: Any) -> Tensor:
+            return torch.nn.functional.linear(self.users[interaction["user_id"]], self.items, self.bias)
 
     for model in (Biased(), Layer()):
-        scorer = ModelScorer(model, FakeData())
+        scorer = ModelScorer(model, FakeData(), trainable=True)
         assert scorer.kind == "rows"
+        model.bias.data += torch.arange(5.0)
         expected = model.users[[1]] @ model.items.t() + torch.arange(5.0)
         torch.testing.assert_close(scorer.score(torch.tensor([1]), torch.arange(5).unsqueeze(0)), expected)
 
