@@ -70,7 +70,13 @@ def run_recbole_kd(
     """
     extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
     given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in extra.items() if v is not None}
-    config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
+    try:
+        config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
+    except ModuleNotFoundError as error:
+        # RecBole looks for a name that it does not know among the models that need these.
+        if error.name not in ("lightgbm", "xgboost"):
+            raise
+        raise SettingsError(f"[model] names no RecBole model{f': {model!r}' if model else ''}.") from error
     return _Experiment(config, saved).run()
 
 
@@ -96,6 +102,10 @@ class _Experiment:
         self.run_configs = {name: self._run_config(name) for name in self.losses}
         if not config["teacher"] and self.losses != [SCRATCH]:
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
+        if self.losses != [SCRATCH]:
+            require_scored_by_user(config.model_class)
+            if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
+                raise SettingsError(f"[model] {config['model']} is not trained by gradient: it can teach, but not learn.")
         self.teacher_config = self._read_teacher()
         if "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
             for each in (config, *self.run_configs.values()):
@@ -211,7 +221,7 @@ class _Experiment:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = report.finished(name, seed, config, teacher)
-        if known is not None:
+        if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
         logger.info(f"{title}: training {config['model']}")

@@ -235,7 +235,8 @@ class Report:
         rows = []
         for loss, runs in by_loss.items():
             others = {other: mean for other, mean in means.items() if other != loss}
-            best_other = max(others, key=lambda k: others[k]) if others else None
+            better = max if self.config["valid_metric_bigger"] else min
+            best_other = better(others, key=lambda k: others[k]) if others else None
             rows.append(
                 {
                     "loss": loss,

@@ -43,3 +43,5 @@ def _fixed_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (RecBole draws from the legacy state)
     torch.manual_seed(0)
+    # Importing RecBole's SINE turns anomaly detection on for the whole process (sine.py:25).
+    torch.autograd.set_detect_anomaly(False)
