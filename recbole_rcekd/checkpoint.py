@@ -29,7 +29,7 @@ _BUILDABLE: dict[str, frozenset[str]] = {
         {"ModelType", "KGDataLoaderState", "EvaluatorType", "InputType", "FeatureType", "FeatureSource"}
     ),
     "collections": frozenset({"OrderedDict", "defaultdict"}),
-    "builtins": frozenset({"set", "frozenset", "slice", "range", "complex", "bytearray"}),
+    "builtins": frozenset({"list", "dict", "set", "frozenset", "slice", "range", "complex", "bytearray"}),
     "torch": frozenset({"device", "Size", "dtype"}),
     "torch._utils": frozenset({"_rebuild_tensor_v2", "_rebuild_parameter", "_rebuild_sparse_tensor"}),
     "torch.serialization": frozenset({"_get_layout"}),

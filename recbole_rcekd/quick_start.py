@@ -227,7 +227,10 @@ class _Experiment:
         logger.info(f"{title}: training {config['model']}")
         # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
         init_seed(seed, config["reproducibility"])
-        data.train.generator.manual_seed(seed)
+        # A knowledge-aware loader is two loaders in one.
+        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
+            if hasattr(loader, "generator"):
+                loader.generator.manual_seed(seed)
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
         logger.info(model)
         trainer: Any

@@ -24,7 +24,7 @@ from recbole_rcekd.errors import ScoringError, SettingsError, TeacherError
 from recbole_rcekd.report import Report, RunResult, TeacherResult
 from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
-from tests.helpers import example_data_path, train_teacher, write_dataset
+from tests.helpers import example_data_path, train_teacher, write_dataset, write_knowledge
 
 # isort: split
 from recbole.quick_start import run_recbole
@@ -692,3 +692,56 @@ def test_two_commands_at_once_do_not_disturb_each_other(folder: Path, tmp_path: 
     assert one["runs"][0]["checkpoint"] != two["runs"][0]["checkpoint"]
     for each in (one, two):
         assert torch.load(tmp_path / each["runs"][0]["checkpoint"], weights_only=False)["state_dict"]
+
+
+# --- models with loaders, trainers or losses of their own ---------------------------------------------------
+
+_KNOWLEDGE = {
+    "load_col": {
+        "inter": ["user_id", "item_id"],
+        "kg": ["head_id", "relation_id", "tail_id"],
+        "link": ["item_id", "entity_id"],
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def knowledge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = write_dataset(tmp_path_factory.mktemp("knowledge"))
+    write_knowledge(place)
+    return place
+
+
+@pytest.mark.parametrize("model", ["CKE", "CFKG", "KTUP", "KGCN"])
+def test_knowledge_aware_models_learn_from_their_like(knowledge: Path, model: str) -> None:
+    settings = {**without_teacher_keys(), **_KNOWLEDGE, "teacher_epochs": 2}
+    result = run(knowledge, settings, model=model, teacher=model, kd_loss="rce", output_dir="out")
+    with Path("out/rce-seed2020/history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["kd_loss"]) > 0 for row in rows] == [True, True]
+    assert result["test_result"].keys() == {"ndcg@10", "recall@10"}
+
+
+def test_a_trainer_that_goes_around_the_loss_is_an_error(knowledge: Path) -> None:
+    with pytest.raises(KDError, match="MKR's trainer ran an epoch without one distillation step"):
+        run(knowledge, {**without_teacher_keys(), **_KNOWLEDGE, "teacher_epochs": 1}, model="MKR", teacher="CKE")
+
+
+@pytest.mark.parametrize("model", ["NeuMF", "MultiDAE", "RecVAE", "SGL", "DiffRec", "GCMC", "SimpleX"])
+def test_students_of_every_kind_learn_from_a_factor_model(folder: Path, model: str) -> None:
+    autoencoder = model in ("MultiDAE", "RecVAE", "DiffRec")
+    settings = {"train_neg_sample_args": None} if autoencoder else {}
+    result = run(folder, settings, model=model, kd_loss="rce", output_dir="out")
+    with Path("out/rce-seed2020/history.csv").open() as file:
+        assert all(float(row["kd_loss"]) > 0 for row in csv.DictReader(file))
+    assert 0 <= result["test_result"]["ndcg@10"] <= 1
+
+
+def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read"))
+    with pytest.raises(SettingsError, match=r"\[model\] names no RecBole model: 'BRP'"):
+        run(folder, model="BRP")
+    with pytest.raises(SettingsError, match=r"EASE is not trained by gradient"):
+        run(folder, model="EASE")
