@@ -207,7 +207,7 @@ def test_the_summary_is_the_table(finished: tuple[dict[str, Any], Path]) -> None
 
 def report(scores: dict[str, list[float]], teacher: float | None = 0.5) -> Report:
     """A Report of made-up runs: the scores of each method, one per seed."""
-    config = {"valid_metric": "NDCG@10", "dataset": "tiny", "model": "BPR"}
+    config = {"valid_metric": "NDCG@10", "dataset": "tiny", "model": "BPR", "valid_metric_bigger": True}
     made = Report(config, None, "split", dataset=None)
     for loss, values in scores.items():
         for seed, value in enumerate(values):
