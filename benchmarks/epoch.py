@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -55,7 +54,7 @@ def main() -> None:
     os.chdir(folder)
     if options.memory_of:
         epochs_of(options, [options.memory_of], 2)
-        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        print(json.dumps(peak_of_this_process()))
         return
     names = ["plain RecBole", *options.losses.split(",")]
     seconds = epochs_of(options, names, options.epochs + 1)
@@ -112,6 +111,12 @@ def epochs_of(options: argparse.Namespace, names: list[str], epochs: int) -> dic
                 trainer._train_epoch(train, epoch)
                 seconds[name].append(trainer.history.rows[-1]["train_seconds"])
     return seconds
+
+
+def peak_of_this_process() -> float:
+    """Peak resident memory in MiB. Not ``ru_maxrss``: a child inherits its parent's peak in that."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory_of(options: argparse.Namespace, name: str, folder: str) -> float:

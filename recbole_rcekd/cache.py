@@ -174,6 +174,13 @@ def open_teacher_scores(
         TeacherError: the teacher gives NaN or infinite scores; the message names users.
         KDError: dense scores do not fit on the disk.
     """
+    try:
+        return _open_or_make(teacher, settings, show_progress)
+    finally:
+        teacher.release()
+
+
+def _open_or_make(teacher: Teacher, settings: KDSettings, show_progress: bool) -> FactorScores | DenseScores:
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
     dense_name = f"dense-{settings.kd_cache_dtype}"
     found = store.read("factors")

@@ -105,7 +105,9 @@ class _Experiment:
         if self.losses != [SCRATCH]:
             require_scored_by_user(config.model_class)
             if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
-                raise SettingsError(f"[model] {config['model']} is not trained by gradient: it can teach, but not learn.")
+                raise SettingsError(
+                    f"[model] {config['model']} is not trained by gradient: it can teach, but not learn."
+                )
         self.teacher_config = self._read_teacher()
         if "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
             for each in (config, *self.run_configs.values()):

@@ -120,10 +120,10 @@ class KDSettings(Settings):
     """
 
     kd_schedule: typing.Literal["users", "interactions"] = "users"
-    kd_refresh_epochs: int = setting(4, low=1)
+    kd_refresh_epochs: int = setting(8, low=1)
     kd_cache_dir: str = "saved/teacher_scores"
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
-    kd_diagnostic_users: int = setting(32, low=0)
+    kd_diagnostic_users: int = setting(16, low=0)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ class Teacher:
         dataset: the teacher's training dataset.
         student_dataset: the student's training dataset.
         device: where to score.
-        source: the file, for messages.
+        source: the file, for messages, and to read the weights again after :meth:`release`.
+        trust: how to read it.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Teacher:
         student_dataset: Any,
         device: torch.device,
         source: str,
+        trust: bool = False,
     ) -> None:
         self.config = checkpoint["config"]
         self.source = source
@@ -72,7 +74,8 @@ class Teacher:
         self.n_contexts = int(student_dataset.user_num)
         self.n_items = int(student_dataset.item_num)
         self.seen = training_interactions(student_dataset)
-        self._checkpoint = checkpoint
+        self._checkpoint: dict[str, Any] | None = checkpoint
+        self._trust = trust
         self._dataset = dataset
         self._student_dataset = student_dataset
         same = dataset is student_dataset
@@ -87,13 +90,13 @@ class Teacher:
         with preserved_random_state():
             model = get_model(self.config["model"])(self.config, self._dataset).to(self.device)
         try:
-            model.load_state_dict(self._checkpoint["state_dict"])
+            model.load_state_dict(self._content()["state_dict"])
         except RuntimeError as error:
             raise TeacherError(
                 f"The weights in [{self.source}] do not fit a {self.config['model']} on this dataset: it was trained "
                 f"on other data or filters. {str(error).splitlines()[-1].strip()}"
             ) from error
-        model.load_other_parameter(self._checkpoint.get("other_parameter"))
+        model.load_other_parameter(self._content().get("other_parameter"))
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -112,14 +115,25 @@ class Teacher:
         for key in sorted(settings):
             if key not in _MACHINE_KEYS:
                 digest.update(f"{key}={settings[key]!r};".encode())
-        other = self._checkpoint.get("other_parameter") or {}
+        other = self._content().get("other_parameter") or {}
         learned = {name: value for name, value in other.items() if name not in EVALUATION_CACHES}
-        _hash_value(digest, self._checkpoint["state_dict"])
+        _hash_value(digest, self._content()["state_dict"])
         _hash_value(digest, learned)
         digest.update(split_hash(self._student_dataset).encode())
         for ids in (self.user_ids, self.item_ids):
             digest.update(b"same" if ids is None else ids.numpy().tobytes())
         return digest.hexdigest()[:32]
+
+    def release(self) -> None:
+        """Give the memory of weights and model back; the file is read again if they are needed after all."""
+        self._checkpoint = None
+        for cached in ("model", "scorer"):
+            vars(self).pop(cached, None)
+
+    def _content(self) -> dict[str, Any]:
+        if self._checkpoint is None:
+            self._checkpoint = read_checkpoint(self.source, self._trust)
+        return self._checkpoint
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """The two tables ``[n_users, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
@@ -192,7 +206,7 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
         dataset = student_dataset
     else:
         dataset = _rebuild_training_data(config)
-    teacher = Teacher(content, dataset, student_dataset, torch.device(student_config["device"]), str(checkpoint))
+    teacher = Teacher(content, dataset, student_dataset, torch.device(student_config["device"]), str(checkpoint), trust)
     if dataset is not student_dataset:
         _require_same_interactions(teacher, dataset, student_dataset, checkpoint)
     getLogger().info(f"Teacher: {config['model']} from [{checkpoint}]")
