@@ -116,6 +116,8 @@ class _Experiment:
     def run(self) -> dict[str, Any]:
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
+        # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
+        os.makedirs(Path("log") / config["model"], exist_ok=True)
         init_logger(config)
         logger = getLogger()
         logger.info(sys.argv)

@@ -43,6 +43,7 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
     run_label = "scratch"
 
     def __init__(self, config: Any, model: Any) -> None:
+        os.makedirs(config["checkpoint_dir"], exist_ok=True)  # RecBole's own way fails if two runs do it at once
         super().__init__(config, model)
         name = f"{config['model']}-{self.run_label}-{get_local_time()}-{uuid.uuid4().hex[:6]}"
         self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
