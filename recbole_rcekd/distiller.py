@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import closure_gap, count_above, is_member, ndcg_against
+from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
 from recbole_rcekd.item_sets import Lists, Seen, top_k
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
@@ -211,10 +211,7 @@ class Distiller:
         if targets.teacher_scores is None:
             return None
         scores = rows.gather(1, targets.items.long())
-        teacher = targets.teacher_scores
-        if targets.keep is not None:
-            teacher = teacher.masked_fill(~targets.keep, torch.finfo(teacher.dtype).min)
-        probs = teacher.softmax(-1)
+        probs = masked_log_softmax(targets.teacher_scores, targets.keep).exp()
         if targets.keep is not None:
             probs = probs.masked_fill(~targets.keep, 0.0)
         gap = closure_gap(probs, scores, count_above(scores, rows), rows.gather(1, support.items.long()), support.keep)

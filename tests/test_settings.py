@@ -121,9 +121,9 @@ def test_lists_come_out_of_the_pool(cls: type[Settings], values: dict[str, int],
 
 
 def test_lists_as_long_as_the_pool_are_fine() -> None:
-    RCESettings(rce_pool=50, rce_samples=50, rce_top_k=50)
-    RCESettings(rce_samples=0)
-    CDSettings(cd_items=7, cd_pool=7)
+    assert RCESettings(rce_pool=50, rce_samples=50, rce_top_k=50).rce_pool == 50
+    assert RCESettings(rce_samples=0).rce_samples == 0
+    assert CDSettings(cd_items=7, cd_pool=7).cd_items == 7
 
 
 @pytest.mark.parametrize(

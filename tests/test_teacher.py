@@ -238,7 +238,8 @@ def test_other_settings_with_the_same_outcome_are_accepted(
     folder: Path, student: Bundle, tmp_path: Path, part: dict[str, Any]
 ) -> None:
     save_untrained(build(folder, "BPR", **SMALL, eval_args={**student.config["eval_args"], **part}), tmp_path / "x.pth")
-    load_teacher(tmp_path / "x.pth", student.train)
+    teacher = load_teacher(tmp_path / "x.pth", student.train)
+    assert (teacher.n_contexts, teacher.n_items) == (student.dataset.user_num, student.dataset.item_num)
 
 
 def test_seed_that_decides_nothing(folder: Path, tmp_path: Path) -> None:
