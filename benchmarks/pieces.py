@@ -14,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from recbole_rcekd.functional import draw_without_replacement, is_member, picked_products
-from recbole_rcekd.item_sets import CELLS_AT_A_TIME, top_k
+from recbole_rcekd.ranking import CELLS_AT_A_TIME, top_k
 
 SIZES = {"citeulike-t, 400 -> 20": (25182, 400, 20, 109, 150), "gowalla, 300 -> 20": (40982, 300, 20, 75, 250)}
 

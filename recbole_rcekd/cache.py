@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from recbole_rcekd.errors import KDError, TeacherError
 from recbole_rcekd.functional import picked_products
-from recbole_rcekd.item_sets import CELLS_AT_A_TIME, Seen, top_k
+from recbole_rcekd.item_sets import Seen
+from recbole_rcekd.ranking import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import Store
 from recbole_rcekd.teacher import Teacher
@@ -68,13 +69,11 @@ class _Scores(ABC):
         return lists
 
     def _make_lists(self, k: int, unseen: bool) -> Tensor:
-        lists = torch.zeros((self.n_contexts, k), dtype=torch.int32)
-        for block in blocks(self.n_contexts, self.n_items):
-            rows = self.score_all(block)
-            if unseen:
-                rows[self._seen.cells(block)] = -torch.inf
-            lists[block] = top_k(rows, k).int().cpu()
-        return lists
+        everyone = torch.arange(self.n_contexts)
+        return self._ranking().top_k(everyone, k, self._seen if unseen else None).int().cpu()
+
+    def _ranking(self) -> Ranking:
+        return RowRanking(self.score_all, self.n_items)
 
 
 class FactorScores(_Scores):
@@ -109,6 +108,9 @@ class FactorScores(_Scores):
         scores = self.context_factors[contexts] @ self.item_factors.t()
         scores[:, 0] = -torch.inf
         return scores
+
+    def _ranking(self) -> Ranking:
+        return ProductRanking(lambda contexts: self.context_factors[contexts], self.item_factors)
 
     def transposed(self) -> FactorScores:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
-from recbole_rcekd.item_sets import Lists, Seen, top_k
+from recbole_rcekd.item_sets import Lists, Seen
 from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.ranking import top_k
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, TeacherScores
@@ -112,8 +113,9 @@ class Distiller:
             due = (side.group == epoch % self.settings.kd_refresh_epochs).nonzero().squeeze(1)
         else:
             return
+        ranking = self._scorer.ranking()
         for part in torch.split(due, _REFRESHED_AT_A_TIME):
-            lists = Lists(side.contexts[part], side.teacher, side.score_all, side.seen, self.generator)
+            lists = Lists(side.contexts[part], side.teacher, ranking, side.seen, self.generator)
             block = side.loss.select(lists)
             if side.sets is None:
                 side.sets = block.empty_like(len(side.contexts))
@@ -135,16 +137,17 @@ class Distiller:
             users: the user ids of the training batch, ``[B]`` (used by ``kd_schedule: interactions``).
         """
         self.steps += 1
-        total = torch.zeros((), device=self.generator.device)
+        terms = []
         for side, plan in zip(self._sides, self._plans, strict=True):
             if self.settings.kd_schedule == "interactions" and side is self._sides[0]:
                 rows, weights = self._rows_of_batch(side, users)
+                term = (self._losses(side, rows) * weights).sum() if len(rows) else None
             else:
                 rows = next(plan)
-                weights = torch.full((len(rows),), 1.0 / max(1, len(rows)), device=rows.device)
-            if len(rows):
-                total = total + side.weight * (self._losses(side, rows) * weights).sum()
-        return total
+                term = self._losses(side, rows).mean() if len(rows) else None
+            if term is not None:
+                terms.append(term if side.weight == 1.0 else side.weight * term)
+        return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=self.generator.device)
 
     def _rows_of_batch(self, side: _Side, users: Tensor) -> tuple[Tensor, Tensor]:
         """A user who stands in a batch c times counts c times; it is scored once."""

@@ -14,6 +14,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import numpy as np
+import scipy.sparse
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -61,8 +63,82 @@ def soft_cross_entropy(
     Returns:
         ``[...]``, one loss per row; 0 for a row with an empty set.
     """
-    teacher_probs = masked_log_softmax(teacher_scores.detach() / temperature, keep).exp()
-    return -(teacher_probs * masked_log_softmax(student_scores / temperature, keep)).sum(-1)
+    whole = student_scores.shape[-1]
+    result: Tensor = _MixedCrossEntropy.apply(student_scores, teacher_scores, keep, None, whole, temperature)  # type: ignore[no-untyped-call]
+    return result
+
+
+def mixed_cross_entropy(
+    student_scores: Tensor,
+    teacher_scores: Tensor,
+    first: int,
+    gamma: Tensor,
+    keep: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    r"""Two item sets side by side, each with its own softmax: ``(1 − γ)·CE(first columns) + γ·CE(the others)``.
+
+    Args:
+        student_scores: ``[..., K]``, with gradient.
+        teacher_scores: ``[..., K]``, no gradient is taken.
+        first: how many columns the first set has; it counts in full.
+        gamma: γ, ``[...]``.
+        keep: bool ``[..., K − first]``, which of the second set count (``None``: all).
+        temperature: τ > 0, as in :func:`soft_cross_entropy`.
+
+    Returns:
+        ``[...]``.
+    """
+    result: Tensor = _MixedCrossEntropy.apply(student_scores, teacher_scores, keep, gamma, first, temperature)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _MixedCrossEntropy(torch.autograd.Function):
+    """The gradient is p − q, a subtraction; autograd would take some thirty steps to it, in every training step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        keep: Tensor | None,
+        gamma: Tensor | None,
+        first: int,
+        temperature: float,
+    ) -> Tensor:
+        ctx.given_dtype = student.dtype
+        student, teacher = at_least_float32(student), at_least_float32(teacher)
+        if temperature != 1.0:
+            student, teacher = student / temperature, teacher / temperature
+        if gamma is None:
+            loss, ctx.slope = _cross_entropy_and_slope(student, teacher, keep)
+        else:
+            gamma = gamma.to(student.dtype)
+            on_first, slope = _cross_entropy_and_slope(student[..., :first], teacher[..., :first], None)
+            on_rest, slope_of_rest = _cross_entropy_and_slope(student[..., first:], teacher[..., first:], keep)
+            loss = torch.lerp(on_first, on_rest, gamma)
+            gamma = gamma.unsqueeze(-1)
+            ctx.slope = torch.cat([slope.mul_(1.0 - gamma), slope_of_rest.mul_(gamma)], dim=-1)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        slope = ctx.slope * (grad / ctx.temperature).unsqueeze(-1)
+        return slope.to(ctx.given_dtype), None, None, None, None, None
+
+
+def _cross_entropy_and_slope(student: Tensor, teacher: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each row, and its derivative by the student's scores."""
+    if keep is None:
+        q, log_p = teacher.softmax(-1), student.log_softmax(-1)
+        return -(q * log_p).sum(-1), log_p.exp().sub_(q)
+    # The dtype's own minimum instead of -inf: a row that keeps nothing stays finite, and gives 0.
+    kept = keep.to(student.dtype)
+    q = teacher.masked_fill(~keep, torch.finfo(teacher.dtype).min).softmax(-1).mul_(kept)
+    log_p = student.masked_fill(~keep, torch.finfo(student.dtype).min).log_softmax(-1)
+    return -(q * log_p).sum(-1), log_p.exp().mul_(kept).sub_(q)
 
 
 def plackett_luce(
@@ -238,8 +314,8 @@ class _PickedProducts(torch.autograd.Function):
         if items.numel() == 0:
             return rows.new_zeros(items.shape)
         if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-            cells: Tensor = torch.sparse.sampled_addmm(_cells_of(items, table), rows, table.t(), beta=0.0)
-            return cells.values().view(items.shape)
+            starts = torch.arange(0, items.numel() + 1, items.shape[1], device=items.device)
+            return scores_at(starts, items.flatten(), rows, table).view(items.shape)
         step = max(1, _GATHERED_CELLS // (items.shape[1] * table.shape[1]))
         parts = zip(torch.split(rows, step), torch.split(items, step), strict=True)
         return torch.cat([torch.bmm(table[i], r.unsqueeze(2)).squeeze(2) for r, i in parts])
@@ -256,24 +332,43 @@ class _PickedProducts(torch.autograd.Function):
                 items, table, mode="sum", per_sample_weights=grad.contiguous()
             )
         if ctx.needs_input_grad[1]:
-            spread = (grad.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
-            grad_table = torch.zeros_like(table).index_add_(0, items.flatten(), spread)
+            grad_table = _transposed_product(grad, items, rows, len(table))
         return grad_rows, grad_table, None
 
 
-def _cells_of(items: Tensor, table: Tensor) -> Tensor:
-    """The sparse matrix ``[B, N]`` that stores the cells ``items``; repeats are stored as often as they occur."""
-    starts = torch.arange(0, items.numel() + 1, items.shape[1], device=items.device)
-    return torch.sparse_csr_tensor(
-        starts, items.flatten(), table.new_zeros(items.numel()), (len(items), len(table)), check_invariants=False
+def _transposed_product(values: Tensor, items: Tensor, rows: Tensor, n_items: int) -> Tensor:
+    """``out[items[b, t]] += values[b, t] · rows[b]`` over all cells, ``[n_items, d]``."""
+    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+        starts = np.arange(0, items.numel() + 1, items.shape[1], dtype=np.int32)
+        cells = (values.contiguous().numpy().ravel(), items.numpy().ravel().astype(np.int32), starts)
+        # A column for each row b: its product with the rows is written without another copy of them.
+        columns = scipy.sparse.csc_matrix(cells, shape=(n_items, len(rows)), copy=False)
+        return torch.from_numpy(columns @ rows.contiguous().numpy())
+    spread = (values.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
+    return rows.new_zeros((n_items, rows.shape[1])).index_add_(0, items.flatten(), spread)
+
+
+def scores_at(starts: Tensor, items: Tensor, rows: Tensor, table: Tensor) -> Tensor:
+    """Products of ragged lists: row b with its own ``items[starts[b]:starts[b + 1]]``, all in one ``[n]``.
+
+    Args:
+        starts: ``[B + 1]``.
+        items: ``[n]``, in any order, repeats allowed.
+        rows: ``[B, d]``.
+        table: ``[N, d]``.
+    """
+    cells = torch.sparse_csr_tensor(
+        starts, items, table.new_zeros(len(items)), (len(rows), len(table)), check_invariants=False
     )
+    sampled: Tensor = torch.sparse.sampled_addmm(cells, rows, table.t(), beta=0.0)
+    return sampled.values()
 
 
 def _hear_csr_warning() -> None:
     """Torch says once per process that compressed sparse tensors are young; no user can act on that."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _cells_of(torch.zeros((1, 1), dtype=torch.int64), torch.zeros((1, 1)))
+        scores_at(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros((1, 1)), torch.zeros((1, 1)))
 
 
 _hear_csr_warning()

@@ -1,24 +1,19 @@
 """Which items a block of users can be taught on: the lists and draws that the losses choose from.
 
 Nothing here knows a model or RecBole: the teacher is a :class:`~recbole_rcekd.types.TeacherScores`, the student a
-function that scores every item, and randomness comes from the generator that is passed in.
+:class:`~recbole_rcekd.ranking.Ranking`, and randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import first_distinct, is_member
+from recbole_rcekd.ranking import Ranking, top_k
 from recbole_rcekd.types import TeacherScores
-
-# Full rows are scored and ranked so many cells at a time: 4 MB of float32, which stay in a processor's cache between
-# the product and the selection (three times faster than 16 MB blocks here, see benchmarks/README.md).
-CELLS_AT_A_TIME = 1_000_000
-_GROUP_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -70,39 +65,13 @@ class Seen:
         return Seen.from_pairs(self.ids, owners, self.n_ids, n_contexts)
 
 
-def top_k(rows: Tensor, k: int) -> Tensor:
-    """Ids of the best ``k`` of each row of full scores, best first; 0 for those of score −inf.
-
-    Exact, in two steps: the k best items lie in the k groups with the best maxima, so the full selection runs over
-    groups and then over k groups' members. Groups are strided (item i is in group i mod G), which makes the maxima one
-    vectorised pass.
-    """
-    n, width = rows.shape
-    k = min(k, width)
-    groups = width // _GROUP_SIZE
-    if groups < 2 * k:
-        return _ids(*rows.topk(k, dim=1))
-    whole = rows[:, : groups * _GROUP_SIZE].view(n, _GROUP_SIZE, groups)
-    best_groups = whole.amax(1).topk(k, dim=1, sorted=False).indices
-    members = best_groups.unsqueeze(1) + groups * torch.arange(_GROUP_SIZE, device=rows.device).view(1, -1, 1)
-    leftover = torch.arange(groups * _GROUP_SIZE, width, device=rows.device).expand(n, -1)
-    candidates = torch.cat([members.flatten(1), leftover], dim=1)
-    best, place = rows.gather(1, candidates).topk(k, dim=1)
-    return _ids(best, candidates.gather(1, place))
-
-
-def _ids(scores: Tensor, ids: Tensor) -> Tensor:
-    return ids.masked_fill(scores == -torch.inf, 0)
-
-
 class Lists:
     """The lists of one block of contexts, made on demand.
 
     Args:
         contexts: ids ``[n]``.
         teacher: the teacher's scores.
-        student_rows: scores of every item for these contexts, ``[n, n_items]`` with −inf at the padding item, as the
-            student stands now; called at most once.
+        student: ranks as the student stands now; asked only where its list is wanted.
         seen: the training interactions.
         generator: the source of all draws.
     """
@@ -111,25 +80,19 @@ class Lists:
         self,
         contexts: Tensor,
         teacher: TeacherScores,
-        student_rows: Callable[[Tensor], Tensor],
+        student: Ranking,
         seen: Seen,
         generator: torch.Generator,
     ) -> None:
         self.contexts = contexts
         self.generator = generator
         self._teacher = teacher
-        self._score_student = student_rows
+        self._student = student
         self._seen = seen
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
-        """The student's best ``k`` items, best first, ``[n, k]``; full rows are held for a few contexts at a time."""
-        lists = []
-        for part in torch.split(self.contexts, max(1, CELLS_AT_A_TIME // self._teacher.n_items)):
-            rows = self._score_student(part)
-            if unseen:
-                rows[self._seen.cells(part)] = -torch.inf
-            lists.append(top_k(rows, k))
-        return torch.cat(lists)
+        """The student's best ``k`` items, best first, ``[n, k]``."""
+        return self._student.top_k(self.contexts, k, self._seen if unseen else None)
 
     def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
         """The teacher's best ``k`` items, best first, ``[n, k]``."""

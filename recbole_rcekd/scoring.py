@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from recbole_rcekd.errors import ScoringError
 from recbole_rcekd.functional import picked_products
+from recbole_rcekd.ranking import ProductRanking, Ranking, RowRanking
 
 Kind = Literal["product", "rows", "pairs"]
 
@@ -67,6 +68,14 @@ def require_scored_by_user(model_class: Any) -> None:
             f"{model_class.__name__} is a {getattr(model_type, 'name', model_type)} model; so far only general and "
             "knowledge-aware models, which are scored by user id, can be distilled."
         )
+
+
+def _parameter_behind(node: Any) -> Tensor | None:
+    """The parameter whose (transposed) gradient ``node`` of the graph computes."""
+    while node is not None and node.name() in ("TBackward0", "TransposeBackward0", "PermuteBackward0"):
+        node = node.next_functions[0][0]
+    parameter: Tensor | None = getattr(node, "variable", None)
+    return parameter
 
 
 class _Enough(Exception):
@@ -127,11 +136,13 @@ class ModelScorer:
         self._item_field = dataset.iid_field
         self._product_index = 0
         self._inside = False
+        self._tables: tuple[Tensor, Tensor] | None = None
         require_scored_by_user(type(model))
         # What is drawn here (by MacridVAE or dropout, for example) must not shift the random stream of plain RecBole.
         with preserved_random_state():
             with self.evaluating():
                 self.kind: Kind = self._find_kind()
+            self._tables = self._find_tables()
             if trainable:
                 self._require_gradient()
 
@@ -162,6 +173,13 @@ class ModelScorer:
         padding[0] = True
         return scores.masked_fill(padding, -torch.inf)
 
+    def ranking(self) -> Ranking:
+        """Ranks with the weights as they are now."""
+        if self.kind != "product":
+            return RowRanking(self.score_all, self.n_items)
+        _, table = self.operands(torch.ones(1, dtype=torch.int64, device=self.device))
+        return ProductRanking(lambda contexts: self.operands(contexts)[0], table)
+
     def score_by_item(self, items: Tensor, users: Tensor) -> Tensor:
         """Scores seen from the item side: of ``users [n, T]`` for ``items [n]``, ``[n, T]``."""
         distinct, place = torch.unique(users.long(), return_inverse=True)
@@ -175,6 +193,9 @@ class ModelScorer:
 
     def operands(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """User rows ``[n, d]`` and item table ``[n_items, d]`` of a ``product`` model, with their gradients."""
+        if self._tables is not None:
+            user_table, item_table = self._tables
+            return torch.nn.functional.embedding(contexts.long(), user_table), item_table
         recorder = _ProductRecorder(len(contexts), self.n_items, stop_at=self._product_index)
         with self._fresh_caches():
             try:
@@ -280,6 +301,32 @@ class ModelScorer:
         if not torch.allclose(self.score(probe, items), own, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise ScoringError(f"{self.name}: the scores used for distillation differ from full_sort_predict.")
         return "product"
+
+    def _find_tables(self) -> tuple[Tensor, Tensor] | None:
+        """The two tables of a model that is nothing but them (BPR), which can be asked without running the model.
+
+        Read off the graph of the gradient in training mode: the item operand must be a parameter itself, and the user
+        operand a lookup in another, with nothing in between but transpositions.
+        """
+        if self.kind != "product":
+            return None
+        probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
+        was_training = self.model.training
+        self._set_training(True)
+        try:
+            with torch.enable_grad():
+                rows, item_table = self.operands(probe)
+        finally:
+            self._set_training(was_training)
+        lookup = rows.grad_fn
+        if lookup is None or lookup.name() != "EmbeddingBackward0":
+            return None
+        users, items = _parameter_behind(lookup.next_functions[0][0]), _parameter_behind(item_table.grad_fn)
+        if users is None or items is None or len(users) != self.n_contexts:
+            return None
+        if items.data_ptr() != item_table.data_ptr() or items.shape != item_table.shape:
+            return None
+        return users, items
 
     def _require_gradient(self) -> None:
         was_training = self.model.training

@@ -25,6 +25,7 @@ from recbole_rcekd.config import loss_names, read_kd_settings
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.history import History
+from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher, training_interactions
 from recbole_rcekd.types import TeacherScores
@@ -70,7 +71,8 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         self.history.begin(epoch_idx)
         started, n_steps = perf_counter(), len(train_data)
         self._begin_epoch(epoch_idx, n_steps)
-        losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
+        with fast_batches(train_data):
+            losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
         found = self._end_epoch(epoch_idx, n_steps)
         total = float(sum(losses) if isinstance(losses, tuple) else losses)
         self.history.note(train_seconds=perf_counter() - started, train_loss=total / max(1, n_steps), **found)

@@ -37,7 +37,7 @@ class ItemSets:
 
     def rows(self, index: Tensor) -> ItemSets:
         """The sets of the contexts at ``index`` (positions, not ids)."""
-        return ItemSets(**{name: value[index] for name, value in self.tensors().items()})
+        return ItemSets(**{name: value.index_select(0, index) for name, value in self.tensors().items()})
 
     def put(self, index: Tensor, block: ItemSets) -> None:
         """Overwrite the rows at ``index`` with those of ``block``, in place."""

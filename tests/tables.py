@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import FactorScores
-from recbole_rcekd.item_sets import Lists, Seen, top_k
+from recbole_rcekd.item_sets import Lists, Seen
 from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.ranking import RowRanking, top_k
 from recbole_rcekd.types import ItemSets
 
 
@@ -50,6 +51,11 @@ class Table:
         return Table(self.scores.t(), self.seen.transposed())
 
 
+def ranking_of(scores: Tensor) -> RowRanking:
+    """Ranks by a whole table of scores, ``[n_contexts, n_items]``."""
+    return RowRanking(lambda contexts: scores[contexts], scores.shape[1])
+
+
 class World(NamedTuple):
     """A teacher and a student who disagree, and who has seen what."""
 
@@ -61,9 +67,7 @@ class World(NamedTuple):
         """The lists of ``contexts`` (all but padding)."""
         if contexts is None:
             contexts = torch.arange(1, self.teacher.n_contexts)
-        return Lists(
-            contexts, self.teacher, lambda rows: self.student[rows], self.seen, torch.Generator().manual_seed(seed)
-        )
+        return Lists(contexts, self.teacher, ranking_of(self.student), self.seen, torch.Generator().manual_seed(seed))
 
     def transposed(self) -> World:
         """The same from the items' side."""
@@ -112,7 +116,7 @@ class Golden:
         teacher = Table(self.table("teacher_user") @ self.table("teacher_item").t(), self.seen())
         student = self.table("student_user") @ self.table("student_item").t()
         student[:, 0] = -torch.inf
-        return Lists(users, teacher, lambda rows: student[rows], self.seen(), torch.Generator())
+        return Lists(users, teacher, ranking_of(student), self.seen(), torch.Generator())
 
     def check(self, prefix: str, total: str, loss: KDLoss, users: Tensor, sets: ItemSets, tolerance: float) -> None:
         """Compare the sum over the rows, and its gradients with respect to the student's tables, with the authors'."""

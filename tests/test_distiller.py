@@ -25,6 +25,7 @@ from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
+from recbole_rcekd.ranking import RowRanking
 from recbole_rcekd.settings import KDSettings, LossSettings, setting
 from recbole_rcekd.types import ItemSets
 
@@ -63,6 +64,9 @@ class Student:
     def score_all(self, contexts: Tensor) -> Tensor:
         padding = torch.arange(N_ITEMS) == 0
         return (self.users[contexts] @ self.items.t()).masked_fill(padding, -torch.inf)
+
+    def ranking(self) -> RowRanking:
+        return RowRanking(self.score_all, N_ITEMS)
 
     def score_by_item(self, items: Tensor, users: Tensor) -> Tensor:
         self.asked.append(items.tolist())
@@ -362,7 +366,7 @@ def test_the_item_side_adds_its_mean_and_its_gradient() -> None:
     # The item side from scratch: who is listed for each item, and the formula on the student's scores of them.
     student, by_item, owners = Student(), teacher_scores().transposed(), interactions().transposed()
     items = torch.arange(1, N_ITEMS)
-    sets = rrd(0.0).select(Lists(items, by_item, student.score_all, owners, torch.Generator()))
+    sets = rrd(0.0).select(Lists(items, by_item, student.ranking(), owners, torch.Generator()))
     naive = rrd(0.0).forward(student.score_by_item(items, sets.items), sets).mean()
     torch.testing.assert_close(values[1.0] - values[0.0], naive)
     for total, users_only, expected in zip(gradients[1.0], gradients[0.0], student.gradients(naive), strict=True):

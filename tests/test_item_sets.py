@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_rcekd.item_sets import Lists, Seen, top_k
+from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.ranking import RowRanking, top_k
 from recbole_rcekd.types import ItemSets
 from tests.tables import World, make_world, seen_of
 
@@ -116,7 +117,7 @@ def test_the_student_is_asked_only_where_its_list_is_wanted() -> None:
         calls.append(contexts.tolist())
         return world.student[contexts]
 
-    lists = Lists(torch.tensor([2, 3]), world.teacher, student_rows, world.seen, torch.Generator())
+    lists = Lists(torch.tensor([2, 3]), world.teacher, RowRanking(student_rows, 31), world.seen, torch.Generator())
     lists.teacher_top(3)
     lists.draw_unseen(2, outside=torch.zeros(2, 0, dtype=torch.int64))
     assert calls == []
@@ -128,9 +129,9 @@ def test_the_student_is_asked_only_where_its_list_is_wanted() -> None:
 def test_the_students_lists_do_not_depend_on_the_blocks(unseen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     world = make_world()
     whole = world.lists().student_top(10, unseen)
-    monkeypatch.setattr("recbole_rcekd.item_sets.CELLS_AT_A_TIME", 70)  # two rows of 31
+    monkeypatch.setattr("recbole_rcekd.ranking.CELLS_AT_A_TIME", 70)  # two rows of 31
     assert torch.equal(world.lists().student_top(10, unseen), whole)
-    monkeypatch.setattr("recbole_rcekd.item_sets.CELLS_AT_A_TIME", 1)
+    monkeypatch.setattr("recbole_rcekd.ranking.CELLS_AT_A_TIME", 1)
     assert torch.equal(world.lists().student_top(10, unseen), whole)
 
 

@@ -23,7 +23,13 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import draw_without_replacement, is_member, soft_cross_entropy, votes_from_below
+from recbole_rcekd.functional import (
+    draw_without_replacement,
+    is_member,
+    mixed_cross_entropy,
+    soft_cross_entropy,
+    votes_from_below,
+)
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -138,12 +144,9 @@ class RCELoss(KDLoss):
             return soft_cross_entropy(student_scores, teacher, self._keep_all(sets), tau)
         if terms == "l1":
             return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
-        on_rest = soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
         if terms == "l2":
-            return on_rest
-        on_student_top = soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
-        gamma = sets.gamma.to(on_rest.dtype)
-        return (1.0 - gamma) * on_student_top + gamma * on_rest
+            return soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
+        return mixed_cross_entropy(student_scores, teacher, k, sets.gamma, sets.keep, tau)
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
         """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it.

@@ -15,7 +15,7 @@ from recbole_rcekd.losses.rce import RCELoss, RCESettings, blocker_votes
 from recbole_rcekd.types import ItemSets
 from tests.reference import rce as slow
 from tests.reference.ce import soft_ce
-from tests.tables import Golden, Table, make_world, seen_of
+from tests.tables import Golden, Table, make_world, ranking_of, seen_of
 
 SMALL: dict[str, Any] = {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10}
 
@@ -30,7 +30,7 @@ def exact_lists(teacher: Tensor, student: Tensor, seed: int = 0) -> Lists:
     rows = student.clone()
     rows[:, 0] = -torch.inf
     users = torch.arange(1, len(teacher))
-    return Lists(users, Table(teacher, seen), lambda users: rows[users], seen, torch.Generator().manual_seed(seed))
+    return Lists(users, Table(teacher, seen), ranking_of(rows), seen, torch.Generator().manual_seed(seed))
 
 
 def built(loss: RCELoss, lists: Lists, sampled: Tensor) -> ItemSets:
