@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# Up to so many numbers, a copy of the picked table rows is made once and serves both directions: 8 MB of float32.
+_KEPT_CELLS = 2_000_000
 # Cells gathered at a time where there is no product without gathering: 256 MB of float32.
 _GATHERED_CELLS = 64_000_000
 
@@ -132,13 +134,14 @@ class _MixedCrossEntropy(torch.autograd.Function):
 def _cross_entropy_and_slope(student: Tensor, teacher: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each row, and its derivative by the student's scores."""
     if keep is None:
-        q, log_p = teacher.softmax(-1), student.log_softmax(-1)
-        return -(q * log_p).sum(-1), log_p.exp().sub_(q)
+        q = teacher.softmax(-1)
+        return -(q * student.log_softmax(-1)).sum(-1), student.softmax(-1).sub_(q)
     # The dtype's own minimum instead of -inf: a row that keeps nothing stays finite, and gives 0.
-    kept = keep.to(student.dtype)
-    q = teacher.masked_fill(~keep, torch.finfo(teacher.dtype).min).softmax(-1).mul_(kept)
-    log_p = student.masked_fill(~keep, torch.finfo(student.dtype).min).log_softmax(-1)
-    return -(q * log_p).sum(-1), log_p.exp().mul_(kept).sub_(q)
+    left_out, kept = ~keep, keep.to(student.dtype)
+    student = student.masked_fill(left_out, torch.finfo(student.dtype).min)
+    q = teacher.masked_fill(left_out, torch.finfo(teacher.dtype).min).softmax(-1).mul_(kept)
+    # A second softmax is faster than exp of the first: exp is slow where it underflows.
+    return -(q * student.log_softmax(-1)).sum(-1), student.softmax(-1).mul_(kept).sub_(q)
 
 
 def plackett_luce(
@@ -181,6 +184,16 @@ def is_member(query: Tensor, table: Tensor) -> Tensor:
     return ordered.gather(-1, place) == query
 
 
+def places(query: Tensor, table: Tensor) -> Tensor:
+    """For each row, the column of ``table [n, t]`` where each entry of ``query [n, q]`` stands, −1 where it does not.
+
+    Of an id that stands there twice, one of its columns. Costs as :func:`is_member`.
+    """
+    ordered, column = table.sort(-1)
+    place = torch.searchsorted(ordered, query.contiguous()).clamp_(max=table.shape[-1] - 1)
+    return column.gather(-1, place).masked_fill_(ordered.gather(-1, place) != query, -1)
+
+
 def votes_from_below(voters: Tensor, inclusive: bool) -> Tensor:
     """How many voters stand below each position of a ranked list.
 
@@ -191,8 +204,10 @@ def votes_from_below(voters: Tensor, inclusive: bool) -> Tensor:
     Returns:
         int64 ``[n, M]``.
     """
-    below = voters.long().flip(-1).cumsum(-1).flip(-1)
-    return below if inclusive else below - voters.long()
+    counts = voters.long()
+    # All of them less those above: one pass, where summing from the end would need two copies.
+    below = counts.sum(-1, keepdim=True) - counts.cumsum(-1)
+    return below + counts if inclusive else below
 
 
 def draw_without_replacement(log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -291,9 +306,9 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
 def picked_products(rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
     """A few cells of a product of two tables: ``out[b, t] = rows[b] · table[items[b, t]]``.
 
-    The same as ``(rows @ table.T).gather(1, items)`` without the other cells, and without a copy of the picked table
-    rows: a product sampled at the cells of a sparse matrix. With gradients for both tables
-    (``benchmarks/README.md`` has what that saves).
+    The same as ``(rows @ table.T).gather(1, items)`` without the other cells, with gradients for both tables. A training
+    step's few cells go through a copy of the picked table rows, more cells through a product sampled at the cells of a
+    sparse matrix, without any copy (``benchmarks/README.md`` has what that saves).
 
     Args:
         rows: ``[B, d]``.
@@ -310,24 +325,32 @@ def picked_products(rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
 class _PickedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, table, items)
+        picked = None
         if items.numel() == 0:
-            return rows.new_zeros(items.shape)
-        if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
+            products = rows.new_zeros(items.shape)
+        elif items.numel() * table.shape[1] <= _KEPT_CELLS:
+            picked = torch.nn.functional.embedding(items, table)
+            products = torch.bmm(rows.unsqueeze(1), picked.transpose(1, 2)).squeeze(1)
+        elif rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
             starts = torch.arange(0, items.numel() + 1, items.shape[1], device=items.device)
-            return scores_at(starts, items.flatten(), rows, table).view(items.shape)
-        step = max(1, _GATHERED_CELLS // (items.shape[1] * table.shape[1]))
-        parts = zip(torch.split(rows, step), torch.split(items, step), strict=True)
-        return torch.cat([torch.bmm(table[i], r.unsqueeze(2)).squeeze(2) for r, i in parts])
+            products = scores_at(starts, items.flatten(), rows, table).view(items.shape)
+        else:
+            step = max(1, _GATHERED_CELLS // (items.shape[1] * table.shape[1]))
+            parts = zip(torch.split(rows, step), torch.split(items, step), strict=True)
+            products = torch.cat([torch.bmm(table[i], r.unsqueeze(2)).squeeze(2) for r, i in parts])
+        ctx.save_for_backward(rows, table, items, picked)
+        return products
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        rows, table, items = ctx.saved_tensors
+        rows, table, items, picked = ctx.saved_tensors
         if items.numel() == 0:
             return torch.zeros_like(rows), torch.zeros_like(table), None
         grad_rows = grad_table = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and picked is not None:
+            grad_rows = torch.bmm(grad.unsqueeze(1), picked).squeeze(1)
+        elif ctx.needs_input_grad[0]:
             grad_rows = torch.nn.functional.embedding_bag(
                 items, table, mode="sum", per_sample_weights=grad.contiguous()
             )

@@ -1,7 +1,7 @@
 """RecBole's own training batches, the same numbers, sooner.
 
-A third of a training epoch of a small model goes into three loops over the rows of a batch in RecBole's loader: the rows'
-numbers are copied one by one, they become a Python list again before each column is indexed, and every drawn negative is
+A third of a training epoch of a small model goes into loops over the rows of a batch: the rows' numbers are shuffled,
+batched and copied one by one, they become a Python list again before each column is indexed, and every drawn negative is
 looked up in a Python set. :func:`fast_batches` replaces just these, while an epoch runs; every draw, and so every batch,
 stays as it is (``tests/test_loading.py`` compares them).
 """
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler
+from torch.utils.data import BatchSampler, RandomSampler
 
 _INDEX_ROWS = Interaction.__getitem__
 _SAMPLE = AbstractSampler.sample_by_key_ids
@@ -41,6 +42,8 @@ def fast_batches(train_data: Any) -> Iterator[None]:
             numbers = vars(loader).get("dataset") if loader is not None else None
             if isinstance(numbers, list) and len(numbers) and numbers[0] == 0 and numbers[-1] == len(numbers) - 1:
                 stack.enter_context(patch.dict(vars(loader), dataset=_RowNumbers(numbers)))
+                if type(loader.sampler) is RandomSampler and type(loader.batch_sampler) is BatchSampler:
+                    stack.enter_context(patch.dict(vars(loader), batch_sampler=_ShuffledBatches(loader)))
         yield
 
 
@@ -58,6 +61,24 @@ class _RowNumbers:
 
     def __getitems__(self, indices: list[int]) -> list[int]:
         return indices
+
+
+class _ShuffledBatches:
+    """The batches of torch's ``RandomSampler`` and ``BatchSampler``, sliced out of the shuffled numbers."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self._batches = loader.batch_sampler
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
+        n = len(self._loader.sampler)
+        for batch in torch.randperm(n, generator=self._loader.generator).split(self._batches.batch_size):
+            yield batch.numpy()
+        # RandomSampler shuffles once more when it runs out, and takes nothing of that.
+        torch.randperm(n, generator=self._loader.generator)
 
 
 def _index_rows(self: Any, index: Any) -> Any:

@@ -123,7 +123,7 @@ class KDSettings(Settings):
     kd_refresh_epochs: int = setting(8, low=1)
     kd_cache_dir: str = "saved/teacher_scores"
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
-    kd_diagnostic_users: int = setting(16, low=0)
+    kd_diagnostic_users: int = setting(8, low=0)
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,8 @@ class DistillMixin(RecordingMixin):
         self.distiller: Distiller | None = None
         self._kd_sum = self._base_sum = torch.zeros(())
         self._refresh_seconds = 0.0
+        if self.kd_loss.weight != 0.0:
+            _update_in_one_pass(self.optimizer)
 
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as RecBole does, with the KD term; arguments and result are RecBole's."""
@@ -182,6 +184,17 @@ class DistillMixin(RecordingMixin):
             self.tensorboard.add_scalar(f"KD/{name}", value, epoch_idx)
         self.wandblogger.log_metrics({"epoch": epoch_idx, **{f"kd/{k}": v for k, v in found.items()}}, head="train")
         return found
+
+
+def _update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
+    """Adam's update by torch's own one-pass kernel instead of eight passes over the tables: a fifth of an epoch.
+
+    The same formula with other roundings, so it is left alone where a run must equal plain RecBole's bit for bit.
+    """
+    if type(optimizer) is torch.optim.Adam:
+        for group in optimizer.param_groups:
+            if all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]):
+                group.update(fused=True, foreach=False)
 
 
 class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]

@@ -27,6 +27,7 @@ from recbole_rcekd.functional import (
     draw_without_replacement,
     is_member,
     mixed_cross_entropy,
+    places,
     soft_cross_entropy,
     votes_from_below,
 )
@@ -69,22 +70,27 @@ class RCESettings(LossSettings):
         return ("rce_pool",)
 
 
-def blocker_votes(pool: Tensor, teacher_top: Tensor, top_k: int, mode: str) -> Tensor:
+def blocker_votes(hits: Tensor, top_k: int, mode: str) -> Tensor:
     """z: how many teacher items the student ranks below each position of its pool, ``[n, M]``.
 
     Args:
-        pool: the student's top-M, best first, ``[n, M]``.
-        teacher_top: Q_T, ``[n, K]``.
+        hits: which of the student's top-M, best first, are in Q_T, bool ``[n, M]``.
         top_k: K.
         mode: ``paper``: only Q_T∖Q_S votes, strictly below. (Members of it that lie beyond M would add the same number
             everywhere, which cancels in p.) ``code``: all of Q_T inside the pool, the position itself included, at
             most 50.
     """
-    hits = is_member(pool, teacher_top)
     if mode == "code":
         return votes_from_below(hits, inclusive=True).clamp(max=_CODE_MAX_VOTES)
-    hits[:, :top_k] = False  # what lies in Q_S is not in Q_T without Q_S
-    return votes_from_below(hits, inclusive=False)
+    missed = hits.clone()
+    missed[:, :top_k] = False  # what lies in Q_S is not in Q_T without Q_S
+    return votes_from_below(missed, inclusive=False)
+
+
+def _marked(place: Tensor, n: int) -> Tensor:
+    """Bool ``[rows, n]``: which of n places occur in ``place``, where −1 is none."""
+    marks = torch.zeros((len(place), n + 1), dtype=torch.bool, device=place.device)
+    return marks.scatter_(1, place + 1, True)[:, 1:]
 
 
 class RCELoss(KDLoss):
@@ -102,12 +108,12 @@ class RCELoss(KDLoss):
         s = self.settings
         teacher_top = lists.teacher_top(s.rce_top_k)
         pool = lists.student_top(s.rce_pool)
-        student_top = pool[:, : s.rce_top_k]
-        votes = blocker_votes(pool, teacher_top, s.rce_top_k, s.rce_votes)
+        place = places(pool, teacher_top)
+        votes = blocker_votes(place >= 0, s.rce_top_k, s.rce_votes)
         drawn = draw_without_replacement(votes / s.rce_sampling_temperature, s.rce_samples, lists.generator)
-        sampled = pool.gather(1, drawn)
-        shared, in_sample = is_member(teacher_top, student_top), is_member(teacher_top, sampled)
-        return self.build(student_top, sampled, teacher_top, shared, in_sample, lists)
+        shared = _marked(place[:, : s.rce_top_k], s.rce_top_k)
+        in_sample = _marked(place.gather(1, drawn), s.rce_top_k)
+        return self.build(pool[:, : s.rce_top_k], pool.gather(1, drawn), teacher_top, shared, in_sample, lists)
 
     def build(
         self,

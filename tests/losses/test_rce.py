@@ -79,22 +79,22 @@ def test_by_hand() -> None:
 def test_votes_by_hand() -> None:
     # The student's list is 10, 11, ..., 15; Q_T = {11, 13, 15, 99}, K = 2, so Q_S = {10, 11}; 13 and 15 are missed.
     pool, teacher_top = torch.tensor([[10, 11, 12, 13, 14, 15]]), torch.tensor([[11, 13, 15, 99]])
-    assert blocker_votes(pool, teacher_top, 2, "paper").tolist() == [[2, 2, 2, 1, 1, 0]]
+    assert blocker_votes(is_member(pool, teacher_top), 2, "paper").tolist() == [[2, 2, 2, 1, 1, 0]]
     # All of Q_T in the list, itself included.
-    assert blocker_votes(pool, teacher_top, 2, "code").tolist() == [[3, 3, 2, 2, 1, 1]]
+    assert blocker_votes(is_member(pool, teacher_top), 2, "code").tolist() == [[3, 3, 2, 2, 1, 1]]
 
 
 def test_the_authors_never_count_more_than_50_votes() -> None:
     pool = torch.arange(1, 61).unsqueeze(0)
-    assert blocker_votes(pool, pool, 60, "code").tolist() == [[min(60 - place, 50) for place in range(60)]]
-    assert blocker_votes(pool, pool.flip(1), 0, "paper").tolist() == [[59 - place for place in range(60)]]
+    assert blocker_votes(is_member(pool, pool), 60, "code").tolist() == [[min(60 - place, 50) for place in range(60)]]
+    assert blocker_votes(is_member(pool, pool.flip(1)), 0, "paper").tolist() == [[59 - place for place in range(60)]]
 
 
 @pytest.mark.parametrize("mode", ["paper", "code"])
 def test_votes_equal_the_slow_version(mode: str) -> None:
     world = make_world(20, 40, seed=5)
     pool, teacher_top = world.lists().student_top(15), world.lists().teacher_top(6)
-    found = blocker_votes(pool, teacher_top, 6, mode)
+    found = blocker_votes(is_member(pool, teacher_top), 6, mode)
     for row in range(20):
         place = pool[row].tolist()
         assert found[row].tolist() == slow.votes(place, teacher_top[row].tolist(), place[:6], mode)
@@ -104,8 +104,8 @@ def test_teacher_items_beyond_the_pool_do_not_change_the_draw() -> None:
     # D2: the paper's z in the whole catalogue is z in the pool plus the number missed beyond it, the same everywhere.
     world = make_world(20, 40, seed=5)
     everything, teacher_top = world.lists().student_top(40), world.lists().teacher_top(6)
-    inside = blocker_votes(everything[:, :15], teacher_top, 6, "paper")
-    difference = blocker_votes(everything, teacher_top, 6, "paper")[:, :15] - inside
+    inside = blocker_votes(is_member(everything[:, :15], teacher_top), 6, "paper")
+    difference = blocker_votes(is_member(everything, teacher_top), 6, "paper")[:, :15] - inside
     assert (difference == difference[:, :1]).all()
     assert (difference > 0).any()
 
@@ -185,7 +185,7 @@ def test_authors_numbers(golden: Golden, prefix: str) -> None:
     assert torch.equal(pool, golden.ids(f"{prefix}student_top")[users])
     assert torch.equal(teacher_top, golden.ids(f"{prefix}teacher_top")[users])
     z = torch.from_numpy(golden.arrays[f"{prefix}z"])[users - 1]
-    assert torch.equal(blocker_votes(pool, teacher_top, settings["mkd_K"], "code").double(), z)
+    assert torch.equal(blocker_votes(is_member(pool, teacher_top), settings["mkd_K"], "code").double(), z)
     sampled = golden.ids(f"{prefix}sampled")[users]
     sets = built(loss, lists, sampled)
     # γ in float64, as theirs; ours is kept in float32.
@@ -292,7 +292,7 @@ def test_a_low_sampling_temperature_draws_the_top_blockers() -> None:
     world = make_world(30, 30)
     sets = make(rce_sampling_temperature=1e-3).select(world.lists())
     pool, teacher_top = world.lists().student_top(10), world.lists().teacher_top(5)
-    votes = blocker_votes(pool, teacher_top, 5, "paper")
+    votes = blocker_votes(is_member(pool, teacher_top), 5, "paper")
     for row in range(30):
         chosen = [int(votes[row, pool[row].tolist().index(item)]) for item in sets.items[row, 5:9].tolist()]
         assert sorted(chosen, reverse=True) == votes[row].sort(descending=True).values[:4].tolist()
