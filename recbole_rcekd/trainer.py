@@ -110,7 +110,7 @@ class DistillMixin(RecordingMixin):
         self._kd_sum = self._base_sum = torch.zeros(())
         self._refresh_seconds = 0.0
         if self.kd_loss.weight != 0.0:
-            _update_in_one_pass(self.optimizer)
+            update_in_one_pass(self.optimizer)
 
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
         """Train as RecBole does, with the KD term; arguments and result are RecBole's."""
@@ -186,7 +186,7 @@ class DistillMixin(RecordingMixin):
         return found
 
 
-def _update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
+def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
     """Adam's update by torch's own one-pass kernel instead of eight passes over the tables: a fifth of an epoch.
 
     The same formula with other roundings, so it is left alone where a run must equal plain RecBole's bit for bit.

@@ -1,0 +1,116 @@
+"""What the benchmarks share: options, data, trainers, and a line that says on what they ran."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from recbole.config import Config
+from recbole.data import create_dataset, data_preparation
+from recbole.utils import get_model, get_trainer, init_seed
+
+from recbole_rcekd.teacher import Teacher, load_teacher
+from recbole_rcekd.trainer import distill_trainer, recording_trainer, update_in_one_pass
+
+READY_SPLIT = Path(__file__).parent.parent / "properties" / "dataset" / "ready_split.yaml"
+PLAIN, PLAIN_FASTER = "plain RecBole", "plain, our batches and update"
+
+
+def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with what every benchmark on real data asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--teacher", required=True, help="a RecBole checkpoint")
+    parser.add_argument("--model", default=defaults.get("model", "BPR"), help="the student")
+    parser.add_argument("--embedding_size", type=int, default=20)
+    parser.add_argument("--settings", default="{}", help="RecBole and KD settings as JSON, over the defaults")
+    return parser
+
+
+def start(options: argparse.Namespace) -> str:
+    """Leave the command line to us (RecBole's Config reads it), work in a folder of its own; returns that folder."""
+    sys.argv = sys.argv[:1]
+    for place in ("data_path", "teacher"):
+        if getattr(options, place, None):
+            setattr(options, place, os.path.abspath(getattr(options, place)))
+    folder = os.environ.get("BENCHMARK_FOLDER") or tempfile.mkdtemp()
+    os.chdir(folder)
+    return folder
+
+
+def machine() -> str:
+    """The machine and the versions, for the line above a table."""
+    return (
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}, "
+        f"Python {platform.python_version()}"
+    )
+
+
+class Data(NamedTuple):
+    """One split, and the Config it was made with."""
+
+    config: Any
+    train: Any
+    valid: Any
+    test: Any
+
+
+def config_of(options: argparse.Namespace, files: list[str] | None = None, **extra: Any) -> Any:
+    """A stock Config; progress bars and messages off."""
+    quiet = {"data_path": options.data_path, "show_progress": False, "state": "WARNING"}
+    size = {"embedding_size": options.embedding_size}
+    given = {**quiet, **size, **json.loads(options.settings), **extra}
+    return Config(options.model, options.dataset, [str(READY_SPLIT), *(files or [])], given)
+
+
+def read_data(config: Any) -> Data:
+    """The split of ``config``."""
+    init_seed(config["seed"], True)
+    return Data(config, *data_preparation(config, create_dataset(config)))
+
+
+def make_trainer(name: str, options: argparse.Namespace, data: Data, teacher: Teacher | None, config: Any) -> Any:
+    """RecBole's own trainer, that with our batches and update, or a distilling one (``name`` is the loss then)."""
+    init_seed(0, True)
+    model = get_model(options.model)(config, data.train._dataset).to(config["device"])
+    if name == PLAIN:
+        return get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+    if name == PLAIN_FASTER:
+        trainer = recording_trainer(config)(config, model)
+        update_in_one_pass(trainer.optimizer)
+        return trainer
+    return distill_trainer(config)(config, model, teacher)
+
+
+def teacher_for(options: argparse.Namespace, data: Data, names: list[str]) -> Teacher | None:
+    """The teacher, if any of the methods needs one."""
+    wanted = any(name not in (PLAIN, PLAIN_FASTER) for name in names)
+    return load_teacher(options.teacher, data.train) if wanted else None
+
+
+def peak_of_this_process() -> float:
+    """Peak resident memory in MiB. Not ``ru_maxrss``: a child inherits its parent's peak in that."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 15) -> float:
+    """Median of some repeats, after one that is not counted."""
+    function()
+    times = []
+    for _ in range(repeats):
+        started = perf_counter()
+        function()
+        times.append(perf_counter() - started)
+    return statistics.median(times)
