@@ -29,13 +29,15 @@ from tabulate import tabulate
 from recbole_rcekd.cache import blocks
 from recbole_rcekd.config import SCRATCH
 from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher
 
 RESULT_FORMAT = 1
-# Neither changes what a run computes.
+# None changes what a run computes. (`world_size` does: the draws are other ones.)
 _UNIMPORTANT = frozenset(
     {
+        *PLACE_KEYS,
         "checkpoint_dir",
         "show_progress",
         "state",
