@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from logging import ERROR, getLogger
+from logging import ERROR, basicConfig, getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -196,6 +196,8 @@ def run_ranks(
                 if process.is_alive():
                     process.terminate()
                     process.join()
+        if not (Path(folder) / "result").exists():
+            raise KeyboardInterrupt  # which is all that ends a process before its result, and without an error
         result: T = pickle.loads((Path(folder) / "result").read_bytes())
         return result
 
@@ -211,6 +213,8 @@ def _in_rank(
 ) -> None:
     global _told
     _told = Path(folder)
+    if local_rank:
+        basicConfig(level=ERROR)  # as RecBole has it: the first speaks for all
     if "OMP_NUM_THREADS" not in os.environ:
         # Each process would take all cores, and all would wait for each other.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["nproc"]))
@@ -231,21 +235,18 @@ def _cause(context: Any, error: Exception, place: dict[str, Any], folder: Path) 
         raised: KDError = pickle.loads(on_purpose[0].read_bytes())
         return raised
     codes = [process.exitcode or 0 for process in context.processes]
-    killed = [rank for rank, code in enumerate(codes) if code < 0 and code != -signal.SIGTERM]
     traces = [rank for rank, file in enumerate(context.error_files) if file and os.path.exists(file)]
-    if killed:
-        local_rank, name = killed[0], _signal_name(-codes[killed[0]])
-        what = f"was killed by {name}"
-        what += " (the system does that when memory runs out)" if name == "SIGKILL" else ""
-    elif traces:
+    died = [rank for rank, code in enumerate(codes) if code not in (0, -signal.SIGTERM) and rank not in traces]
+    if traces and not died:
         local_rank = min(traces, key=lambda rank: os.stat(context.error_files[rank]).st_mtime_ns)
         trace = pickle.loads(Path(context.error_files[local_rank]).read_bytes()).strip()
         getLogger().error(trace)
         what = f"failed with {trace.splitlines()[-1]}"
     else:
-        local_rank = int(getattr(error, "error_index", 0))
+        local_rank = died[0] if died else int(getattr(error, "error_index", 0))
         code = codes[local_rank]
-        what = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
+        what = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
+        what += " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
     checkpoint = folder / "checkpoint"
     last = f"the last checkpoint, [{checkpoint.read_text(encoding='utf-8')}], is whole" if checkpoint.exists() else ""
     return ProcessError(

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from logging import ERROR, basicConfig, getLogger
+from logging import getLogger
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -136,8 +136,6 @@ class _Experiment:
         os.makedirs(Path("log") / config["model"], exist_ok=True)
         if self.ranks.first:
             init_logger(config)
-        else:
-            basicConfig(level=ERROR)
         logger = getLogger()
         logger.info(sys.argv)
         logger.info(config)

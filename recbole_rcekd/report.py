@@ -120,7 +120,7 @@ class _TeacherAsModel(torch.nn.Module):
         self.device = device
         self._teacher = teacher
         self._user_field = teacher.user_field
-        self.unused = torch.nn.Parameter(torch.zeros(1))  # the trainer builds an optimiser
+        self.unused = torch.nn.Parameter(torch.zeros(1, device=device))  # the trainer builds an optimiser
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
         return self._teacher.score_all(interaction[self._user_field])
