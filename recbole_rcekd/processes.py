@@ -241,7 +241,7 @@ def _cause(context: Any, error: Exception, place: dict[str, Any], folder: Path) 
         local_rank = min(traces, key=lambda rank: os.stat(context.error_files[rank]).st_mtime_ns)
         trace = pickle.loads(Path(context.error_files[local_rank]).read_bytes()).strip()
         getLogger().error(trace)
-        what = f"failed with {trace.splitlines()[-1]}"
+        what = f"failed with {trace.splitlines()[-1].rstrip('.')}"
     else:
         local_rank = died[0] if died else int(getattr(error, "error_index", 0))
         code = codes[local_rank]
