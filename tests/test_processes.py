@@ -7,14 +7,17 @@ start (:func:`computed`).
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,13 +25,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd import DistillTrainer, KDError, command, distill_trainer, load_teacher
+from recbole_rcekd import DistillTrainer, KDError, cache, command, distill_trainer, load_teacher
 from recbole_rcekd.cache import DenseScores, FactorScores, open_teacher_scores
 from recbole_rcekd.command import main
 from recbole_rcekd.config import read_kd_settings
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import ProcessError, SettingsError, TeacherError
-from recbole_rcekd.processes import Ranks, run_ranks
+from recbole_rcekd.processes import Ranks, _cause, run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
@@ -160,7 +163,8 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
     trainer.eval_collector.data_collect(bundle.train)
     found["evaluated"] = dict(trainer.evaluate(bundle.test, load_best_model=False))
 
-    # Teacher scores: made together.
+    # Teacher scores: made together, in several blocks of a few users, which the processes take in turn.
+    cache.blocks = functools.partial(cache.blocks, cells=600)  # type: ignore[assignment]
     for kind, checkpoint in teachers.items():
         settings = KDSettings(kd_cache_dir=str(Path(out) / "scores"))
         scores = open_teacher_scores(load_teacher(checkpoint, bundle.train), settings, False, ranks)
@@ -548,6 +552,16 @@ def test_the_first_failure_stops_all_and_is_told(how: str, error: type[KDError],
     with pytest.raises(error, match=message):
         run_ranks(fail, {"how": how}, WORLD)
     assert time.monotonic() - started < 50
+
+
+def test_of_two_that_ended_the_one_that_was_killed_is_told(tmp_path: Path) -> None:
+    """The other notices that it is alone, and may be the first that the starter looks at."""
+    trace = tmp_path / "trace"
+    trace.write_bytes(pickle.dumps("Traceback (most recent call last):\nRuntimeError: Connection closed by peer"))
+    ended = [SimpleNamespace(exitcode=1), SimpleNamespace(exitcode=-signal.SIGKILL)]
+    context = SimpleNamespace(processes=ended, error_files=[str(trace), str(tmp_path / "none")])
+    error = _cause(context, RuntimeError("process 0 terminated"), {"offset": 2, "world_size": 4}, tmp_path)
+    assert str(error).startswith("Process 3 of 4 was killed by SIGKILL")
 
 
 def answer(config_dict: dict[str, Any]) -> dict[str, Any]:
