@@ -213,6 +213,9 @@ def _in_rank(
 ) -> None:
     global _told
     _told = Path(folder)
+    # torch has a process interrupted when its starter dies; a starter in the background may ignore interrupts, and a
+    # process inherits that and would train on, alone.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if local_rank:
         basicConfig(level=ERROR)  # as RecBole has it: the first speaks for all
     if "OMP_NUM_THREADS" not in os.environ:

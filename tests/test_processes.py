@@ -164,7 +164,7 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
     found["evaluated"] = dict(trainer.evaluate(bundle.test, load_best_model=False))
 
     # Teacher scores: made together, in several blocks of a few users, which the processes take in turn.
-    cache.blocks = functools.partial(cache.blocks, cells=600)  # type: ignore[assignment]
+    cache.blocks = functools.partial(cache.blocks, cells=600)
     for kind, checkpoint in teachers.items():
         settings = KDSettings(kd_cache_dir=str(Path(out) / "scores"))
         scores = open_teacher_scores(load_teacher(checkpoint, bundle.train), settings, False, ranks)
@@ -369,7 +369,8 @@ def test_what_processes_wrote_is_what_one_process_writes(
     assert len(names) == (4 if kind == "factors" else 3)
     assert not [path for path in theirs.iterdir() if path.name.startswith(".")]
     for name in names:
-        np.testing.assert_array_equal(np.load(mine / name), np.load(theirs / name))
+        # Auto-encoders score a few users at a time a little differently in the last digit.
+        np.testing.assert_allclose(np.load(mine / name), np.load(theirs / name), rtol=1e-5, atol=1e-6)
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -490,20 +491,46 @@ def children(pid: int) -> list[int]:
     return sorted(found)
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
-def test_a_killed_process_ends_the_command_with_a_message(folder: Path, teachers: Any, tmp_path: Path) -> None:
+def endless(folder: Path, teachers: Any, tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A command that trains in two processes until it is stopped, and these, once a checkpoint is there."""
     more = (f"--teacher={teachers['factors']}", "--kd_loss=rce", "--nproc=2", "--epochs=100000")
     keys = {key: value for key, value in RUN.items() if not key.startswith("teacher_") and key != "epochs"}
     given = ["--model=BPR", "--dataset=tiny", f"--data_path={folder}", "--stopping_step=100000", *more]
     process = start(given + [f"--{k}={v}".replace(" ", "") for k, v in keys.items()], tmp_path / "output.txt")
+    waiting_since = time.monotonic()
+    while "Saving current" not in plain(tmp_path / "output.txt"):
+        if process.poll() is not None or time.monotonic() - waiting_since > 240:
+            process.kill()
+            pytest.fail(plain(tmp_path / "output.txt"))
+        time.sleep(0.1)
+    ranks = children(process.pid)
+    assert len(ranks) == WORLD
+    return process, ranks
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+def test_no_process_outlives_its_starter(folder: Path, teachers: Any, tmp_path: Path) -> None:
+    """Not even one that was started in the background, where interrupts are ignored."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
     try:
-        waiting_since = time.monotonic()
-        while "Saving current" not in plain(tmp_path / "output.txt"):
-            assert process.poll() is None, plain(tmp_path / "output.txt")
-            assert time.monotonic() - waiting_since < 120
-            time.sleep(0.1)
-        ranks = children(process.pid)
-        assert len(ranks) == WORLD
+        process, ranks = endless(folder, teachers, tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    process.kill()
+    process.wait(timeout=10)
+    waiting_since = time.monotonic()
+    while left := [pid for pid in ranks if Path(f"/proc/{pid}/stat").exists()]:
+        if time.monotonic() - waiting_since > 60:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"{len(left)} processes train on")
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+def test_a_killed_process_ends_the_command_with_a_message(folder: Path, teachers: Any, tmp_path: Path) -> None:
+    process, ranks = endless(folder, teachers, tmp_path)
+    try:
         os.kill(ranks[-1], signal.SIGKILL)
         assert process.wait(timeout=45) == 2
         for pid in ranks:
