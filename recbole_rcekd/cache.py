@@ -11,8 +11,11 @@ not touched on a hit.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from tqdm import tqdm
 from recbole_rcekd.errors import KDError, TeacherError
 from recbole_rcekd.functional import picked_products
 from recbole_rcekd.item_sets import Seen
+from recbole_rcekd.processes import Ranks
 from recbole_rcekd.ranking import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import Store
@@ -32,14 +36,18 @@ from recbole_rcekd.teacher import Teacher
 
 
 class _Scores(ABC):
-    """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk."""
+    """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk.
 
-    def __init__(self, n_contexts: int, n_items: int, seen: Seen, store: Store | None, side: str = "users") -> None:
+    With several ranks each makes and holds the lists of its own contexts; on disk they are whole.
+    """
+
+    def __init__(self, n_contexts: int, n_items: int, seen: Seen, store: Store | None, side: str, ranks: Ranks) -> None:
         self.n_contexts = n_contexts
         self.n_items = n_items
         self._seen = seen
         self._store = store
         self._side = side
+        self._ranks = ranks
         self._lists: dict[bool, Tensor] = {}
 
     @abstractmethod
@@ -51,26 +59,34 @@ class _Scores(ABC):
         """Scores ``[n, n_items]`` (float32) of every item; −inf at the padding item."""
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``."""
+        """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``.
+
+        With several ranks: of contexts that this rank owns, and all ranks ask for the same ``k`` first.
+        """
         width = min(k, self.n_items - 1)
         lists = self._lists.get(unseen)
         if lists is None or lists.shape[1] < width:
             lists = self._lists[unseen] = self._open_lists(width, unseen).to(contexts.device)
-        return torch.nn.functional.pad(lists[contexts, :width].long(), (0, k - width))
+        return torch.nn.functional.pad(lists[self._ranks.row(contexts), :width].long(), (0, k - width))
 
     def _open_lists(self, k: int, unseen: bool) -> Tensor:
         name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}"
-        found = self._store.read(name) if self._store else None
-        if found is not None:
-            return torch.from_numpy(found["ids"])
+        alone = self._ranks.world == 1
+        found = self._store.read(name, mmap=not alone) if self._store else None
+        # They decide together: what one rank does not find, all make.
+        if self._ranks.all(found is not None) and found is not None:
+            ids = found["ids"]
+            return torch.from_numpy(ids if alone else np.array(ids[self._ranks.rank :: self._ranks.world]))
         lists = self._make_lists(k, unseen)
         if self._store:
-            _write_if_possible(self._store, name, {"ids": lists.numpy()})
+            whole = self._ranks.whole(lists, self.n_contexts)
+            if whole is not None:
+                _write_if_possible(self._store, name, {"ids": whole.numpy()})
         return lists
 
     def _make_lists(self, k: int, unseen: bool) -> Tensor:
-        everyone = torch.arange(self.n_contexts)
-        return self._ranking().top_k(everyone, k, self._seen if unseen else None).int().cpu()
+        own = self._ranks.own(torch.arange(self.n_contexts))
+        return self._ranking().top_k(own, k, self._seen if unseen else None).int().cpu()
 
     def _ranking(self) -> Ranking:
         return RowRanking(self.score_all, self.n_items)
@@ -85,6 +101,7 @@ class FactorScores(_Scores):
         seen: the training interactions, for lists of unseen items.
         store: where lists are kept between runs; ``None``: in memory only.
         side: names the contexts in the store.
+        ranks: this process among those that share the lists out.
     """
 
     def __init__(
@@ -94,8 +111,9 @@ class FactorScores(_Scores):
         seen: Seen,
         store: Store | None = None,
         side: str = "users",
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(len(context_factors), len(item_factors), seen, store, side)
+        super().__init__(len(context_factors), len(item_factors), seen, store, side, ranks or Ranks())
         self.context_factors = context_factors
         self.item_factors = item_factors
 
@@ -120,6 +138,7 @@ class FactorScores(_Scores):
             self._seen.transposed(),
             self._store,
             side=f"by-{self._side}",
+            ranks=self._ranks,
         )
 
 
@@ -132,6 +151,7 @@ class DenseScores(_Scores):
         store: where lists are kept between runs; ``None``: in memory only.
         device: where scores are wanted.
         side: names the contexts in the store.
+        ranks: this process among those that share the lists out.
     """
 
     def __init__(
@@ -141,8 +161,9 @@ class DenseScores(_Scores):
         store: Store | None = None,
         device: torch.device | None = None,
         side: str = "users",
+        ranks: Ranks | None = None,
     ) -> None:
-        super().__init__(matrix.shape[0], matrix.shape[1], seen, store, side)
+        super().__init__(matrix.shape[0], matrix.shape[1], seen, store, side, ranks or Ranks())
         self._matrix = matrix
         self._device = device or torch.device("cpu")
 
@@ -159,11 +180,12 @@ class DenseScores(_Scores):
 
     def transposed(self) -> DenseScores:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
-        return DenseScores(self._matrix.T, self._seen.transposed(), self._store, self._device, f"by-{self._side}")
+        side = f"by-{self._side}"
+        return DenseScores(self._matrix.T, self._seen.transposed(), self._store, self._device, side, self._ranks)
 
 
 def open_teacher_scores(
-    teacher: Teacher, settings: KDSettings, show_progress: bool = False
+    teacher: Teacher, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
 ) -> FactorScores | DenseScores:
     """The teacher's scores, from disk if they are there, computed and stored if not.
 
@@ -171,44 +193,48 @@ def open_teacher_scores(
         teacher: from :func:`~recbole_rcekd.teacher.load_teacher`; its model is built on a miss only.
         settings: ``kd_cache_dir``, ``kd_cache_dtype``.
         show_progress: a progress bar while scores are computed.
+        ranks: this process among those that need the scores; they share the work out.
 
     Raises:
         TeacherError: the teacher gives NaN or infinite scores; the message names users.
         KDError: dense scores do not fit on the disk.
     """
     try:
-        return _open_or_make(teacher, settings, show_progress)
+        return _open_or_make(teacher, settings, show_progress, ranks or Ranks())
     finally:
         teacher.release()
 
 
-def _open_or_make(teacher: Teacher, settings: KDSettings, show_progress: bool) -> FactorScores | DenseScores:
+def _open_or_make(
+    teacher: Teacher, settings: KDSettings, show_progress: bool, ranks: Ranks
+) -> FactorScores | DenseScores:
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
     dense_name = f"dense-{settings.kd_cache_dtype}"
     found = store.read("factors")
-    if found is not None:
+    # They decide together: what one rank does not find, all make.
+    if ranks.all(found is not None) and found is not None:
         getLogger().info(f"Teacher scores: two tables, from [{store.root}]")
         users, items = (torch.from_numpy(found[key]).to(teacher.device) for key in ("users", "items"))
-        return FactorScores(users, items, teacher.seen, store)
+        return FactorScores(users, items, teacher.seen, store, ranks=ranks)
     found = store.read(dense_name, mmap=True)
-    if found is not None:
+    if ranks.all(found is not None) and found is not None:
         getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, from [{store.root}]")
-        return DenseScores(found["scores"], teacher.seen, store, teacher.device)
+        return DenseScores(found["scores"], teacher.seen, store, teacher.device, ranks=ranks)
 
     factors = teacher.factors()
     if factors is not None:
         _require_finite_factors(teacher, *factors)
-        _write_if_possible(
-            store, "factors", dict(zip(("users", "items"), (f.cpu().numpy() for f in factors), strict=True))
-        )
+        if ranks.first:
+            tables = (factor.cpu().numpy() for factor in factors)
+            _write_if_possible(store, "factors", dict(zip(("users", "items"), tables, strict=True)))
         getLogger().info(f"Teacher scores: two tables, computed, kept in [{store.root}]")
-        return FactorScores(*factors, teacher.seen, store)
-    _write_dense(teacher, store, dense_name, settings.kd_cache_dtype, show_progress)
+        return FactorScores(*factors, teacher.seen, store, ranks=ranks)
+    _write_dense(teacher, store, dense_name, settings.kd_cache_dtype, show_progress, ranks)
     written = store.read(dense_name, mmap=True)
     if written is None:
         raise KDError(f"The teacher's scores in [{store.root}] vanished while they were written.")
     getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, computed, kept in [{store.root}]")
-    return DenseScores(written["scores"], teacher.seen, store, teacher.device)
+    return DenseScores(written["scores"], teacher.seen, store, teacher.device, ranks=ranks)
 
 
 def blocks(n_contexts: int, n_items: int, cells: int = CELLS_AT_A_TIME) -> Iterator[Tensor]:
@@ -228,20 +254,34 @@ def _write_if_possible(store: Store, name: str, arrays: dict[str, np.ndarray[Any
         )
 
 
-def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_progress: bool) -> None:
-    """Stream full rows to disk, one block in memory at a time."""
+@contextmanager
+def _writing_together(store: Store, name: str, ranks: Ranks) -> Iterator[Path]:
+    """The scratch folder of an entry, on all ranks; it becomes the entry when all have written their part."""
+    if not ranks.first:
+        yield Path(ranks.broadcast(""))
+        ranks.barrier()
+    else:
+        with store.writing(name) as folder:
+            yield Path(ranks.broadcast(str(folder)))
+            ranks.barrier()
+    ranks.barrier()
+
+
+def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_progress: bool, ranks: Ranks) -> None:
+    """Stream full rows to disk, one block in memory at a time; ranks take turns with the blocks."""
     shape = (teacher.n_contexts, teacher.n_items)
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize / 2**20
-    wrong: list[Tensor] = []
+    wrong = [torch.zeros(0, dtype=torch.int64)]
     try:
-        with store.writing(name) as folder:
+        with _writing_together(store, name, ranks) as folder:
             # Plain writes: a mapped file that outgrows the disk would kill the process instead of raising.
-            with (folder / "scores.npy").open("wb") as file:
+            with os.fdopen(os.open(folder / "scores.npy", os.O_CREAT | os.O_WRONLY, 0o666), "wb") as file:
                 np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
                     file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 )
-                parts = blocks(*shape)
-                total = -(-shape[0] // max(1, CELLS_AT_A_TIME // shape[1]))
+                header = file.tell()
+                parts = islice(blocks(*shape), ranks.rank, None, ranks.world)
+                total = -(-shape[0] // (ranks.world * max(1, CELLS_AT_A_TIME // shape[1])))
                 for block in tqdm(parts, total=total, ncols=100, desc="Teacher scores", disable=not show_progress):
                     rows = teacher.score_all(block.to(teacher.device)).cpu()
                     rows[:, 0] = 0.0
@@ -250,8 +290,9 @@ def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_pro
                     bad = ~np.isfinite(stored).all(1)
                     bad[block.numpy() == 0] = False  # the padding user has no meaning
                     wrong.append(block[torch.from_numpy(bad)])
+                    file.seek(header + int(block[0]) * shape[1] * stored.itemsize)
                     file.write(np.ascontiguousarray(stored).tobytes())
-            _require_finite(teacher, torch.cat(wrong))
+            _require_finite(teacher, torch.cat(ranks.gather(torch.cat(wrong))).sort().values)
     except OSError as error:
         raise KDError(
             f"The teacher's scores ({size:.0f} MiB) could not be written to [{store.root}]: {error.strerror or error}. "

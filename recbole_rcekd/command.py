@@ -8,6 +8,7 @@ from importlib import resources
 
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.processes import run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
 
 
@@ -27,6 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kd_loss", "-l", help=f"one or more of scratch,{','.join(LOSSES)}")
     parser.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
     parser.add_argument("--output_dir", help="folder for result.json and the histories")
+    parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, that share the training")
+    parser.add_argument("--world_size", type=int, default=-1, help="processes on all machines (default: nproc)")
+    parser.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
+    parser.add_argument("--ip", default="localhost", help="machine of the first process of all")
+    parser.add_argument("--port", type=int, help="port there (default: 5678; on one machine any free one)")
     known, _ = parser.parse_known_args(arguments)
 
     files = known.config_files.strip().split(" ") if known.config_files else []
@@ -37,15 +43,19 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is not None:
         sys.argv = [argv[0], *arguments]  # where RecBole's Config looks for all other keys
     try:
-        run_recbole_kd(
-            model=known.model,
-            dataset=known.dataset,
-            config_file_list=files or None,
-            teacher=known.teacher,
-            kd_loss=known.kd_loss,
-            seeds=known.seeds,
-            output_dir=known.output_dir,
-        )
+        run = {
+            "model": known.model,
+            "dataset": known.dataset,
+            "config_file_list": files or None,
+            "teacher": known.teacher,
+            "kd_loss": known.kd_loss,
+            "seeds": known.seeds,
+            "output_dir": known.output_dir,
+        }
+        if known.nproc == 1 and known.world_size <= 0:
+            run_recbole_kd(**run)
+        else:
+            run_ranks(run_recbole_kd, run, known.nproc, known.world_size, known.ip, known.port, known.group_offset)
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ from recbole.utils.argument_list import (
 
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
+from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.settings import KDSettings, nearest, read_settings
 
 SCRATCH = "scratch"
@@ -114,6 +115,9 @@ def teacher_config(name: str, student: Any) -> Any:
     }
     if "seed" in own:
         raise SettingsError("[teacher_seed] has no effect: the seed is part of the split, which the student decides.")
+    if not student["single_spec"]:
+        # The same processes train it.
+        own |= {key: student[key] for key in (*PLACE_KEYS, "world_size", "local_rank") if key in _plain(student)}
     files = student["teacher_config_files"] or []
     files = files.split() if isinstance(files, str) else list(files)
     with _no_command_line():
@@ -151,7 +155,7 @@ def _known_to_recbole(config: Any) -> set[str]:
         *training_arguments,
         *evaluation_arguments,
         *dataset_arguments,
-        *("model", "dataset", "config_files", "nproc", "ip", "port", "world_size", "offset", "group_offset"),
+        *("model", "dataset", "config_files", "world_size", *PLACE_KEYS),
         *(
             "MODEL_INPUT_TYPE",
             "MODEL_TYPE",

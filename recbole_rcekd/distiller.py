@@ -14,6 +14,7 @@ from torch import Tensor
 from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
 from recbole_rcekd.item_sets import Lists, Seen
 from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.processes import Ranks
 from recbole_rcekd.ranking import top_k
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
@@ -28,7 +29,7 @@ _REFRESHED_AT_A_TIME = 1024
 
 @dataclass
 class _Side:
-    """One direction of distillation: item lists for users, or (IR-RRD) user lists for items."""
+    """One direction of distillation: item lists for users, or (IR-RRD) user lists for items; of this rank's own."""
 
     loss: KDLoss
     weight: float
@@ -37,6 +38,7 @@ class _Side:
     score: Callable[[Tensor, Tensor], Tensor]
     score_all: Callable[[Tensor], Tensor]
     contexts: Tensor
+    n_of_ranks: list[int]
     sets: ItemSets | None = None
     row_of: Tensor = field(init=False)
     group: Tensor = field(init=False)
@@ -47,7 +49,10 @@ class _Side:
 
 
 class Distiller:
-    """The KD term of one training run.
+    """The KD term of one training run, or this rank's part of it.
+
+    With several ranks each has the sets of its own users only. RecBole averages the ranks' gradients, so the part is
+    weighed such that the *average* of all parts is the mean over the users of all ranks.
 
     Args:
         scorer: the student.
@@ -56,6 +61,7 @@ class Distiller:
         settings: schedule, refresh, diagnostics.
         seen: the training interactions.
         seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
+        ranks: this process among those that train the student.
     """
 
     def __init__(
@@ -66,15 +72,18 @@ class Distiller:
         settings: KDSettings,
         seen: Seen,
         seed: int,
+        ranks: Ranks | None = None,
     ) -> None:
         loss.settings.check_catalogue(teacher.n_items - 1)
         self.loss = loss
         self.settings = settings
         self._scorer = scorer
-        self.generator = torch.Generator(scorer.device).manual_seed(seed)
+        self._ranks = ranks = ranks or Ranks()
+        self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
         seen = seen.to(scorer.device)
         contexts = seen.contexts()
-        self._sides = [_Side(loss, 1.0, teacher, seen, scorer.score, scorer.score_all, contexts)]
+        own, counts = ranks.own(contexts), ranks.counts(contexts)
+        self._sides = [_Side(loss, 1.0, teacher, seen, scorer.score, scorer.score_all, own, counts)]
         item_side = loss.item_side()
         if item_side is not None:
             by_item, owners = teacher.transposed(), seen.transposed()
@@ -85,13 +94,14 @@ class Distiller:
                     owners,
                     scorer.score_by_item,
                     scorer.score_all,
-                    owners.contexts(),
+                    ranks.own(owners.contexts()),
+                    ranks.counts(owners.contexts()),
                 )
             )
         for side in self._sides:
             order = torch.randperm(len(side.contexts), generator=self.generator, device=scorer.device)
             side.group = order % settings.kd_refresh_epochs
-        self._plans: list[Iterator[Tensor]] = []
+        self._plans: list[Iterator[tuple[Tensor, float]]] = []
         self._watched = self._choose_watched()
         self.steps = 0
 
@@ -103,7 +113,7 @@ class Distiller:
         with preserved_random_state(), self._scorer.evaluating():
             for side in self._sides:
                 self._refresh(side, epoch)
-        self._plans = [self._partition(len(side.contexts), n_steps) for side in self._sides]
+        self._plans = [self._partition(side, n_steps) for side in self._sides]
         self.steps = 0
 
     def _refresh(self, side: _Side, epoch: int) -> None:
@@ -121,12 +131,19 @@ class Distiller:
                 side.sets = block.empty_like(len(side.contexts))
             side.sets.put(part, block)
 
-    def _partition(self, n: int, n_steps: int) -> Iterator[Tensor]:
-        """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps."""
-        device = self.generator.device
+    def _partition(self, side: _Side, n_steps: int) -> Iterator[tuple[Tensor, float]]:
+        """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps.
+
+        With each part comes the mean length of the parts that the ranks have in this step.
+        """
+        device, n_parts = self.generator.device, max(1, n_steps)
+        # The lengths that tensor_split gives each rank.
+        means = [
+            sum((n + n_parts - 1 - i) // n_parts for n in side.n_of_ranks) / self._ranks.world for i in range(n_parts)
+        ]
         while True:
-            order = torch.randperm(n, generator=self.generator, device=device)
-            yield from order.tensor_split(max(1, n_steps))
+            order = torch.randperm(len(side.contexts), generator=self.generator, device=device)
+            yield from zip(order.tensor_split(n_parts), means, strict=True)
 
     # -- once per step -------------------------------------------------------------------------------------------
 
@@ -134,7 +151,8 @@ class Distiller:
         """The KD loss of one step, a scalar with gradient.
 
         Args:
-            users: the user ids of the training batch, ``[B]`` (used by ``kd_schedule: interactions``).
+            users: the user ids of the training batch (this rank's part), ``[B]``; used by ``kd_schedule: interactions``,
+                for which the ranks tell each other, since a part has users of all ranks.
         """
         self.steps += 1
         terms = []
@@ -143,18 +161,20 @@ class Distiller:
                 rows, weights = self._rows_of_batch(side, users)
                 term = (self._losses(side, rows) * weights).sum() if len(rows) else None
             else:
-                rows = next(plan)
-                term = self._losses(side, rows).mean() if len(rows) else None
+                rows, mean_length = next(plan)
+                # With one process this is the mean over the rows.
+                term = self._losses(side, rows).sum() / mean_length if len(rows) else None
             if term is not None:
                 terms.append(term if side.weight == 1.0 else side.weight * term)
         return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=self.generator.device)
 
     def _rows_of_batch(self, side: _Side, users: Tensor) -> tuple[Tensor, Tensor]:
-        """A user who stands in a batch c times counts c times; it is scored once."""
+        """A user who stands in a batch c times counts c times; it is scored once, by the rank that owns it."""
+        users = self._ranks.joined(users)
         distinct, counts = torch.unique(users[users != 0], return_counts=True)
         rows = side.row_of[distinct]
         known = rows >= 0
-        return rows[known], counts[known] / max(1, int(counts.sum()))
+        return rows[known], counts[known] * self._ranks.world / max(1, int(counts.sum()))
 
     def _losses(self, side: _Side, rows: Tensor) -> Tensor:
         if side.sets is None:
@@ -197,7 +217,7 @@ class Distiller:
 
     def _choose_watched(self) -> Tensor:
         side = self._sides[0]
-        n = min(self.settings.kd_diagnostic_users, len(side.contexts))
+        n = min(-(-self.settings.kd_diagnostic_users // self._ranks.world), len(side.contexts))
         watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
         if n:
             k = min(_OVERLAP_AT, side.teacher.n_items - 1)

@@ -20,3 +20,7 @@ class TeacherError(KDError, ValueError):
 
 class ScoringError(KDError, RuntimeError):
     """A model cannot be scored, or not with a gradient."""
+
+
+class ProcessError(KDError, RuntimeError):
+    """One of several processes died, and the others were stopped."""

@@ -75,7 +75,7 @@ class _ShuffledBatches:
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
         n = len(self._loader.sampler)
-        for batch in torch.randperm(n, generator=self._loader.generator).split(self._batches.batch_size):
+        for batch in torch.split(torch.randperm(n, generator=self._loader.generator), self._batches.batch_size):
             yield batch.numpy()
         # RandomSampler shuffles once more when it runs out, and takes nothing of that.
         torch.randperm(n, generator=self._loader.generator)

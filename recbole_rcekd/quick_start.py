@@ -13,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch.distributed as dist
 from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
@@ -26,6 +27,7 @@ from recbole_rcekd.config import (
     teacher_config,
 )
 from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.processes import PLACE_KEYS, Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
 from recbole_rcekd.scoring import require_scored_by_user
 from recbole_rcekd.teacher import Teacher, load_teacher, split_hash
@@ -47,6 +49,10 @@ def run_recbole_kd(
     output_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Train a student with distillation, from data to test result.
+
+    One of several processes, if ``config_dict`` has what RecBole's ``run`` gives each of them (``local_rank``, ``nproc``,
+    ``world_size``, ``ip``, ``port``, ``offset``); the command and :func:`~recbole_rcekd.processes.run_ranks` do that. All
+    return the same; the first writes files and log.
 
     Args:
         model: the student, a RecBole model name; may also stand in a config file.
@@ -70,6 +76,7 @@ def run_recbole_kd(
     """
     extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
     given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in extra.items() if v is not None}
+    joined_before = dist.is_initialized()
     try:
         config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
     except ModuleNotFoundError as error:
@@ -77,7 +84,11 @@ def run_recbole_kd(
         if error.name not in ("lightgbm", "xgboost"):
             raise
         raise SettingsError(f"[model] names no RecBole model{f': {model!r}' if model else ''}.") from error
-    return _Experiment(config, saved).run()
+    result = _Experiment(config, saved).run()
+    if dist.is_initialized() and not joined_before:
+        dist.barrier()  # the first process keeps the connections for all
+        dist.destroy_process_group()
+    return result
 
 
 @dataclass
@@ -94,10 +105,15 @@ class _Experiment:
     def __init__(self, config: Any, saved: bool) -> None:
         self.config = config
         self.saved = saved
+        self.ranks = Ranks.of(config)
         check_keys(config)
+        if config["single_spec"] and int(config["nproc"] or 1) > 1:
+            raise SettingsError("[nproc] is read by run_recbole_kd.py from its command line only: --nproc=2.")
         self.losses = loss_names(config["kd_loss"] or "rce")
         self.seeds = _seeds(config)
-        self.output_dir = Path(config["output_dir"]) if config["output_dir"] else None
+        self.output_dir = Path(config["output_dir"]) if config["output_dir"] and self.ranks.first else None
+        if not self.ranks.first:
+            config["log_wandb"] = False
         # Every setting of every method is read now: a typing error in the last one must not cost hours.
         self.run_configs = {name: self._run_config(name) for name in self.losses}
         if not config["teacher"] and self.losses != [SCRATCH]:
@@ -118,13 +134,16 @@ class _Experiment:
         init_seed(config["seed"], config["reproducibility"])
         # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
         os.makedirs(Path("log") / config["model"], exist_ok=True)
-        init_logger(config)
+        if self.ranks.first:
+            init_logger(config)
         logger = getLogger()
         logger.info(sys.argv)
         logger.info(config)
         dataset = create_dataset(config)
         logger.info(dataset)
         data = _Data(dataset, *data_preparation(config, dataset))
+        if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
+            raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
         for name in self.losses:
             if name != SCRATCH:
                 _, loss = read_kd_settings(self.run_configs[name])
@@ -180,13 +199,15 @@ class _Experiment:
             "device",
             "log_wandb",
             "worker",
+            *PLACE_KEYS,
         )
         settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in unimportant}
         key = hashlib.sha256(json.dumps([settings, split_hash(data.train._dataset)]).encode()).hexdigest()[:10]
         file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
+        file = self.ranks.broadcast(file)  # settings of the other ranks name the file otherwise
         facts = file.with_suffix(".json")
         logger = getLogger()
-        if file.exists() and facts.exists():
+        if self.ranks.all(file.exists() and facts.exists()):
             logger.info(set_color("Teacher", "pink") + f": {name} trained before, from [{file}]")
             return str(file), json.loads(facts.read_text(encoding="utf-8"))
         logger.info(set_color("Teacher", "pink") + f": training {name}, kept in [{file}]")
@@ -198,12 +219,15 @@ class _Experiment:
         model = get_model(name)(config, train._dataset).to(config["device"])
         logger.info(model)
         trainer = recording_trainer(config)(config, model)
+        self._draw_apart(config, config["seed"])
         started = perf_counter()
         trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
         trained = _course(trainer, perf_counter() - started)
         # The last step: a teacher whose training was interrupted is not found the next time.
-        facts.write_text(json.dumps(trained), encoding="utf-8")
-        os.replace(trainer.saved_model_file, file)
+        if self.ranks.first:
+            facts.write_text(json.dumps(trained), encoding="utf-8")
+            os.replace(trainer.saved_model_file, file)
+        self.ranks.barrier()
         return str(file), trained
 
     # -- students ------------------------------------------------------------------------------------------------
@@ -224,7 +248,7 @@ class _Experiment:
     def _run(self, name: str, seed: int, data: _Data, teacher: Teacher | None, report: Report) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
-        known = report.finished(name, seed, config, teacher)
+        known = self.ranks.broadcast(report.finished(name, seed, config, teacher))
         if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
@@ -235,6 +259,8 @@ class _Experiment:
         for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
             if hasattr(loader, "generator"):
                 loader.generator.manual_seed(seed)
+                if self.ranks.world > 1:
+                    loader.sampler.seed = seed  # which orders the rows then
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
         logger.info(model)
         trainer: Any
@@ -242,6 +268,7 @@ class _Experiment:
             trainer = recording_trainer(config)(config, model)
         else:
             trainer = distill_trainer(config)(config, model, teacher, seed)
+        self._draw_apart(config, seed)
         folder = report.run_folder(name, seed)
         if folder is not None:
             trainer.history.file = folder / "history.csv"
@@ -267,6 +294,11 @@ class _Experiment:
             fingerprint=report.fingerprint(config, teacher),
             **_course(trainer, seconds),
         )
+
+    def _draw_apart(self, config: Any, seed: int) -> None:
+        """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""
+        if not self.ranks.first:
+            init_seed(self.ranks.seed(seed), config["reproducibility"])
 
 
 def _course(trainer: Any, seconds: float) -> dict[str, Any]:

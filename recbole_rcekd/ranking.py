@@ -100,7 +100,7 @@ class RowRanking(Ranking):
     def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
         """See :class:`Ranking`."""
         lists = []
-        for part in contexts.split(max(1, CELLS_AT_A_TIME // self._n_items)):
+        for part in torch.split(contexts, max(1, CELLS_AT_A_TIME // self._n_items)):
             rows = self._score_all(part)
             if without is not None:
                 rows[without.cells(part)] = -torch.inf
@@ -130,7 +130,7 @@ class ProductRanking(Ranking):
         lists = torch.empty((len(contexts), k), dtype=torch.int64)
         left = torch.arange(len(contexts))
         for spare in _SPARE:
-            for part in left.split(_ROWS_AT_A_TIME):
+            for part in torch.split(left, _ROWS_AT_A_TIME):
                 lists[part] = self._by_candidates(contexts[part], k, without, spare)
             # An uncertain list begins with 0, which no list does.
             left = left[lists[left, 0] == 0]
@@ -147,7 +147,7 @@ class ProductRanking(Ranking):
         all_reached = np.empty(all_bounds.shape, dtype=bool)
         from_last = -1 - torch.arange(k)
         lists = []
-        for part, rows in zip(contexts.split(_CONTEXTS_AT_A_TIME), all_rows.split(_CONTEXTS_AT_A_TIME), strict=True):
+        for part, rows in zip(*(torch.split(x, _CONTEXTS_AT_A_TIME) for x in (contexts, all_rows)), strict=True):
             n = len(part)
             bounds = torch.mm(_with_norms(rows, _BOUND), self._half, out=all_bounds[:n])
             bounds[:, 0] = -torch.inf

@@ -29,13 +29,15 @@ from tabulate import tabulate
 from recbole_rcekd.cache import blocks
 from recbole_rcekd.config import SCRATCH
 from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher
 
 RESULT_FORMAT = 1
-# Neither changes what a run computes.
+# None changes what a run computes. (`world_size` does: the draws are other ones.)
 _UNIMPORTANT = frozenset(
     {
+        *PLACE_KEYS,
         "checkpoint_dir",
         "show_progress",
         "state",
@@ -118,7 +120,7 @@ class _TeacherAsModel(torch.nn.Module):
         self.device = device
         self._teacher = teacher
         self._user_field = teacher.user_field
-        self.unused = torch.nn.Parameter(torch.zeros(1))  # the trainer builds an optimiser
+        self.unused = torch.nn.Parameter(torch.zeros(1, device=device))  # the trainer builds an optimiser
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
         return self._teacher.score_all(interaction[self._user_field])

@@ -24,6 +24,7 @@ from torch import Tensor
 from recbole_rcekd.checkpoint import read_checkpoint
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.item_sets import Seen
+from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_scored_by_user
 
 # What decides the training interactions, besides RecBole's dataset arguments.
@@ -41,7 +42,9 @@ _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
     "NAIS": {"pretrain_path": None},
     "RaCT": {"train_stage": "actor_pretrain"},
 }
-_MACHINE_KEYS = frozenset({"device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank"})
+_MACHINE_KEYS = PLACE_KEYS | {
+    *("device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank", "world_size"),
+}
 
 
 class Teacher:

@@ -8,6 +8,7 @@ by several of RecBole's trainers).
 
 from __future__ import annotations
 
+import copy
 import os
 import uuid
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
+from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher, training_interactions
 from recbole_rcekd.types import TeacherScores
@@ -36,27 +38,43 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     RecBole names checkpoints to the second, so two runs started together overwrite each other's; and a run stopped
     while it saves leaves half a file. Here names are unique, and a checkpoint replaces the last one when it is whole.
+    Of several processes the first names the checkpoint and writes; none reads it before it is there.
 
     Attributes:
         history: one row per epoch; ``history.file`` is beside the checkpoint unless changed.
+        ranks: this process among those that train the model.
     """
 
     run_label = "scratch"
+    config: Any
 
     def __init__(self, config: Any, model: Any) -> None:
         os.makedirs(config["checkpoint_dir"], exist_ok=True)  # RecBole's own way fails if two runs do it at once
         super().__init__(config, model)
+        self.ranks = Ranks.of(config)
         name = f"{config['model']}-{self.run_label}-{get_local_time()}-{uuid.uuid4().hex[:6]}"
+        name = self.ranks.broadcast(name)
         self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
-        self.history = History(Path(self.checkpoint_dir) / f"{name}.history.csv")
+        self.history = History(Path(self.checkpoint_dir) / f"{name}.history.csv" if self.ranks.first else None)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        if not self.ranks.first:
+            return
         wanted = kwargs.pop("saved_model_file", self.saved_model_file)
         beside = f"{wanted}.partial"
-        super()._save_checkpoint(epoch, verbose=False, saved_model_file=beside, **kwargs)
+        config = self.config
+        if not config["single_spec"]:
+            # It would make one process that opens the checkpoint look for the others.
+            self.config = copy.deepcopy(config)
+            self.config["single_spec"] = True
+        try:
+            super()._save_checkpoint(epoch, verbose=False, saved_model_file=beside, **kwargs)
+        finally:
+            self.config = config
         if not os.path.exists(beside):
             return
         os.replace(beside, wanted)
+        note_checkpoint(wanted)
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {wanted}")
 
@@ -75,7 +93,8 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
             losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
         found = self._end_epoch(epoch_idx, n_steps)
         total = float(sum(losses) if isinstance(losses, tuple) else losses)
-        self.history.note(train_seconds=perf_counter() - started, train_loss=total / max(1, n_steps), **found)
+        loss = self.ranks.mean({"train_loss": total / max(1, n_steps)})
+        self.history.note(train_seconds=perf_counter() - started, **loss, **found)
         return losses
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
@@ -83,6 +102,12 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         score, result = super()._valid_epoch(valid_data, show_progress=show_progress)
         self.history.note(valid_seconds=perf_counter() - started, **{f"valid_{k}": float(v) for k, v in result.items()})
         return score, result
+
+    def evaluate(self, eval_data: Any, load_best_model: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As RecBole's; the checkpoint to load is there."""
+        if load_best_model:
+            self.ranks.barrier()
+        return super().evaluate(eval_data, load_best_model, *args, **kwargs)
 
 
 class DistillMixin(RecordingMixin):
@@ -123,11 +148,11 @@ class DistillMixin(RecordingMixin):
         dataset = train_data._dataset
         scorer = ModelScorer(self.model, dataset, trainable=True)
         if isinstance(self.teacher, Teacher):
-            scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress)
+            scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress, self.ranks)
         else:
             scores = self.teacher
         seen = training_interactions(dataset)
-        self.distiller = Distiller(scorer, scores, self.kd_loss, self.kd_settings, seen, self.seed)
+        self.distiller = Distiller(scorer, scores, self.kd_loss, self.kd_settings, seen, self.seed, self.ranks)
         with scorer.shared_propagation() as forget:
             self._wrap_loss(self.distiller, dataset.uid_field, forget)
             try:
@@ -172,12 +197,14 @@ class DistillMixin(RecordingMixin):
                 f"{type(self.model).__name__}'s trainer ran an epoch without one distillation step: it does not call "
                 "calculate_loss. Please report this model; its result would be an undistilled student."
             )
-        found = {
-            "base_loss": float(self._base_sum) / distiller.steps,
-            "kd_loss": float(self._kd_sum) / distiller.steps,
-            **distiller.diagnostics(),
-            "refresh_seconds": self._refresh_seconds,
-        }
+        found = self.ranks.mean(
+            {
+                "base_loss": float(self._base_sum) / distiller.steps,
+                "kd_loss": float(self._kd_sum) / distiller.steps,
+                **distiller.diagnostics(),
+                "refresh_seconds": self._refresh_seconds,
+            }
+        )
         shown = ", ".join(f"{set_color(name, 'blue')}: {value:.4f}" for name, value in found.items())
         self.logger.info(set_color(f"epoch {epoch_idx} distilling", "green") + f" [{shown}]")
         for name, value in found.items():

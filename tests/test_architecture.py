@@ -78,6 +78,7 @@ ABOVE = [
     ("trainer", {"quick_start", "report", "command"}),
     ("report", {"distiller", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
+    ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
     ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
 ]
 

@@ -10,13 +10,14 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,7 +30,10 @@ compat.apply()
 
 from recbole.config import Config  # noqa: E402  (RecBole only works once compat has been applied)
 from recbole.data import create_dataset, data_preparation  # noqa: E402
+from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset  # noqa: E402
+from recbole.evaluator import Collector  # noqa: E402
+from recbole.trainer import trainer  # noqa: E402
 from recbole.utils import get_model, get_trainer, init_seed  # noqa: E402
 
 # 20 interactions in file order, all at the same time: (user, item, rating). More than 16, since numpy sorts
@@ -383,12 +387,90 @@ def test_ties_in_time_keep_the_file_order(tmp_path: Path, keep: str) -> None:
     assert held_out["valid"] == {user: seen[-2] for user, seen in of_user.items()}
 
 
+# --- several processes --------------------------------------------------------------------------------------
+# What two processes compute together is in test_processes.py; here, what each is told, with and without GPUs.
+
+
+class Joined(NamedTuple):
+    """What a process of two saw of the world: its Config, and how it joined the others."""
+
+    config: Any
+    calls: list[dict[str, Any]]
+    gpus: list[int]
+
+
+@pytest.fixture
+def join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joined]:
+    """Build a Config as the second of two processes, on a machine with GPUs or without, and start nothing."""
+    plain_inter(tmp_path)
+
+    def build(gpus: bool, **settings: Any) -> Joined:
+        calls: list[dict[str, Any]] = []
+        chosen: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: bool(calls))
+        monkeypatch.setattr(torch.distributed, "init_process_group", lambda **given: calls.append(given))
+        settings |= {"local_rank": 1, "nproc": 2, "world_size": 4, "ip": "10.0.0.1", "port": "5678", "offset": 2}
+        build_config(tmp_path, **settings)
+        return Joined(build_config(tmp_path, **settings), calls, chosen)
+
+    return build
+
+
+def test_processes_without_gpu_use_gloo(join: Callable[..., Joined]) -> None:
+    joined = join(gpus=False)
+    assert joined.calls == [{"backend": "gloo", "rank": 3, "world_size": 4, "init_method": "tcp://10.0.0.1:5678"}]
+    assert joined.config["device"] == torch.device("cpu")
+    assert joined.config["single_spec"] is False
+    assert joined.gpus == []
+
+
+def test_processes_with_gpus_use_nccl_as_before(join: Callable[..., Joined]) -> None:
+    joined = join(gpus=True, gpu_id="0,1")
+    assert joined.calls == [{"backend": "nccl", "rank": 3, "world_size": 4, "init_method": "tcp://10.0.0.1:5678"}]
+    assert joined.config["device"] == torch.device("cuda", 1)
+    assert joined.gpus == [1, 1]
+
+
+def test_a_process_without_a_gpu_of_its_own_is_an_error(join: Callable[..., Joined]) -> None:
+    with pytest.raises(ValueError, match=r"\[gpu_id\]='0' names too few GPUs for \[nproc\]=2.*--gpu_id=0,1"):
+        join(gpus=True, gpu_id="0")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_gpus_have_numbers(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(trainer, "DistributedDataParallel", lambda model, device_ids: given.append(device_ids))
+    config = {"single_spec": False, "local_rank": 1, "device": torch.device(device)}
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    made = trainer.AbstractTrainer(config, model)
+    assert given == [[1] if device == "cuda" else None]
+    # The synchronised kind of batch normalisation exists for GPUs only.
+    kind = torch.nn.SyncBatchNorm if device == "cuda" else torch.nn.BatchNorm1d
+    assert type(made.model[0]) is kind
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_the_first_process_draws_curves(rank: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    writer = trainer.get_tensorboard(logging.getLogger())
+    writer.add_scalar("Loss/Train", 1.0, 0)
+    writer.add_hparams({"learner": "adam"}, {"hparam/best_valid_result": 0.5})
+    assert (tmp_path / "log_tensorboard").exists() is (rank == 0)
+
+
 # --- the rewriting itself -----------------------------------------------------------------------------------
 
 
 def test_apply_again_changes_nothing() -> None:
     def state() -> list[object]:
-        return [torch.load, sys.modules.get("ray"), Dataset._fill_nan, Dataset._load_feat, Dataset._remap]
+        return [
+            *(torch.load, sys.modules.get("ray"), Dataset._fill_nan, Dataset._load_feat, Dataset._remap),
+            *(Config._init_device, trainer.AbstractTrainer.__init__, trainer.get_tensorboard),
+            *(FullSortEvalDataLoader.__init__, Collector.get_data_struct, trainer.Trainer._map_reduce),
+        ]
 
     before = state()
     compat.apply()
