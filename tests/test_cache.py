@@ -274,6 +274,12 @@ class FullDisk:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
+    def tell(self) -> int:
+        return int(self.file.tell())
+
+    def seek(self, place: int) -> int:
+        return int(self.file.seek(place))
+
     def write(self, content: bytes) -> int:
         self.left -= len(content)
         if self.left < 0:
@@ -286,7 +292,7 @@ def test_full_disk_stops_a_dense_teacher(trained: Trained, tmp_path: Path, monke
 
     def limited(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = opened(path, mode, *args, **kwargs)
-        return FullDisk(file, 500) if path.name == "scores.npy" and "w" in mode else file
+        return FullDisk(file, 500) if path.name == "scores.npy" and mode == "r+b" else file
 
     monkeypatch.setattr(Path, "open", limited)
     with pytest.raises(KDError) as caught:
