@@ -30,7 +30,7 @@ def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentPar
     """A parser with what every benchmark on real data asks for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--data_path", required=True)
+    parser.add_argument("--data_path", help="where datasets are; RecBole's own default without (it has ml-100k)")
     parser.add_argument("--teacher", required=True, help="a RecBole checkpoint")
     parser.add_argument("--model", default=defaults.get("model", "BPR"), help="the student")
     parser.add_argument("--embedding_size", type=int, default=20)
@@ -68,10 +68,13 @@ class Data(NamedTuple):
 
 def config_of(options: argparse.Namespace, files: list[str] | None = None, **extra: Any) -> Any:
     """A stock Config; progress bars and messages off."""
-    quiet = {"data_path": options.data_path, "show_progress": False, "state": "WARNING"}
-    size = {"embedding_size": options.embedding_size}
-    given = {**quiet, **size, **json.loads(options.settings), **extra}
-    return Config(options.model, options.dataset, [str(READY_SPLIT), *(files or [])], given)
+    given = {"embedding_size": options.embedding_size, "show_progress": False, "state": "WARNING"}
+    files = list(files or [])
+    if options.data_path:
+        given["data_path"] = options.data_path
+        if (Path(options.data_path) / options.dataset / f"{options.dataset}.train.inter").exists():
+            files.insert(0, str(READY_SPLIT))
+    return Config(options.model, options.dataset, files, {**given, **json.loads(options.settings), **extra})
 
 
 def read_data(config: Any) -> Data:

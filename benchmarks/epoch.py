@@ -95,7 +95,7 @@ def memory_of(options: argparse.Namespace, name: str, folder: str) -> float:
     command = [
         sys.executable,
         os.path.abspath(__file__),
-        *(f"--{key}={getattr(options, key)}" for key in keys),
+        *(f"--{key}={getattr(options, key)}" for key in keys if getattr(options, key) is not None),
         f"--memory_of={name}",
     ]
     environment = {**os.environ, "BENCHMARK_FOLDER": folder}

@@ -32,7 +32,11 @@ def main() -> None:
     rows = []
     for what in ("new teacher", "scores in the cache", "scores in the cache"):
         keys = ("dataset", "data_path", "teacher", "model", "embedding_size", "settings")
-        command = [sys.executable, os.path.abspath(__file__), *(f"--{key}={getattr(options, key)}" for key in keys)]
+        command = [
+            sys.executable,
+            os.path.abspath(__file__),
+            *(f"--{key}={getattr(options, key)}" for key in keys if getattr(options, key) is not None),
+        ]
         environment = {**os.environ, "BENCHMARK_FOLDER": folder}
         done = subprocess.run([*command, "--measured"], capture_output=True, text=True, check=True, env=environment)
         rows.append([what, *(f"{x:.2f}" for x in json.loads(done.stdout.strip().splitlines()[-1]))])

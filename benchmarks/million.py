@@ -1,0 +1,161 @@
+"""A million users and a million items on one machine: teacher scores, list refresh, training steps, memory.
+
+    python benchmarks/million.py --sizes=100000,1000000 --steps=1000
+
+Synthetic: as many users as items, 20 interactions a user, teacher and student (a RecBole BPR) of 32 dimensions with
+random tables, RCE-KD with its defaults. For each size: the teacher's scores written to the cache, the lists of 1 % of the
+users renewed (teacher's and student's), training steps (2,048 rows, uniform negatives, Adam) with and without the KD
+term for the users whose lists were made, and the peak memory of the process, one process per size.
+RecBole's own loading is left out: reading 20 million rows takes it longer than all of this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from common import machine, peak_of_this_process
+from recbole.config import Config
+from recbole.data.interaction import Interaction
+from recbole.model.general_recommender import BPR
+from tabulate import tabulate
+from torch import Tensor
+
+from recbole_rcekd.cache import FactorScores
+from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.losses import RCELoss
+from recbole_rcekd.losses.rce import RCESettings
+from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.store import Store
+from recbole_rcekd.trainer import update_in_one_pass
+
+PER_USER, DIMENSIONS, ROWS = 20, 32, 2048
+
+
+def main() -> None:
+    """Parse; a process per size; print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="100000,1000000", help="users, and as many items")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--measured", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sys.argv = sys.argv[:1]
+    if options.measured:
+        print(json.dumps(measure(options.measured, options.steps)))
+        return
+    columns = []
+    for size in options.sizes.split(","):
+        command = [sys.executable, os.path.abspath(__file__), f"--measured={size}", f"--steps={options.steps}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        columns.append(json.loads(done.stdout.strip().splitlines()[-1]))
+    rows = []
+    for what in columns[0]:
+        values = [column[what] for column in columns]
+        growth = f"{values[-1] / values[0]:.1f}" if len(values) > 1 else ""
+        rows.append([what, *(f"{value:.3g}" for value in values), growth])
+    print(f"d = {DIMENSIONS}, {PER_USER} interactions a user, {options.steps} steps; {machine()}")
+    print(tabulate(rows, ["", *options.sizes.split(","), "growth"], tablefmt="github", disable_numparse=True))
+
+
+def measure(n: int, steps: int) -> dict[str, float]:
+    """All figures for ``n`` users and ``n`` items."""
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, float] = {}
+    users = torch.repeat_interleave(torch.arange(1, n + 1), PER_USER)
+    items = torch.randint(1, n + 1, (len(users),))
+    seen = Seen.from_pairs(users, items, n + 1, n + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        store, started = Store(Path(folder)), perf_counter()
+        factors = {side: torch.randn(n + 1, DIMENSIONS).numpy() for side in ("users", "items")}
+        store.write("factors", factors)
+        found["teacher's tables to the cache (s)"] = perf_counter() - started
+        del factors
+        started = perf_counter()
+        read = store.read("factors")
+        found["and from it (s)"] = perf_counter() - started
+    if read is None:
+        raise RuntimeError("the store lost an entry")
+    teacher = FactorScores(*(torch.from_numpy(read[side]) for side in ("users", "items")), seen)
+
+    model, scorer = student(n)
+    loss = RCELoss(RCESettings())
+    taught = torch.randperm(n, generator=generator)[: n // 100] + 1
+    with scorer.evaluating():
+        ranking, by_teacher = scorer.ranking(), teacher._ranking()
+        started = perf_counter()
+        teacher_top = by_teacher.top_k(taught, loss.settings.rce_top_k)
+        found["teacher's list, per user (ms)"] = (perf_counter() - started) / len(taught) * 1e3
+        source = OwnLists(teacher, taught, teacher_top)
+        started, sets = perf_counter(), None
+        for part in torch.split(torch.arange(len(taught)), 1024):
+            block = loss.select(Lists(taught[part], source, ranking, seen, generator))  # type: ignore[arg-type]
+            sets = sets or block.empty_like(n + 1)  # room for everyone, as a run has
+            sets.put(taught[part], block)
+        found["student's list and item set, per user (ms)"] = (perf_counter() - started) / len(taught) * 1e3
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    update_in_one_pass(optimizer)
+
+    def step(with_kd: bool) -> None:
+        rows = torch.randint(len(users), (ROWS,), generator=generator)
+        batch = {"user_id": users[rows], "item_id": items[rows]}
+        batch["neg_item_id"] = torch.randint(1, n + 1, (ROWS,), generator=generator)
+        optimizer.zero_grad()
+        total = model.calculate_loss(Interaction(batch))
+        if with_kd:
+            # As many users a step as an epoch of 20 n / 2,048 steps needs to see each once.
+            contexts = taught[torch.randint(len(taught), (max(1, ROWS // PER_USER),), generator=generator)]
+            mine = sets.rows(contexts)
+            total = total + 10.0 * loss.forward(scorer.score(contexts, mine.items), mine).mean()
+        total.backward()
+        optimizer.step()
+
+    for with_kd, label, count in (
+        (False, "step, plain (ms)", max(20, steps // 10)),
+        (True, "step, RCE-KD (ms)", steps),
+    ):
+        step(with_kd)
+        started = perf_counter()
+        for _ in range(count):
+            step(with_kd)
+        found[label] = (perf_counter() - started) / count * 1e3
+    found["peak memory (GiB)"] = peak_of_this_process() / 1024
+    return found
+
+
+class OwnLists:
+    """A teacher whose lists are those of some users only; its scores are the teacher's."""
+
+    def __init__(self, teacher: FactorScores, contexts: Tensor, lists: Tensor) -> None:
+        self.n_contexts, self.n_items, self.score = teacher.n_contexts, teacher.n_items, teacher.score
+        self._lists = lists
+        self._row = torch.full((teacher.n_contexts,), -1)
+        self._row[contexts] = torch.arange(len(contexts))
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
+        """Those made before."""
+        return self._lists[self._row[contexts], :k]
+
+
+def student(n: int) -> tuple[Any, ModelScorer]:
+    """RecBole's BPR for ``n`` users and items."""
+    dataset = SimpleNamespace(uid_field="user_id", iid_field="item_id", user_num=n + 1, item_num=n + 1)
+    dataset.num = lambda field: n + 1
+    dataset.field2type = dataset.field2source = {}
+    config = Config("BPR", "ml-100k", config_dict={"embedding_size": DIMENSIONS, "state": "ERROR"})
+    model = BPR(config, dataset)
+    return model, ModelScorer(model, dataset, trainable=True)
+
+
+if __name__ == "__main__":
+    main()
