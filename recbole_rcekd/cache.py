@@ -11,7 +11,6 @@ not touched on a hit.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -274,7 +273,8 @@ def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_pro
     try:
         with _writing_together(store, name, ranks) as folder:
             # Plain writes: a mapped file that outgrows the disk would kill the process instead of raising.
-            with os.fdopen(os.open(folder / "scores.npy", os.O_CREAT | os.O_WRONLY, 0o666), "wb") as file:
+            (folder / "scores.npy").touch()
+            with (folder / "scores.npy").open("r+b") as file:
                 np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
                     file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
                 )

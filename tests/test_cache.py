@@ -280,13 +280,16 @@ class FullDisk:
             full_disk()
         return int(self.file.write(content))
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
 
 def test_full_disk_stops_a_dense_teacher(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
 
     def limited(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         file = opened(path, mode, *args, **kwargs)
-        return FullDisk(file, 500) if path.name == "scores.npy" and "w" in mode else file
+        return FullDisk(file, 500) if path.name == "scores.npy" and mode == "r+b" else file
 
     monkeypatch.setattr(Path, "open", limited)
     with pytest.raises(KDError) as caught:
