@@ -286,6 +286,9 @@ class FullDisk:
             full_disk()
         return int(self.file.write(content))
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
 
 def test_full_disk_stops_a_dense_teacher(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Path.open
