@@ -274,12 +274,6 @@ class FullDisk:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def tell(self) -> int:
-        return int(self.file.tell())
-
-    def seek(self, place: int) -> int:
-        return int(self.file.seek(place))
-
     def write(self, content: bytes) -> int:
         self.left -= len(content)
         if self.left < 0:
