@@ -36,9 +36,9 @@ _GROUP_SIZE = 8
 # Share of the norms' product that makes up for sums in float32 (of up to 1,700 terms, each rounded the wrong way) and
 # for the term of second order; and the factor that makes up for rounding the two columns themselves.
 _SUMS, _COLUMNS = 2.0**-14, 1.0 + 2.0**-7
-# Where squares of the norm's terms, or products, could underflow or overflow: such norms are taken for larger than they
-# are, such thresholds are not used, and such rows are ranked in full.
-_SMALLEST_NORM, _SMALLEST_THRESHOLD, _LARGEST_NORM = 1e-12, 1e-30, 1e18
+# Beyond these, squares of a norm's terms, or products, may underflow or overflow: smaller norms are taken for larger than
+# they are, larger rows are ranked in full.
+_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 # The guess looks at every 16th item, and aims at this many times k candidates: more cost more, fewer fail more often.
 # Those who failed are tried again with more.
 _SAMPLED = 16
@@ -173,7 +173,7 @@ class ProductRanking(Ranking):
             if without is not None:
                 bounds[without.cells(part)] = -torch.inf
             sample = bounds[:, ::_SAMPLED].topk(int(k * spare / _SAMPLED) + 1, dim=1, sorted=False).values
-            threshold = sample.amin(1, keepdim=True).clamp_(min=_SMALLEST_THRESHOLD)
+            threshold = sample.amin(1, keepdim=True).clamp_(min=torch.finfo(torch.bfloat16).tiny)
             # Positive bfloat16 numbers are ordered as their bits are, and numpy compares integers fast.
             reached = np.greater_equal(_bits(bounds), _bits(threshold), out=all_reached[:n])
             hits = np.flatnonzero(reached)

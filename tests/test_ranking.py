@@ -209,21 +209,23 @@ def test_a_padding_item_of_any_kind_is_never_listed(value: float) -> None:
     check(found, torch.arange(N_USERS), users, items)
 
 
-def test_negative_zero_ranks_as_zero() -> None:
+def test_negative_zero_ranks_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its sign bit is the highest, and would throw the order of a whole block over."""
-    users, items = torch.zeros(2, 2), torch.zeros(N_ITEMS, 2)
-    users[:, 0] = 1.0
-    items[1:, 0] = -1e-30
-    items[:, 1] = 1e12  # bounds are positive
-    items[40:45, 0] = torch.arange(1.0, 6.0)
+    users, items = torch.eye(2), torch.zeros(N_ITEMS, 2)
+    items[40:45] = torch.arange(1.0, 6.0).unsqueeze(1)
+    items[100:] = torch.tensor([1.0, -1.0]) * 1e-3
+    plain = ranking.scores_at
+
+    def signed(*args: Tensor) -> Tensor:
+        scores = plain(*args)
+        return torch.where(scores.abs() < 0.01, -0.0, scores)
+
+    monkeypatch.setattr(ranking, "scores_at", signed)
+    monkeypatch.setattr(ranking, "_COLUMNS", 1e6)  # all items are candidates
+    monkeypatch.setattr(ranking, "_SPARE", (1e-9,))
+    items[16] = 1e-9  # and the threshold is low
     found = Counted(users, items).top_k(torch.arange(2), 5)
     assert (found == torch.tensor([44, 43, 42, 41, 40])).all()
-    signed = torch.full((N_ITEMS, 2), -0.0)
-    signed[40:45, 0] = torch.arange(1.0, 6.0)
-    signed[50:, 1] = 1e12
-    users[:, 1] = 0.0
-    users[1] = torch.tensor([-0.0, 1e-3])
-    check(Counted(users, signed).top_k(torch.arange(2), 5), torch.arange(2), users, signed)
 
 
 # -- what is not a number ------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def test_bounds_are_not_below_the_scores(seed: int, d: int, left: float, right: 
     # The product is rounded too, which keeps the order: what counts is how thresholds, bfloat16 numbers, lie to both.
     # Of scores below all thresholds the certificate makes no claim.
     below = torch.where(scores.bfloat16().double() > scores, before(scores.bfloat16()), scores.bfloat16())
-    claimed = scores >= ranking._SMALLEST_THRESHOLD
+    claimed = scores >= torch.finfo(torch.bfloat16).tiny
     assert (bounds >= below.double())[claimed].all()
     sizes = users.double().norm(dim=1, keepdim=True) * items.double().norm(dim=1)
     # They are not far above either: what two roundings of relative size 2^-8 can take and the columns give back, and a
@@ -336,12 +338,13 @@ def unlucky() -> tuple[Tensor, Tensor]:
     return users, items
 
 
-def test_the_best_item_is_found_with_all_roundings_against_it() -> None:
-    """1/160 of the norms' product, for example, would be too little for the bound."""
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (50, -83), (-83, 50), (-30, -30), (-60, -60), (30, 30)])
+def test_the_best_item_is_found_with_all_roundings_against_it(left: int, right: int) -> None:
+    """At any scale. 1/160 of the norms' product, for example, would be too little for the bound."""
     users, items = unlucky()
     scores = (users.double() @ items.double().t())[0]
     assert scores.topk(2).indices.tolist() == [7, 5]
-    assert Counted(users, items).top_k(torch.arange(1), 1).tolist() == [[7]]
+    assert Counted(users * 2.0**left, items * 2.0**right).top_k(torch.arange(1), 1).tolist() == [[7]]
 
 
 def test_without_the_two_columns_it_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
