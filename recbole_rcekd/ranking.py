@@ -37,7 +37,8 @@ _GROUP_SIZE = 8
 # for the term of second order; and the factor that makes up for rounding the two columns themselves.
 _SUMS, _COLUMNS = 2.0**-14, 1.0 + 2.0**-7
 # Beyond these, squares of a norm's terms, or products, may underflow or overflow: smaller norms are taken for larger than
-# they are, larger rows are ranked in full.
+# they are, and with larger ones, or none, in the table everything is ranked in full. (A context's own never get a
+# certificate, as its bounds are infinite or NaN.)
 _SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 # The guess looks at every 16th item, and aims at this many times k candidates: more cost more, fewer fail more often.
 # Those who failed are tried again with more.
@@ -156,11 +157,8 @@ class ProductRanking(Ranking):
 
     def _by_candidates(self, contexts: Tensor, k: int, without: Seen | None, spare: float) -> Tensor:
         """Lists ``[n, k]``; all 0 for those without a certificate."""
-        rows, n_items = self._rows_of(contexts), len(self._table)
-        norms = rows.norm(dim=1)
-        # Rows of zeros never get a certificate.
-        all_rows = rows.masked_fill(~(norms < _LARGEST_NORM).unsqueeze(1), 0.0)
-        all_half = _with_norms(all_rows, norms, of_contexts=True)
+        all_rows, n_items = self._rows_of(contexts), len(self._table)
+        all_half = _with_norms(all_rows, all_rows.norm(dim=1), of_contexts=True)
         all_bounds = torch.empty((min(_CONTEXTS_AT_A_TIME, len(contexts)), n_items), dtype=torch.bfloat16)
         all_reached = np.empty(all_bounds.shape, dtype=bool)
         from_last = -1 - torch.arange(k)
