@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -120,6 +121,8 @@ def measure(n: int, steps: int) -> dict[str, float]:
         total.backward()
         optimizer.step()
 
+    stack = ExitStack()
+    stack.enter_context(scorer.sparse_gradients())
     for with_kd, label, count in (
         (False, "step, plain (ms)", max(20, steps // 10)),
         (True, "step, RCE-KD (ms)", steps),

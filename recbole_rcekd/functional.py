@@ -303,7 +303,7 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
     return (is_member(student_top, teacher_top).float() * discount).sum(-1) / discount.sum()
 
 
-def picked_products(rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
+def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool = False) -> Tensor:
     """A few cells of a product of two tables: ``out[b, t] = rows[b] · table[items[b, t]]``.
 
     The same as ``(rows @ table.T).gather(1, items)`` without the other cells, with gradients for both tables. A training
@@ -314,17 +314,20 @@ def picked_products(rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
         rows: ``[B, d]``.
         table: ``[N, d]``.
         items: ``[B, T]``, integer.
+        sparse_gradient: let the gradient of ``table`` be a sparse tensor where that is less work than a dense one.
 
     Returns:
         ``[B, T]``.
     """
-    result: Tensor = _PickedProducts.apply(rows, table, items.long())  # type: ignore[no-untyped-call]
+    result: Tensor = _PickedProducts.apply(rows, table, items.long(), sparse_gradient)  # type: ignore[no-untyped-call]
     return result
 
 
 class _PickedProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, table: Tensor, items: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool) -> Tensor:
+        # Building it takes two numbers for each of a dense one (measured: benchmarks/README.md).
+        ctx.sparse = sparse_gradient and 2 * items.numel() * table.shape[1] < table.numel()
         picked = None
         if items.numel() == 0:
             products = rows.new_zeros(items.shape)
@@ -343,10 +346,10 @@ class _PickedProducts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows, table, items, picked = ctx.saved_tensors
         if items.numel() == 0:
-            return torch.zeros_like(rows), torch.zeros_like(table), None
+            return torch.zeros_like(rows), torch.zeros_like(table), None, None
         grad_rows = grad_table = None
         if ctx.needs_input_grad[0] and picked is not None:
             grad_rows = torch.bmm(grad.unsqueeze(1), picked).squeeze(1)
@@ -354,9 +357,12 @@ class _PickedProducts(torch.autograd.Function):
             grad_rows = torch.nn.functional.embedding_bag(
                 items, table, mode="sum", per_sample_weights=grad.contiguous()
             )
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and ctx.sparse:
+            spread = (grad.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
+            grad_table = torch.sparse_coo_tensor(items.view(1, -1), spread, table.shape, check_invariants=False)
+        elif ctx.needs_input_grad[1]:
             grad_table = _transposed_product(grad, items, rows, len(table))
-        return grad_rows, grad_table, None
+        return grad_rows, grad_table, None, None
 
 
 def _transposed_product(values: Tensor, items: Tensor, rows: Tensor, n_items: int) -> Tensor:

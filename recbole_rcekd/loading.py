@@ -41,10 +41,21 @@ def fast_batches(train_data: Any) -> Iterator[None]:
             # A loader's own data are the numbers 0 to n, of which it picks some to hand them to RecBole's collate_fn.
             numbers = vars(loader).get("dataset") if loader is not None else None
             if isinstance(numbers, list) and len(numbers) and numbers[0] == 0 and numbers[-1] == len(numbers) - 1:
-                stack.enter_context(patch.dict(vars(loader), dataset=_RowNumbers(numbers)))
+                stack.enter_context(_replaced(vars(loader), "dataset", _RowNumbers(numbers)))
                 if type(loader.sampler) is RandomSampler and type(loader.batch_sampler) is BatchSampler:
-                    stack.enter_context(patch.dict(vars(loader), batch_sampler=_ShuffledBatches(loader)))
+                    stack.enter_context(_replaced(vars(loader), "batch_sampler", _ShuffledBatches(loader)))
         yield
+
+
+@contextmanager
+def _replaced(attributes: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """``patch.dict`` would take back whatever else is set meanwhile."""
+    before = attributes[name]
+    attributes[name] = value
+    try:
+        yield
+    finally:
+        attributes[name] = before
 
 
 class _RowNumbers:
@@ -74,11 +85,17 @@ class _ShuffledBatches:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
-        n = len(self._loader.sampler)
-        for batch in torch.split(torch.randperm(n, generator=self._loader.generator), self._batches.batch_size):
+        n, size, generator = len(self._loader.sampler), self._batches.batch_size, self._loader.generator
+        *batches, last = torch.split(torch.randperm(n, generator=generator), size)
+        for batch in batches:
             yield batch.numpy()
-        # RandomSampler shuffles once more when it runs out, and takes nothing of that.
-        torch.randperm(n, generator=self._loader.generator)
+        # RandomSampler shuffles once more when it runs out, and takes nothing of that; it runs out while a last batch is
+        # filled, or after one that is full. (Who stops before, as KnowledgeBasedDataLoader does, would see the difference.)
+        if len(last) == size:
+            yield last.numpy()
+        torch.randperm(n, generator=generator)
+        if len(last) < size:
+            yield last.numpy()
 
 
 def _index_rows(self: Any, index: Any) -> Any:

@@ -2,13 +2,14 @@ r"""The best items of many contexts, exactly, without sorting whole rows of scor
 
 Where scores are inner products, even the product is mostly done in half precision (:class:`ProductRanking`):
 
-1. **Upper bounds.** A product of bfloat16 tables with one more column gives :math:`a_{ui} \ge s_{ui} = u\cdot v_i`:
-   rounding both factors and the result moves it by less than :math:`\tfrac{1}{160}\lVert u\rVert\lVert v_i\rVert`, and
-   that is what the column adds.
+1. **Upper bounds.** Rounding the rows to bfloat16, :math:`u' = u - \delta u` and :math:`v' = v - \delta v`, moves a score
+   by at most :math:`\lVert\delta u\rVert\lVert v\rVert + \lVert u\rVert\lVert\delta v\rVert` and a term of second order.
+   A product with two more columns adds that, so it gives :math:`a_{ui} \ge s_{ui} = u\cdot v_i`.
 2. **A threshold** per context, guessed from every 16th item so that somewhat more than k items reach it.
 3. **Candidates** are the items whose bound reaches it. They alone are scored exactly, and sorted.
-4. **A certificate.** What is no candidate has :math:`s_{ui} \le a_{ui} < t`. So if the k-th best candidate scores at
-   least t, nothing better was missed; if not, the context is tried again with more candidates, at last from its full row.
+4. **A certificate.** What is no candidate has :math:`s_{ui} \le a_{ui} < t`. (The product's own rounding to bfloat16
+   changes nothing: t is such a number, and rounding keeps the order.) So if the k-th best candidate scores at least t,
+   nothing better was missed; if not, the context is tried again with more candidates, at last from its full row.
 
 What that saves: ``benchmarks/README.md``.
 """
@@ -32,8 +33,13 @@ if TYPE_CHECKING:
 # the product and the selection (three times faster than 16 MB blocks here, see benchmarks/README.md).
 CELLS_AT_A_TIME = 1_000_000
 _GROUP_SIZE = 8
-# More than the three roundings of relative size 2^-9 (both factors, the result) can move a product.
-_BOUND = 1.0 / 160
+# Share of the norms' product that makes up for sums in float32 (of up to 1,700 terms, each rounded the wrong way) and
+# for the term of second order; and the factor that makes up for rounding the two columns themselves.
+_SUMS, _COLUMNS = 2.0**-14, 1.0 + 2.0**-7
+# Beyond these, squares of a norm's terms, or products, may underflow or overflow: smaller norms are taken for larger than
+# they are, and with larger ones, or none, in the table everything is ranked in full. (A context's own never get a
+# certificate, as its bounds are infinite or NaN.)
+_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 # The guess looks at every 16th item, and aims at this many times k candidates: more cost more, fewer fail more often.
 # Those who failed are tried again with more.
 _SAMPLED = 16
@@ -44,6 +50,8 @@ _WORTHWHILE = 32
 _CONTEXTS_AT_A_TIME, _ROWS_AT_A_TIME = 32, 1024
 # One number of 63 bits per candidate: its context (5 bits), its score (31), its position (27).
 _SCORE_AT, _CONTEXT_AT = 27, 58
+_MOST_ITEMS = (1 << _SCORE_AT) // _CONTEXTS_AT_A_TIME
+_WITHOUT_SIGN = 0x7FFFFFFF
 
 
 def top_k(rows: Tensor, k: int) -> Tensor:
@@ -120,11 +128,20 @@ class ProductRanking(Ranking):
         self._rows_of = rows_of
         self._table = table
         self._from_rows = RowRanking(self._score_all, len(table))
-        self._fast = table.device.type == "cpu" and table.dtype == torch.float32 and has_bfloat16_arithmetic()
+        self._fast = (
+            table.device.type == "cpu"
+            and table.dtype == torch.float32
+            and len(table) <= _MOST_ITEMS
+            and has_bfloat16_arithmetic()
+        )
         self._half: Tensor | None = None
 
     def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
         """See :class:`Ranking`."""
+        if self._fast and len(self._table) >= _WORTHWHILE * k and self._half is None:
+            norms = self._table.norm(dim=1)
+            self._half = _with_norms(self._table, norms, of_contexts=False).t()
+            self._fast = bool((norms[1:] < _LARGEST_NORM).all())  # false for NaN too
         if not self._fast or len(self._table) < _WORTHWHILE * k:
             return self._from_rows.top_k(contexts, k, without)
         lists = torch.empty((len(contexts), k), dtype=torch.int64)
@@ -140,16 +157,16 @@ class ProductRanking(Ranking):
 
     def _by_candidates(self, contexts: Tensor, k: int, without: Seen | None, spare: float) -> Tensor:
         """Lists ``[n, k]``; all 0 for those without a certificate."""
-        if self._half is None:
-            self._half = _with_norms(self._table, 1.0).t()
         all_rows, n_items = self._rows_of(contexts), len(self._table)
+        all_half = _with_norms(all_rows, all_rows.norm(dim=1), of_contexts=True)
         all_bounds = torch.empty((min(_CONTEXTS_AT_A_TIME, len(contexts)), n_items), dtype=torch.bfloat16)
         all_reached = np.empty(all_bounds.shape, dtype=bool)
         from_last = -1 - torch.arange(k)
         lists = []
-        for part, rows in zip(*(torch.split(x, _CONTEXTS_AT_A_TIME) for x in (contexts, all_rows)), strict=True):
+        blocks = (torch.split(x, _CONTEXTS_AT_A_TIME) for x in (contexts, all_rows, all_half))
+        for part, rows, half in zip(*blocks, strict=True):
             n = len(part)
-            bounds = torch.mm(_with_norms(rows, _BOUND), self._half, out=all_bounds[:n])
+            bounds = torch.mm(half, self._half, out=all_bounds[:n])
             bounds[:, 0] = -torch.inf
             if without is not None:
                 bounds[without.cells(part)] = -torch.inf
@@ -165,8 +182,9 @@ class ProductRanking(Ranking):
             context = torch.repeat_interleave(torch.arange(n), starts.diff())
             items = torch.from_numpy(hits).sub_(context, alpha=n_items)
             scores = scores_at(starts, items, rows, self._table).clamp_(min=0.0)
-            # One sort for all, by context and then by score, whose bits are in order too.
-            keys = (context << _CONTEXT_AT) | (scores.view(torch.int32).long() << _SCORE_AT) | torch.arange(len(items))
+            # One sort for all, by context and then by score, whose bits are in order too (−0 without its sign).
+            bits = (scores.view(torch.int32) & _WITHOUT_SIGN).long()
+            keys = (context << _CONTEXT_AT) | (bits << _SCORE_AT) | torch.arange(len(items))
             order = torch.from_numpy(np.sort(keys.numpy())) & ((1 << _SCORE_AT) - 1)
             best = order[(starts[1:, None] + from_last).clamp_(min=0)]
             certain = (starts.diff() >= k) & (scores[best[:, -1]] >= threshold.squeeze(1))
@@ -185,9 +203,13 @@ def has_bfloat16_arithmetic() -> bool:
     return bool(supported and supported())
 
 
-def _with_norms(rows: Tensor, factor: float) -> Tensor:
-    """Half-precision rows with their norms as one more column."""
-    return torch.cat([rows, factor * rows.norm(dim=1, keepdim=True)], dim=1).bfloat16()
+def _with_norms(rows: Tensor, norms: Tensor, of_contexts: bool) -> Tensor:
+    """Half-precision rows with two more columns, whose products bound what rounding takes from a product."""
+    half = rows.bfloat16()
+    norms = norms.clamp(min=_SMALLEST_NORM)
+    lost = (rows - half).norm(dim=1) + _SUMS * norms
+    columns = torch.stack((lost, norms) if of_contexts else (norms, lost), dim=1)
+    return torch.cat([half, (_COLUMNS * columns).bfloat16()], dim=1)
 
 
 def _bits(x: Tensor) -> np.ndarray[Any, Any]:

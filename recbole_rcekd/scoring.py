@@ -78,6 +78,11 @@ def _parameter_behind(node: Any) -> Tensor | None:
     return parameter
 
 
+def _make_dense(parameter: Tensor) -> None:
+    if parameter.grad is not None and parameter.grad.is_sparse:
+        parameter.grad = parameter.grad.to_dense()
+
+
 class _Enough(Exception):
     """Both operands are known: the product itself need not be computed."""
 
@@ -137,6 +142,7 @@ class ModelScorer:
         self._product_index = 0
         self._inside = False
         self._tables: tuple[Tensor, Tensor] | None = None
+        self._sparse_gradients = False
         require_scored_by_user(type(model))
         # What is drawn here (by MacridVAE or dropout, for example) must not shift the random stream of plain RecBole.
         with preserved_random_state():
@@ -150,7 +156,7 @@ class ModelScorer:
         """Scores of ``items [n, T]`` for ``contexts [n]``: ``[n, T]``."""
         items = items.long()
         if self.kind == "product":
-            return picked_products(*self.operands(contexts), items)
+            return picked_products(*self.operands(contexts), items, self._sparse_gradients)
         if self.kind == "rows":
             return self._full_sort(contexts).gather(1, items)
         users = contexts.unsqueeze(1).expand_as(items)
@@ -195,7 +201,8 @@ class ModelScorer:
         """User rows ``[n, d]`` and item table ``[n_items, d]`` of a ``product`` model, with their gradients."""
         if self._tables is not None:
             user_table, item_table = self._tables
-            return torch.nn.functional.embedding(contexts.long(), user_table), item_table
+            rows = torch.nn.functional.embedding(contexts.long(), user_table, sparse=self._sparse_gradients)
+            return rows, item_table
         recorder = _ProductRecorder(len(contexts), self.n_items, stop_at=self._product_index)
         with self._fresh_caches():
             try:
@@ -217,6 +224,25 @@ class ModelScorer:
                 yield
         finally:
             self._set_training(was_training)
+
+    @contextmanager
+    def sparse_gradients(self) -> Iterator[None]:
+        """While this lasts, the KD term touches only its own rows of plain tables, not whole tables.
+
+        Its gradient is sparse and is added to the dense one of the base loss, so that optimizers meet dense gradients as
+        ever; where there is no other, it is made dense. On a processor, for models that are two plain tables.
+        """
+        if self._tables is None or self.device.type != "cpu":
+            yield
+            return
+        hooks = [table.register_post_accumulate_grad_hook(_make_dense) for table in self._tables]
+        self._sparse_gradients = True
+        try:
+            yield
+        finally:
+            self._sparse_gradients = False
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def shared_propagation(self) -> Iterator[Callable[[], None]]:

@@ -12,7 +12,7 @@ import copy
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -153,7 +153,9 @@ class DistillMixin(RecordingMixin):
             scores = self.teacher
         seen = training_interactions(dataset)
         self.distiller = Distiller(scorer, scores, self.kd_loss, self.kd_settings, seen, self.seed, self.ranks)
-        with scorer.shared_propagation() as forget:
+        # Other processes' gradients are averaged by a code that expects dense ones.
+        sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
+        with sparse, scorer.shared_propagation() as forget:
             self._wrap_loss(self.distiller, dataset.uid_field, forget)
             try:
                 yield self.distiller
