@@ -86,7 +86,7 @@ class _ShuffledBatches:
 
     def __iter__(self) -> Iterator[np.ndarray[Any, Any]]:
         n, size, generator = len(self._loader.sampler), self._batches.batch_size, self._loader.generator
-        *batches, last = torch.randperm(n, generator=generator).split(size)
+        *batches, last = torch.split(torch.randperm(n, generator=generator), size)
         for batch in batches:
             yield batch.numpy()
         # RandomSampler shuffles once more when it runs out, and takes nothing of that; it runs out while a last batch is
