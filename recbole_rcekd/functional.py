@@ -319,7 +319,12 @@ def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient:
     Returns:
         ``[B, T]``.
     """
-    result: Tensor = _PickedProducts.apply(rows, table, items.long(), sparse_gradient)  # type: ignore[no-untyped-call]
+    if rows.dtype != table.dtype:  # under autocast, where one side comes out of a layer
+        common = torch.promote_types(rows.dtype, table.dtype)
+        rows, table = rows.to(common), table.to(common)
+    # Autocast would change some of the products inside to half precision, and the gradient with them, but not the tables.
+    with torch.autocast(rows.device.type, enabled=False):
+        result: Tensor = _PickedProducts.apply(rows, table, items.long(), sparse_gradient)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -133,15 +133,12 @@ class ProductRanking(Ranking):
             and table.dtype == torch.float32
             and len(table) <= _MOST_ITEMS
             and has_bfloat16_arithmetic()
+            and bool((table[1:].norm(dim=1) < _LARGEST_NORM).all())  # false for NaN too
         )
         self._half: Tensor | None = None
 
     def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
         """See :class:`Ranking`."""
-        if self._fast and len(self._table) >= _WORTHWHILE * k and self._half is None:
-            norms = self._table.norm(dim=1)
-            self._half = _with_norms(self._table, norms, of_contexts=False).t()
-            self._fast = bool((norms[1:] < _LARGEST_NORM).all())  # false for NaN too
         if not self._fast or len(self._table) < _WORTHWHILE * k:
             return self._from_rows.top_k(contexts, k, without)
         lists = torch.empty((len(contexts), k), dtype=torch.int64)
@@ -157,8 +154,10 @@ class ProductRanking(Ranking):
 
     def _by_candidates(self, contexts: Tensor, k: int, without: Seen | None, spare: float) -> Tensor:
         """Lists ``[n, k]``; all 0 for those without a certificate."""
+        if self._half is None:
+            self._half = _with_norms(self._table, of_contexts=False).t()
         all_rows, n_items = self._rows_of(contexts), len(self._table)
-        all_half = _with_norms(all_rows, all_rows.norm(dim=1), of_contexts=True)
+        all_half = _with_norms(all_rows, of_contexts=True)
         all_bounds = torch.empty((min(_CONTEXTS_AT_A_TIME, len(contexts)), n_items), dtype=torch.bfloat16)
         all_reached = np.empty(all_bounds.shape, dtype=bool)
         from_last = -1 - torch.arange(k)
@@ -203,10 +202,10 @@ def has_bfloat16_arithmetic() -> bool:
     return bool(supported and supported())
 
 
-def _with_norms(rows: Tensor, norms: Tensor, of_contexts: bool) -> Tensor:
+def _with_norms(rows: Tensor, of_contexts: bool) -> Tensor:
     """Half-precision rows with two more columns, whose products bound what rounding takes from a product."""
     half = rows.bfloat16()
-    norms = norms.clamp(min=_SMALLEST_NORM)
+    norms = rows.norm(dim=1).clamp_(min=_SMALLEST_NORM)
     lost = (rows - half).norm(dim=1) + _SUMS * norms
     columns = torch.stack((lost, norms) if of_contexts else (norms, lost), dim=1)
     return torch.cat([half, (_COLUMNS * columns).bfloat16()], dim=1)

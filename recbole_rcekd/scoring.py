@@ -235,7 +235,10 @@ class ModelScorer:
         if self._tables is None or self.device.type != "cpu":
             yield
             return
-        hooks = [table.register_post_accumulate_grad_hook(_make_dense) for table in self._tables]
+        hooks = [
+            table.register_post_accumulate_grad_hook(_make_dense)  # type: ignore[no-untyped-call]
+            for table in self._tables
+        ]
         self._sparse_gradients = True
         try:
             yield

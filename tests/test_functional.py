@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import scipy.stats
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recbole_rcekd import functional
 from recbole_rcekd.functional import (
     at_least_float32,
     closure_gap,
@@ -21,9 +22,12 @@ from recbole_rcekd.functional import (
     first_distinct,
     is_member,
     masked_log_softmax,
+    mixed_cross_entropy,
     ndcg_against,
     picked_products,
+    places,
     plackett_luce,
+    scores_at,
     soft_cross_entropy,
     votes_from_below,
 )
@@ -113,6 +117,119 @@ def test_soft_cross_entropy(data: st.DataObject, n: int, width: int, tau: float)
         for i in kept:
             expected -= math.exp(t[row, i] / tau) / q_sum * math.log(math.exp(s[row, i] / tau) / p_sum)
         assert found[row].item() == pytest.approx(expected, abs=1e-10)
+
+
+def plain_mixture(s: Tensor, t: Tensor, first: int, gamma: Tensor, keep: Tensor, tau: float) -> Tensor:
+    """Left to autograd: (1 − γ)·CE(first) + γ·CE(rest)."""
+
+    def cross_entropy(columns: slice, kept: Tensor | None) -> Tensor:
+        q = masked_log_softmax(t[:, columns] / tau, kept).exp()
+        return -(q * masked_log_softmax(s[:, columns] / tau, kept)).sum(-1)
+
+    return (1 - gamma) * cross_entropy(slice(first), None) + gamma * cross_entropy(slice(first, None), keep)
+
+
+@given(st.data(), st.integers(0, 3), st.integers(1, 4), st.integers(0, 4), st.sampled_from([0.3, 1.0, 5.0]))
+def test_mixed_cross_entropy(data: st.DataObject, n: int, first: int, rest: int, tau: float) -> None:
+    """In value and gradient, with rows that keep nothing and γ from 0 to 1."""
+    width = first + rest
+    s, t = (exact(data.draw(rows(st.floats(-8, 8), n, width)), n, width) for _ in range(2))
+    keep = ids(data.draw(rows(st.integers(0, 1), n, rest)), n, rest).bool()
+    gamma = exact(data.draw(rows(st.sampled_from([0.0, 0.25, 1.0]), n, 1)), n, 1).squeeze(1)
+    upstream = torch.arange(1.0, n + 1, dtype=torch.float64)
+    s.requires_grad_()
+    found = mixed_cross_entropy(s, t, first, gamma, keep, tau)
+    expected = plain_mixture(s, t, first, gamma, keep, tau)
+    assert found.shape == (n,)
+    torch.testing.assert_close(found, expected)
+    ours, plain = (torch.autograd.grad((value * upstream).sum(), s)[0] for value in (found, expected))
+    torch.testing.assert_close(ours, plain)
+    for row in range(n):
+        assert not ours[row, first:][~keep[row]].any()
+
+
+@given(st.data(), st.integers(0, 3), st.integers(1, 5), st.sampled_from([0.5, 1.0, 4.0]))
+def test_gradient_of_soft_cross_entropy(data: st.DataObject, n: int, width: int, tau: float) -> None:
+    s, t = (exact(data.draw(rows(st.floats(-8, 8), n, width)), n, width) for _ in range(2))
+    keep = ids(data.draw(rows(st.integers(0, 1), n, width)), n, width).bool()
+    s.requires_grad_()
+    plain = -(masked_log_softmax(t / tau, keep).exp() * keep * masked_log_softmax(s / tau, keep)).sum(-1)
+    for ours, expected in zip(
+        torch.autograd.grad(soft_cross_entropy(s, t, keep, tau).square().sum(), s),
+        torch.autograd.grad(plain.square().sum(), s),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("tau", [0.7, 1.0])
+def test_cross_entropies_pass_gradcheck(tau: float) -> None:
+    s, t = torch.randn(4, 7, dtype=torch.float64, requires_grad=True), torch.randn(4, 7, dtype=torch.float64)
+    keep = torch.rand(4, 7) < 0.6
+    keep[2] = False
+    gamma = torch.tensor([0.0, 0.3, 0.5, 1.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: mixed_cross_entropy(x, t, 3, gamma, keep[:, 3:], tau), (s,))
+    assert torch.autograd.gradcheck(lambda x: mixed_cross_entropy(x, t, 3, gamma, None, tau), (s,))
+    assert torch.autograd.gradcheck(lambda x: soft_cross_entropy(x, t, keep, tau), (s,))
+    assert torch.autograd.gradcheck(lambda x: soft_cross_entropy(x, t, None, tau), (s,))
+
+
+def test_a_mixture_by_hand() -> None:
+    # Two sets of two: equal scores on either side give ln 2 each; γ = 0 and 1 take one of them alone.
+    s = torch.tensor([[0.0, 0.0, 3.0, 0.0]]).expand(3, 4)
+    gamma = torch.tensor([0.0, 0.5, 1.0])
+    second = -0.5 * math.log(1 / (1 + math.exp(-3))) - 0.5 * math.log(1 / (1 + math.exp(3)))
+    found = mixed_cross_entropy(s, torch.zeros(3, 4), 2, gamma)
+    assert found.tolist() == pytest.approx([math.log(2), (math.log(2) + second) / 2, second], abs=1e-6)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_what_is_not_kept_is_of_no_account(bad: float) -> None:
+    s, t = torch.randn(3, 6), torch.randn(3, 6)
+    keep = torch.tensor([[True, True, False]] * 3)
+    gamma = torch.tensor([0.0, 0.4, 1.0])
+    values, gradients = [], []
+    for filling in (0.0, bad):
+        student, teacher = s.clone(), t.clone()
+        student[:, 5] = teacher[:, 5] = filling
+        student.requires_grad_()
+        value = mixed_cross_entropy(student, teacher, 3, gamma, keep)
+        values.append(value.detach())
+        gradients.append(torch.autograd.grad(value.sum(), student)[0])
+    assert torch.equal(*values)
+    assert torch.equal(*gradients)
+    s[1, 4] = torch.nan  # and what is kept shows
+    assert mixed_cross_entropy(s, t, 3, gamma, keep).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cross_entropies_in_half_precision(dtype: torch.dtype) -> None:
+    s, t = (20 * torch.randn(5, 8)).to(dtype), (20 * torch.randn(5, 8)).to(dtype)
+    keep = torch.rand(5, 4) < 0.5
+    keep[0] = False
+    gamma = torch.rand(5)
+    halves, singles = s.clone().requires_grad_(), s.float().requires_grad_()
+    losses: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, y: mixed_cross_entropy(x, y, 4, gamma, keep, 2.0),
+        lambda x, y: soft_cross_entropy(x[:, 4:], y[:, 4:], keep),
+    ]
+    for loss in losses:
+        found, expected = loss(halves, t), loss(singles, t.float())
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)
+        (ours,) = torch.autograd.grad(found.sum(), halves)
+        (plain,) = torch.autograd.grad(expected.sum(), singles)
+        assert ours.dtype == dtype
+        assert ours.isfinite().all()
+        torch.testing.assert_close(ours, plain.to(dtype))
+
+
+def test_cross_entropies_of_frozen_scores_and_without_rows() -> None:
+    assert not soft_cross_entropy(torch.zeros(2, 3), torch.zeros(2, 3)).requires_grad
+    s = torch.zeros(0, 3, requires_grad=True)
+    found = mixed_cross_entropy(s, torch.zeros(0, 3), 1, torch.zeros(0), torch.zeros(0, 2, dtype=torch.bool))
+    assert found.shape == (0,)
+    assert torch.autograd.grad(found.sum(), s)[0].shape == (0, 3)
 
 
 @given(st.data(), st.integers(0, 3), st.integers(0, 4), st.integers(0, 4))
@@ -290,7 +407,128 @@ def test_closure_gap_of_entries_that_do_not_count() -> None:
     assert partly.item() == pytest.approx(math.log(1 + 1 / (1 + math.e)), abs=1e-6)
 
 
+@given(st.data(), st.integers(0, 3), st.integers(0, 5), st.integers(1, 5))
+def test_places(data: st.DataObject, n: int, q: int, t: int) -> None:
+    query, table = (ids(data.draw(rows(few_ids, n, width)), n, width) for width in (q, t))
+    found = places(query, table)
+    assert found.shape == (n, q)
+    for row in range(n):
+        for item, place in zip(query[row].tolist(), found[row].tolist(), strict=True):
+            standing = [column for column, other in enumerate(table[row].tolist()) if other == item]
+            assert place in standing if standing else place == -1
+
+
 # -- a few cells of a product --------------------------------------------------------------------------------------
+
+# With so many kept cells a copy of the picked rows is made, or none; half precision, and what is not on a processor, is
+# gathered bit by bit.
+BRANCHES = {"copied": (torch.float64, 10**9), "sampled": (torch.float64, -1), "gathered": (torch.bfloat16, -1)}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("at_a_time", [1, 10**6])
+def test_the_ways_to_picked_products(branch: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype, kept_cells = BRANCHES[branch]
+    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    monkeypatch.setattr(functional, "_GATHERED_CELLS", at_a_time)
+    sampled: list[int] = []
+    plain_scores_at = functional.scores_at
+
+    def counted(*args: Tensor) -> Tensor:
+        sampled.append(len(args[1]))
+        return plain_scores_at(*args)
+
+    monkeypatch.setattr(functional, "scores_at", counted)
+    # Small whole numbers: exact in every precision, so that sums in any order are the same.
+    draw = torch.Generator().manual_seed(0)
+    left, table = (torch.randint(-3, 4, (n, 5), generator=draw).to(dtype).requires_grad_() for n in (6, 9))
+    items = torch.randint(0, 9, (6, 4), generator=draw)
+    upstream = torch.randint(-2, 3, (6, 4), generator=draw).to(dtype)
+    for ids_type in (torch.int64, torch.int32):
+        found = picked_products(left, table, items.to(ids_type))
+        expected = (left @ table.t()).gather(1, items)
+        assert found.dtype == dtype
+        assert torch.equal(found, expected)
+        ours, plain = (torch.autograd.grad((value * upstream).sum(), (left, table)) for value in (found, expected))
+        for own, other in zip(ours, plain, strict=True):
+            assert own.dtype == dtype
+            assert torch.equal(own, other)
+    assert sampled == ([24, 24] if branch == "sampled" else [])
+
+
+@pytest.mark.parametrize("kept_cells", [-1, 10**9])
+@pytest.mark.parametrize("n", [0, 1, 3])
+@pytest.mark.parametrize("width", [0, 1, 4])
+def test_picked_products_pass_gradcheck(n: int, width: int, kept_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    left = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
+    table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    items = torch.randint(0, 5, (n, width))
+    assert picked_products(left, table, items).shape == (n, width)
+    if n * width:
+        assert torch.autograd.gradcheck(lambda x, y: picked_products(x, y, items), (left, table))
+    gradients = torch.autograd.grad(picked_products(left, table, items).sum(), (left, table))
+    assert [g.shape for g in gradients] == [left.shape, table.shape]
+
+
+@pytest.mark.parametrize("kept_cells", [-1, 10**9])
+def test_picked_products_of_parts_of_other_tensors(kept_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed tables, every other column, a gradient that is one number for all cells."""
+    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    whole, turned = torch.randn(6, 8, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
+    left, table = whole[:, ::2].requires_grad_(), turned.t().requires_grad_()
+    items = torch.randint(0, 9, (12, 6)).t()[:, ::2]
+    found, expected = picked_products(left, table, items), (left @ table.t()).gather(1, items)
+    torch.testing.assert_close(found, expected)
+    for own, other in zip(
+        torch.autograd.grad(found.sum(), (left, table)),
+        torch.autograd.grad(expected.sum(), (left, table)),
+        strict=True,
+    ):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.parametrize("kept_cells", [-1, 10**9])
+def test_picked_products_under_autocast_are_single_precision(kept_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product in half precision would hand a gradient in half precision to tables that are not."""
+    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    left, table = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    items = torch.randint(0, 7, (4, 5))
+    expected = picked_products(left, table, items)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = picked_products(left, table, items)
+        mixed = picked_products(left.bfloat16(), table, items)  # rows that come out of a layer
+    assert torch.equal(found, expected)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, expected, rtol=0.02, atol=0.02)
+    for value in (found, mixed):
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(value.sum(), (left, table)))
+
+
+def test_picked_products_have_one_derivative() -> None:
+    left, table = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(
+        picked_products(left, table, torch.tensor([[1], [2]])).square().sum(), left, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.backward(gradient.sum())
+
+
+@given(st.data(), st.lists(st.integers(0, 4), max_size=4), st.integers(1, 3))
+def test_scores_of_lists_of_any_length(data: st.DataObject, lengths: list[int], d: int) -> None:
+    """In any order, with repeats and lists of nothing."""
+    n = sum(lengths)
+    items = torch.tensor(data.draw(st.lists(few_ids, min_size=n, max_size=n)), dtype=torch.int64)
+    starts = torch.tensor([0, *itertools.accumulate(lengths)])
+    left = exact(data.draw(rows(scores, len(lengths), d)), len(lengths), d)
+    table = exact(data.draw(rows(scores, 5, d)), 5, d)
+    found = scores_at(starts, items, left, table)
+    expected = [left[row] @ table[item] for row, item in zip(owners(lengths), items, strict=True)]
+    torch.testing.assert_close(found, torch.stack(expected) if expected else torch.zeros(0, dtype=torch.float64))
+
+
+def owners(lengths: list[int]) -> list[int]:
+    return [row for row, length in enumerate(lengths) for _ in range(length)]
 
 
 @given(st.data(), st.integers(0, 4), st.integers(0, 6), st.integers(1, 3))

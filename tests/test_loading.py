@@ -60,8 +60,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def states() -> tuple[Any, ...]:
-    kind, words, *rest = np.random.get_state()  # noqa: NPY002
-    return random.getstate(), kind, words.tolist(), rest, torch.get_rng_state().tolist()
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy_state[1].tolist(), numpy_state[2:], torch.get_rng_state().tolist()
 
 
 def own_states(bundle: Bundle) -> list[Any]:
@@ -297,7 +297,7 @@ def test_rows_out_of_range_raise_what_recbole_raises() -> None:
 
 def both_ways(sampler: Any, keys: Any, num: int = 1) -> tuple[Any, Any]:
     """What RecBole draws, or the error; and what is drawn here. With the random state afterwards."""
-    results = []
+    results: list[Any] = []
     for context in (as_it_is, fast_batches):
         np.random.seed(3)  # noqa: NPY002
         with context(None):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recbole_rcekd import ranking
+from recbole_rcekd.functional import scores_at
 from recbole_rcekd.item_sets import Seen
 from recbole_rcekd.ranking import ProductRanking, RowRanking
 from tests.tables import seen_of
@@ -214,10 +215,9 @@ def test_negative_zero_ranks_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     users, items = torch.eye(2), torch.zeros(N_ITEMS, 2)
     items[40:50] = torch.arange(1.0, 11.0).unsqueeze(1)
     items[100, 1] = 1e-3
-    plain = ranking.scores_at
 
     def signed(*args: Tensor) -> Tensor:
-        scores = plain(*args)
+        scores = scores_at(*args)
         return torch.where(scores == 1e-3, -0.0, scores)
 
     monkeypatch.setattr(ranking, "scores_at", signed)
@@ -315,8 +315,7 @@ def test_bounds_are_not_below_the_scores(seed: int, d: int, left: float, right: 
 
 
 def bounds_of(users: Tensor, items: Tensor) -> Tensor:
-    left = ranking._with_norms(users, users.norm(dim=1), of_contexts=True)
-    return left @ ranking._with_norms(items, items.norm(dim=1), of_contexts=False).t()
+    return ranking._with_norms(users, of_contexts=True) @ ranking._with_norms(items, of_contexts=False).t()
 
 
 def before(positive: Tensor) -> Tensor:
