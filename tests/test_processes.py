@@ -403,7 +403,7 @@ def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         patch.setenv("OMP_NUM_THREADS", "1")
         more = ("--teacher=BPR", f"--kd_loss={','.join(METHODS)}", "--nproc=2", "--output_dir=out")
         process = start(arguments(folder, *more), place / "output.txt")
-        status = process.wait(timeout=300)
+        status = process.wait(timeout=400)
     text = plain(place / "output.txt")
     assert status == 0, text
     return place, text
@@ -471,7 +471,7 @@ def test_finished_runs_are_found_again_by_all(
     monkeypatch.chdir(place)
     more = ("--teacher=BPR", "--kd_loss=scratch,rce", "--nproc=2", "--output_dir=out")
     process = start(arguments(folder, *more), place / "again.txt")
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=400) == 0
     text = plain(place / "again.txt")
     assert text.count("finished before") == 2
     assert "BPR trained before" in text
