@@ -529,24 +529,24 @@ def test_two_tables_are_those_of_the_moment(data_path: Path) -> None:
 
 
 class Scaled(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return 2.0 * self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight.t()
 
 
 class Normalised(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = torch.nn.functional.normalize(self.user_embedding(interaction["user_id"]), dim=1)
         return users @ torch.nn.functional.normalize(self.item_embedding.weight, dim=1).t()
 
 
 class NormalisedItems(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         items = torch.nn.functional.normalize(self.item_embedding.weight, dim=1)
         return self.user_embedding(interaction["user_id"]) @ items.t()
 
 
 class Dropped(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = torch.nn.functional.dropout(self.user_embedding(interaction["user_id"]), 0.5, self.training)
         return users @ self.item_embedding.weight.t()
 
@@ -556,12 +556,12 @@ class Biased(BPR):  # type: ignore[misc]
         super().__init__(config, dataset)
         self.bias = torch.nn.Parameter(torch.ones(self.n_items))
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight.t() + self.bias
 
 
 class BiasedLinear(Biased):
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = self.user_embedding(interaction["user_id"])
         return torch.nn.functional.linear(users, self.item_embedding.weight, self.bias)
 
@@ -573,14 +573,14 @@ class LongTable(BPR):  # type: ignore[misc]
         super().__init__(config, dataset)
         self.user_embedding = torch.nn.Embedding(self.n_users + 3, self.embedding_size)
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return self.user_embedding(interaction["user_id"] + 3) @ self.item_embedding.weight.t()
 
 
 class OtherNumbers(BPR):  # type: ignore[misc]
     """A table of the right length in another order."""
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = self.user_embedding(self.n_users - 1 - interaction["user_id"])
         return users @ self.item_embedding.weight.t()
 
@@ -588,13 +588,13 @@ class OtherNumbers(BPR):  # type: ignore[misc]
 class OtherNumbersForSome(BPR):  # type: ignore[misc]
     """In order, for the first few."""
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = self.user_embedding(interaction["user_id"].clamp(max=7))
         return users @ self.item_embedding.weight.t()
 
 
 class OtherwiseInEvaluation(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = self.user_embedding(interaction["user_id"])
         if not self.training:
             users = torch.nn.functional.normalize(users, dim=1)
@@ -602,7 +602,7 @@ class OtherwiseInEvaluation(BPR):  # type: ignore[misc]
 
 
 class HiddenFromAutograd(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         users = self.user_embedding(interaction["user_id"])
         users.data.mul_(3.0)
         return users @ self.item_embedding.weight.t()
@@ -611,7 +611,7 @@ class HiddenFromAutograd(BPR):  # type: ignore[misc]
 class SquareTable(BPR):  # type: ignore[misc]
     """As many dimensions as items: the item table is not transposed, and does not look it."""
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight
 
 
@@ -637,12 +637,12 @@ def test_what_only_looks_like_two_tables_goes_the_long_way(data_path: Path, kind
 class Transposed(BPR):  # type: ignore[misc]
     """The same two tables, one of them lying on its side, through another operator."""
 
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return torch.mm(self.user_embedding(interaction["user_id"]), self.item_embedding.weight.transpose(0, 1))
 
 
 class Linear(BPR):  # type: ignore[misc]
-    def full_sort_predict(self, interaction: Any) -> Tensor:
+    def full_sort_predict(self, interaction: Any) -> Any:
         return torch.nn.functional.linear(self.user_embedding(interaction["user_id"]), self.item_embedding.weight)
 
 
