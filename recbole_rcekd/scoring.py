@@ -83,6 +83,18 @@ def _make_dense(parameter: Tensor) -> None:
         parameter.grad = parameter.grad.to_dense()
 
 
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether these are the same numbers in the same places: a square table and its transpose are not."""
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _is_plain(lookup: Any) -> bool:
+    """Whether the gradient of a lookup is a plain sum for every id but 0 (no other padding, no scaling by frequency)."""
+    padding = lookup._saved_padding_idx
+    no_padding = padding in (-1, 2**64 - 1)
+    return (no_padding or padding == 0) and not lookup._saved_scale_grad_by_freq
+
+
 class _Enough(Exception):
     """Both operands are known: the product itself need not be computed."""
 
@@ -335,7 +347,8 @@ class ModelScorer:
         """The two tables of a model that is nothing but them (BPR), which can be asked without running the model.
 
         Read off the graph of the gradient in training mode: the item operand must be a parameter itself, and the user
-        operand a lookup in another, with nothing in between but transpositions.
+        operand a lookup in another, with nothing in between but transpositions. What a graph does not show (which rows
+        are looked up, evaluation that differs) is seen in the values for all users.
         """
         if self.kind != "product":
             return None
@@ -353,7 +366,14 @@ class ModelScorer:
         users, items = _parameter_behind(lookup.next_functions[0][0]), _parameter_behind(item_table.grad_fn)
         if users is None or items is None or len(users) != self.n_contexts:
             return None
-        if items.data_ptr() != item_table.data_ptr() or items.shape != item_table.shape:
+        if not _same_memory(items, item_table) or not _is_plain(lookup):
+            return None
+        version = users._version
+        everyone = torch.arange(self.n_contexts, device=self.device)
+        with self.evaluating():
+            rows, item_table = self.operands(everyone)
+        # A lookup with a largest norm changes its table.
+        if users._version != version or not torch.equal(rows, users) or not _same_memory(items, item_table):
             return None
         return users, items
 

@@ -25,6 +25,7 @@ from tests.helpers import Bundle, build, build_model, write_dataset, write_knowl
 # isort: split
 from recbole.data.interaction import Interaction
 from recbole.model.abstract_recommender import GeneralRecommender, KnowledgeRecommender
+from recbole.model.general_recommender import BPR
 from recbole.utils import ModelType
 
 GENERAL = {
@@ -473,3 +474,210 @@ def test_product_that_disappears_is_reported() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# -- two plain tables ----------------------------------------------------------------------------------------------
+
+
+PLAIN_TABLES = ("BPR", "LINE")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_which_models_are_nothing_but_two_tables(data_path: Path, name: str) -> None:
+    """CKE adds an entity to each item; the graph models propagate; SimpleX averages."""
+    model, bundle = make(data_path, name)
+    tables = scorer_of(model, bundle)._tables
+    assert (tables is not None) is (name in PLAIN_TABLES)
+    if tables is not None:
+        assert tables[0] is model.user_embedding.weight
+        assert tables[1] is model.item_embedding.weight
+
+
+@pytest.mark.parametrize("name", PLAIN_TABLES)
+def test_two_tables_give_what_the_model_gives(data_path: Path, name: str) -> None:
+    model, bundle = make(data_path, name)
+    direct, long_way = scorer_of(model, bundle), scorer_of(model, bundle)
+    long_way._tables = None
+    users, items = torch.tensor([5, 1, 5, 40]), torch.randint(1, 61, (4, 9))
+    results = []
+    for scorer in (direct, long_way):
+        model.zero_grad()
+        scores = [scorer.score(users, items), scorer.score_by_item(items[:, 0], users.expand(4, 4))]
+        torch.autograd.backward(sum(s.square().sum() for s in scores))
+        grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        assert len(grads) == 2
+        results.append([*scores, *grads])
+        with scorer.evaluating():
+            results[-1] += [scorer.score_all(users), scorer.ranking().top_k(users, 5)]
+    for own, other in zip(*results, strict=True):
+        assert torch.equal(own, other)
+
+
+def test_two_tables_are_those_of_the_moment(data_path: Path) -> None:
+    """Training changes them in place, and so does a checkpoint that is read."""
+    model, bundle = make(data_path, "BPR")
+    scorer = scorer_of(model, bundle)
+    other, _ = make(data_path, "BPR")
+    users, items = torch.tensor([5, 1]), torch.tensor([[1, 2], [3, 60]])
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(scorer.score(users, items), scorer_of(other, bundle).score(users, items))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    torch.autograd.backward(scorer.score(users, items).sum())
+    optimizer.step()
+    own = own_scores(model, "product", users).gather(1, items)
+    torch.testing.assert_close(scorer.score(users, items), own)
+
+
+class Scaled(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return 2.0 * self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight.t()
+
+
+class Normalised(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = torch.nn.functional.normalize(self.user_embedding(interaction["user_id"]), dim=1)
+        return users @ torch.nn.functional.normalize(self.item_embedding.weight, dim=1).t()
+
+
+class NormalisedItems(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        items = torch.nn.functional.normalize(self.item_embedding.weight, dim=1)
+        return self.user_embedding(interaction["user_id"]) @ items.t()
+
+
+class Dropped(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = torch.nn.functional.dropout(self.user_embedding(interaction["user_id"]), 0.5, self.training)
+        return users @ self.item_embedding.weight.t()
+
+
+class Biased(BPR):  # type: ignore[misc]
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.bias = torch.nn.Parameter(torch.ones(self.n_items))
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight.t() + self.bias
+
+
+class BiasedLinear(Biased):
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = self.user_embedding(interaction["user_id"])
+        return torch.nn.functional.linear(users, self.item_embedding.weight, self.bias)
+
+
+class LongTable(BPR):  # type: ignore[misc]
+    """User and item rows in one table of users, as some models keep them."""
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.user_embedding = torch.nn.Embedding(self.n_users + 3, self.embedding_size)
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return self.user_embedding(interaction["user_id"] + 3) @ self.item_embedding.weight.t()
+
+
+class OtherNumbers(BPR):  # type: ignore[misc]
+    """A table of the right length in another order."""
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = self.user_embedding(self.n_users - 1 - interaction["user_id"])
+        return users @ self.item_embedding.weight.t()
+
+
+class OtherNumbersForSome(BPR):  # type: ignore[misc]
+    """In order, for the first few."""
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = self.user_embedding(interaction["user_id"].clamp(max=7))
+        return users @ self.item_embedding.weight.t()
+
+
+class OtherwiseInEvaluation(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = self.user_embedding(interaction["user_id"])
+        if not self.training:
+            users = torch.nn.functional.normalize(users, dim=1)
+        return users @ self.item_embedding.weight.t()
+
+
+class HiddenFromAutograd(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        users = self.user_embedding(interaction["user_id"])
+        users.data.mul_(3.0)
+        return users @ self.item_embedding.weight.t()
+
+
+class SquareTable(BPR):  # type: ignore[misc]
+    """As many dimensions as items: the item table is not transposed, and does not look it."""
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return self.user_embedding(interaction["user_id"]) @ self.item_embedding.weight
+
+
+NOT_PLAIN = (
+    *(Scaled, Normalised, NormalisedItems, Dropped, Biased, BiasedLinear, LongTable, OtherNumbers),
+    *(OtherNumbersForSome, OtherwiseInEvaluation, HiddenFromAutograd, SquareTable),
+)
+
+
+@pytest.mark.parametrize("kind", NOT_PLAIN, ids=lambda kind: kind.__name__)
+def test_what_only_looks_like_two_tables_goes_the_long_way(data_path: Path, kind: Any) -> None:
+    bundle = build(data_path, "BPR", embedding_size=61 if kind is SquareTable else 8)
+    model = kind(bundle.config, bundle.train._dataset)
+    scorer = scorer_of(model, bundle)
+    assert scorer._tables is None
+    users, items = torch.tensor([5, 1, 30]), torch.randint(1, 61, (3, 9))
+    with scorer.evaluating():
+        torch.testing.assert_close(
+            scorer.score(users, items), own_scores(model, "product", users).gather(1, items), rtol=1e-4, atol=1e-5
+        )
+
+
+class Transposed(BPR):  # type: ignore[misc]
+    """The same two tables, one of them lying on its side, through another operator."""
+
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return torch.mm(self.user_embedding(interaction["user_id"]), self.item_embedding.weight.transpose(0, 1))
+
+
+class Linear(BPR):  # type: ignore[misc]
+    def full_sort_predict(self, interaction: Any) -> Any:
+        return torch.nn.functional.linear(self.user_embedding(interaction["user_id"]), self.item_embedding.weight)
+
+
+@pytest.mark.parametrize("kind", [Transposed, Linear])
+def test_two_tables_by_any_operator(data_path: Path, kind: Any) -> None:
+    bundle = build(data_path, "BPR", embedding_size=8)
+    model = kind(bundle.config, bundle.train._dataset)
+    scorer = scorer_of(model, bundle)
+    assert scorer._tables is not None
+    users, items = torch.tensor([5, 1, 30]), torch.randint(1, 61, (3, 9))
+    torch.testing.assert_close(scorer.score(users, items), own_scores(model, "product", users).gather(1, items))
+
+
+def test_a_frozen_table_is_no_trouble(data_path: Path) -> None:
+    for name in ("user_embedding", "item_embedding"):
+        model, bundle = make(data_path, "BPR")
+        getattr(model, name).weight.requires_grad_(False)
+        scorer = scorer_of(model, bundle, trainable=True)
+        users, items = torch.tensor([5, 1]), torch.tensor([[1, 2], [3, 60]])
+        scores = scorer.score(users, items)
+        torch.testing.assert_close(scores, own_scores(model, "product", users).gather(1, items))
+        torch.autograd.backward(scores.sum())
+        assert getattr(model, name).weight.grad is None
+
+
+def test_rows_of_the_padding_user_are_learned_as_the_model_learns_them(data_path: Path) -> None:
+    """A lookup with ``padding_idx`` or with scaled gradients is none that a plain one can replace."""
+    for settings in ({"padding_idx": 5}, {"scale_grad_by_freq": True}, {"max_norm": 0.1}):
+        model, bundle = make(data_path, "BPR")
+        model.user_embedding = torch.nn.Embedding(41, 8, **settings)
+        scorer = scorer_of(model, bundle)
+        users, items = torch.tensor([5, 1, 5]), torch.tensor([[1, 2], [3, 60], [3, 4]])
+        grads = []
+        for scores in (scorer.score(users, items), own_scores(model, "product", users).gather(1, items)):
+            model.zero_grad()
+            torch.autograd.backward(scores.sum())
+            grads.append(model.user_embedding.weight.grad.clone())
+        torch.testing.assert_close(*grads)
