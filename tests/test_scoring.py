@@ -503,7 +503,7 @@ def test_two_tables_give_what_the_model_gives(data_path: Path, name: str) -> Non
     for scorer in (direct, long_way):
         model.zero_grad()
         scores = [scorer.score(users, items), scorer.score_by_item(items[:, 0], users.expand(4, 4))]
-        torch.autograd.backward(sum(s.square().sum() for s in scores))
+        torch.autograd.backward([s.square().sum() for s in scores])
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         assert len(grads) == 2
         results.append([*scores, *grads])
@@ -674,6 +674,7 @@ def test_rows_of_the_padding_user_are_learned_as_the_model_learns_them(data_path
         model, bundle = make(data_path, "BPR")
         model.user_embedding = torch.nn.Embedding(41, 8, **settings)
         scorer = scorer_of(model, bundle)
+        assert scorer._tables is None
         users, items = torch.tensor([5, 1, 5]), torch.tensor([[1, 2], [3, 60], [3, 4]])
         grads = []
         for scores in (scorer.score(users, items), own_scores(model, "product", users).gather(1, items)):
