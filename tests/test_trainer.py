@@ -16,7 +16,7 @@ from torch import Tensor
 from recbole_rcekd import DistillTrainer, KDError, distill_trainer, load_teacher
 from recbole_rcekd.errors import ScoringError, SettingsError
 from recbole_rcekd.history import History
-from recbole_rcekd.trainer import DistillMixin, _update_in_one_pass, recording_trainer
+from recbole_rcekd.trainer import DistillMixin, recording_trainer, update_in_one_pass
 from tests.helpers import Bundle, build, build_model, train_teacher, write_dataset
 
 # isort: split
@@ -521,7 +521,7 @@ class OwnAdam(torch.optim.Adam):
 def test_other_optimizers_are_left_alone(kind: Any) -> None:
     optimizer = kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     before = [dict(group) for group in optimizer.param_groups]
-    _update_in_one_pass(optimizer)
+    update_in_one_pass(optimizer)
     assert [dict(group) for group in optimizer.param_groups] == before
 
 
@@ -542,7 +542,7 @@ def test_one_pass_takes_the_same_steps(weight_decay: float) -> None:
         tables = [torch.nn.Parameter(torch.randn(30, 8)) for _ in range(2)]
         optimizer = torch.optim.Adam(tables, lr=lr, weight_decay=weight_decay)
         if one_pass:
-            _update_in_one_pass(optimizer)
+            update_in_one_pass(optimizer)
         for _ in range(n_steps):
             for table in tables:
                 table.grad = torch.randn(30, 8) * (torch.rand(30, 1) < 0.5)
@@ -561,7 +561,7 @@ def test_a_distilled_run_is_stock_adams_but_for_rounding(
     courses = []
     for one_pass in (True, False):
         if not one_pass:
-            monkeypatch.setattr("recbole_rcekd.trainer._update_in_one_pass", lambda optimizer: None)
+            monkeypatch.setattr("recbole_rcekd.trainer.update_in_one_pass", lambda optimizer: None)
         bundle, trainer = make(folder, tmp_path, teacher_file, name, epochs=1)
         assert fused(trainer.optimizer) is one_pass
         courses.append(course(bundle, trainer)[0])
