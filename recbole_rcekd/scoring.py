@@ -250,6 +250,7 @@ class ModelScorer:
         hooks = [
             table.register_post_accumulate_grad_hook(_make_dense)  # type: ignore[no-untyped-call]
             for table in self._tables
+            if table.requires_grad
         ]
         self._sparse_gradients = True
         try:

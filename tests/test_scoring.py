@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.errors import ScoringError
+from recbole_rcekd.functional import picked_products
 from recbole_rcekd.scoring import ModelScorer
 from tests.helpers import Bundle, build, build_model, write_dataset, write_knowledge
 
@@ -682,3 +683,41 @@ def test_rows_of_the_padding_user_are_learned_as_the_model_learns_them(data_path
             torch.autograd.backward(scores.sum())
             grads.append(model.user_embedding.weight.grad.clone())
         torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_sparse_gradients_are_the_dense_ones_when_an_optimizer_sees_them(data_path: Path, with_base: bool) -> None:
+    model, bundle = make(data_path, "BPR", embedding_size=3)
+    scorer = scorer_of(model, bundle)
+    users, items = torch.tensor([5, 1, 40]), torch.tensor([[7, 7, 2], [60, 1, 7], [0, 3, 60]])
+
+    def gradients() -> tuple[Tensor, Tensor]:
+        model.zero_grad()
+        scores = scorer.score(users, items)
+        loss = scores.square().sum()
+        if with_base:
+            loss = loss + model.calculate_loss(batch())
+        loss.backward()
+        return model.user_embedding.weight.grad, model.item_embedding.weight.grad
+
+    dense = gradients()
+    with scorer.sparse_gradients():
+        assert scorer.operands(users)[0].grad_fn is not None
+        kept = gradients()
+    after = gradients()
+    for one, other, last in zip(dense, kept, after, strict=True):
+        assert not other.is_sparse
+        assert torch.allclose(one, other, rtol=1e-6, atol=1e-7)
+        assert torch.equal(one, last)
+    assert not model.item_embedding.weight._post_accumulate_grad_hooks
+
+
+def test_sparse_gradient_only_where_it_is_less_work() -> None:
+    """2 · 2 rows · 3 items · 2 numbers = 24, which must be fewer than the table has."""
+    for n_items, sparse in ((12, False), (13, True)):
+        rows, table = torch.randn(2, 2), torch.randn(n_items, 2, requires_grad=True)
+        items = torch.tensor([[1, 1, 2], [0, 11, 2]])
+        plain = torch.autograd.grad(picked_products(rows, table, items).square().sum(), table)[0]
+        (found,) = torch.autograd.grad(picked_products(rows, table, items, True).square().sum(), table)
+        assert found.is_sparse is sparse
+        assert torch.allclose(found.to_dense() if sparse else found, plain, rtol=1e-6)
