@@ -697,7 +697,7 @@ def test_sparse_gradients_are_the_dense_ones_when_an_optimizer_sees_them(data_pa
         loss = scores.square().sum()
         if with_base:
             loss = loss + model.calculate_loss(batch())
-        loss.backward()
+        torch.autograd.backward(loss)
         return model.user_embedding.weight.grad, model.item_embedding.weight.grad
 
     dense = gradients()
