@@ -32,12 +32,13 @@ from tabulate import tabulate
 from torch import Tensor
 
 from recbole_rcekd.cache import FactorScores
-from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import RCELoss
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.store import Store
 from recbole_rcekd.trainer import update_in_one_pass
+from recbole_rcekd.types import Seen
 
 PER_USER, DIMENSIONS, ROWS = 20, 32, 2048
 

@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from recbole_rcekd.errors import KDError, TeacherError
 from recbole_rcekd.functional import picked_products
-from recbole_rcekd.item_sets import Seen
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.ranking import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import Store
 from recbole_rcekd.teacher import Teacher
+from recbole_rcekd.types import Seen
 
 
 class _Scores(ABC):

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
-from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.ranking import top_k
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.types import ItemSets, TeacherScores
+from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 
 # The list lengths of the diagnostics: the same for every method, so that histories can be laid side by side.
 _OVERLAP_AT = 50

@@ -6,63 +6,12 @@ Nothing here knows a model or RecBole: the teacher is a :class:`~recbole_rcekd.t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import first_distinct, is_member
 from recbole_rcekd.ranking import Ranking, top_k
-from recbole_rcekd.types import TeacherScores
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The training interactions as sorted rows: who has what.
-
-    Args:
-        starts: ``[n_contexts + 1]``, row u is ``ids[starts[u]:starts[u + 1]]``.
-        ids: ``[n]``, ascending within a row.
-        n_ids: how many ids there are, padding included.
-    """
-
-    starts: Tensor
-    ids: Tensor
-    n_ids: int
-
-    @classmethod
-    def from_pairs(cls, contexts: Tensor, ids: Tensor, n_contexts: int, n_ids: int) -> Seen:
-        """Build from one (context, id) pair per interaction; repeats are dropped."""
-        keys = torch.unique(contexts.long() * n_ids + ids.long())
-        counts = torch.bincount(keys // n_ids, minlength=n_contexts)
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(starts, keys % n_ids, n_ids)
-
-    def to(self, device: torch.device) -> Seen:
-        """The same on another device."""
-        return Seen(self.starts.to(device), self.ids.to(device), self.n_ids)
-
-    def counts(self) -> Tensor:
-        """How many ids each context has, ``[n_contexts]``."""
-        return self.starts.diff()
-
-    def contexts(self) -> Tensor:
-        """The contexts that have any; padding (0) is not among them."""
-        present = self.counts().nonzero().squeeze(1)
-        return present[present != 0]
-
-    def cells(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """Row positions and ids of all that ``contexts`` have, for masking a block of full rows."""
-        counts = self.counts()[contexts]
-        rows = torch.repeat_interleave(torch.arange(len(contexts), device=contexts.device), counts)
-        offset = torch.arange(len(rows), device=contexts.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.ids[self.starts[contexts][rows] + offset]
-
-    def transposed(self) -> Seen:
-        """Who has it, for each id."""
-        n_contexts = len(self.starts) - 1
-        owners = torch.repeat_interleave(torch.arange(n_contexts, device=self.ids.device), self.counts())
-        return Seen.from_pairs(self.ids, owners, self.n_ids, n_contexts)
+from recbole_rcekd.types import Seen, TeacherScores
 
 
 class Lists:

@@ -18,16 +18,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import scores_at
-
-if TYPE_CHECKING:
-    from recbole_rcekd.item_sets import Seen
+from recbole_rcekd.types import Seen
 
 # Full rows are scored and ranked so many cells at a time: 4 MB of float32, which stay in a processor's cache between
 # the product and the selection (three times faster than 16 MB blocks here, see benchmarks/README.md).

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from recbole_rcekd.checkpoint import read_checkpoint
 from recbole_rcekd.errors import TeacherError
-from recbole_rcekd.item_sets import Seen
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_scored_by_user
+from recbole_rcekd.types import Seen
 
 # What decides the training interactions, besides RecBole's dataset arguments.
 _SPLIT_KEYS = ("seed", "repeatable")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import FactorScores
-from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.ranking import RowRanking, top_k
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, Seen
 
 
 def seen_of(pairs: Iterable[tuple[int, int]], n_contexts: int, n_items: int) -> Seen:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from recbole_rcekd.cache import DenseScores, FactorScores, blocks, open_teacher_scores
 from recbole_rcekd.errors import KDError, TeacherError
-from recbole_rcekd.item_sets import Seen
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import FORMAT, Store
 from recbole_rcekd.teacher import Teacher, load_teacher
+from recbole_rcekd.types import Seen
 from tests.helpers import Bundle, build, train_and_save, write_dataset
 
 # isort: split

@@ -18,7 +18,7 @@ from torch import Tensor
 from recbole_rcekd.cache import FactorScores
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import CDLoss, CELoss, FCELoss, KDLoss, RCELoss, RRDLoss
 from recbole_rcekd.losses.cd import CDSettings
 from recbole_rcekd.losses.ce import CESettings
@@ -27,7 +27,7 @@ from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
 from recbole_rcekd.ranking import RowRanking
 from recbole_rcekd.settings import KDSettings, LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, Seen
 
 N_USERS, N_ITEMS, WITHOUT = 23, 61, (4, 17)
 USERS = [u for u in range(1, N_USERS) if u not in WITHOUT]

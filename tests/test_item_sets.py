@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recbole_rcekd.item_sets import Lists, Seen
+from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.ranking import RowRanking, top_k
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, Seen
 from tests.tables import World, make_world, seen_of
 
 N_USERS, N_ITEMS = 5, 7

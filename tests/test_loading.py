@@ -315,7 +315,7 @@ def both_ways(sampler: Any, keys: Any, num: int = 1) -> tuple[Any, Any]:
     [[1, 2, 3], [5], [5, 5, 5], [0, 1], [], [1, 41], [1, 1000], [1, -1], [-1, -1], [-2, 1], [1000], [-1000, 1]],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [np.array, list, torch.tensor])
+@pytest.mark.parametrize("kind", [np.array, list])
 def test_keys_of_any_kind(folder: Path, keys: list[int], num: int, kind: Any) -> None:
     bundle = build(folder, "BPR", **SMALL)
     plain, fast = both_ways(bundle.train._sampler, kind(keys), num)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from recbole_rcekd import ranking
 from recbole_rcekd.functional import scores_at
-from recbole_rcekd.item_sets import Seen
 from recbole_rcekd.ranking import ProductRanking, RowRanking
+from recbole_rcekd.types import Seen
 from tests.tables import seen_of
 
 N_USERS, N_ITEMS, WIDTH = 40, 700, 12
