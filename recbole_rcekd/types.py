@@ -1,7 +1,7 @@
 """The shapes that everything else passes along.
 
-:class:`ItemSets` is what a loss learns on; :class:`Seen` is who has what; :class:`TeacherScores` is where the teacher's opinion comes
-from.
+:class:`ItemSets` is what a loss learns on; :class:`Seen` is who has what; :class:`TeacherScores` is where the
+teacher's opinion comes from.
 Ids are RecBole's: row 0 of users and of items is padding, so an item id of 0 means "no item".
 """
 
