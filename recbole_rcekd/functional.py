@@ -173,22 +173,18 @@ def plackett_luce(
 
 
 def is_member(query: Tensor, table: Tensor) -> Tensor:
-    """For each row, which entries of ``query [n, q]`` occur in ``table [n, t]``: bool ``[n, q]``.
-
-    One sort and one binary search per row: O((q + t) log t), no q × t comparison.
-    """
-    if table.shape[-1] == 0:
-        return torch.zeros_like(query, dtype=torch.bool)
-    ordered = table.sort(-1).values
-    place = torch.searchsorted(ordered, query.contiguous()).clamp_(max=table.shape[-1] - 1)
-    return ordered.gather(-1, place) == query
+    """For each row, which entries of ``query [n, q]`` occur in ``table [n, t]``: bool ``[n, q]``."""
+    return places(query, table) >= 0
 
 
 def places(query: Tensor, table: Tensor) -> Tensor:
     """For each row, the column of ``table [n, t]`` where each entry of ``query [n, q]`` stands, −1 where it does not.
 
-    Of an id that stands there twice, one of its columns. Costs as :func:`is_member`.
+    Of an id that stands there twice, one of its columns. One sort and one binary search per row: O((q + t) log t), no
+    q × t comparison.
     """
+    if table.shape[-1] == 0:
+        return torch.full_like(query, -1, dtype=torch.int64)
     ordered, column = table.sort(-1)
     place = torch.searchsorted(ordered, query.contiguous()).clamp_(max=table.shape[-1] - 1)
     return column.gather(-1, place).masked_fill_(ordered.gather(-1, place) != query, -1)
@@ -331,7 +327,7 @@ def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient:
 class _PickedProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool) -> Tensor:
-        # Building it takes two numbers for each of a dense one (measured: benchmarks/README.md).
+        # Per number it costs about twice a dense one (docs/design.md).
         ctx.sparse = sparse_gradient and 2 * items.numel() * table.shape[1] < table.numel()
         picked = None
         if items.numel() == 0:
