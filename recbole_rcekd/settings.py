@@ -117,6 +117,8 @@ class KDSettings(Settings):
         kd_cache_dir: folder of the teacher-score cache.
         kd_cache_dtype: precision of cached scores of teachers that are not a product of two tables.
         kd_diagnostic_users: so many users are looked at in full every epoch for the closure gap; 0 turns it off.
+        kd_sequence_split: what a sequential model's split divides: ``rows``, a prefix of a sequence and its next item
+            each, as RecBole; ``interactions``, as a general model's split does, so that the two kinds learn from the same.
     """
 
     kd_schedule: typing.Literal["users", "interactions"] = "users"
@@ -124,6 +126,7 @@ class KDSettings(Settings):
     kd_cache_dir: str = "saved/teacher_scores"
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
     kd_diagnostic_users: int = setting(8, low=0)
+    kd_sequence_split: typing.Literal["rows", "interactions"] = "rows"
 
 
 @dataclass(frozen=True)
