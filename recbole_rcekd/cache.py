@@ -208,17 +208,19 @@ def _open_or_make(
     teacher: Teacher, settings: KDSettings, show_progress: bool, ranks: Ranks
 ) -> FactorScores | DenseScores:
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
+    # Users belong to a rank each, and their lists with them; the rows of a sequential student come to any.
+    owners = Ranks() if teacher.for_rows else ranks
     dense_name = f"dense-{settings.kd_cache_dtype}"
     found = store.read("factors")
     # They decide together: what one rank does not find, all make.
     if ranks.all(found is not None) and found is not None:
         getLogger().info(f"Teacher scores: two tables, from [{store.root}]")
         users, items = (torch.from_numpy(found[key]).to(teacher.device) for key in ("users", "items"))
-        return FactorScores(users, items, teacher.seen, store, ranks=ranks)
+        return FactorScores(users, items, teacher.seen, store, ranks=owners)
     found = store.read(dense_name, mmap=True)
     if ranks.all(found is not None) and found is not None:
         getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, from [{store.root}]")
-        return DenseScores(found["scores"], teacher.seen, store, teacher.device, ranks=ranks)
+        return DenseScores(found["scores"], teacher.seen, store, teacher.device, ranks=owners)
 
     factors = teacher.factors()
     if factors is not None:
@@ -227,13 +229,13 @@ def _open_or_make(
             tables = (factor.cpu().numpy() for factor in factors)
             _write_if_possible(store, "factors", dict(zip(("users", "items"), tables, strict=True)))
         getLogger().info(f"Teacher scores: two tables, computed, kept in [{store.root}]")
-        return FactorScores(*factors, teacher.seen, store, ranks=ranks)
+        return FactorScores(*factors, teacher.seen, store, ranks=owners)
     _write_dense(teacher, store, dense_name, settings.kd_cache_dtype, show_progress, ranks)
     written = store.read(dense_name, mmap=True)
     if written is None:
         raise KDError(f"The teacher's scores in [{store.root}] vanished while they were written.")
     getLogger().info(f"Teacher scores: a matrix of {settings.kd_cache_dtype}, computed, kept in [{store.root}]")
-    return DenseScores(written["scores"], teacher.seen, store, teacher.device, ranks=ranks)
+    return DenseScores(written["scores"], teacher.seen, store, teacher.device, ranks=owners)
 
 
 def blocks(n_contexts: int, n_items: int, cells: int = CELLS_AT_A_TIME) -> Iterator[Tensor]:
@@ -288,7 +290,8 @@ def _write_dense(teacher: Teacher, store: Store, name: str, dtype: str, show_pro
                     with np.errstate(over="ignore"):  # what outgrows float16 is reported below
                         stored = rows.numpy().astype(dtype)
                     bad = ~np.isfinite(stored).all(1)
-                    bad[block.numpy() == 0] = False  # the padding user has no meaning
+                    if not teacher.scores_rows:
+                        bad[block.numpy() == 0] = False  # the padding user has no meaning
                     wrong.append(block[torch.from_numpy(bad)])
                     file.seek(header + int(block[0]) * shape[1] * stored.itemsize)
                     file.write(np.ascontiguousarray(stored).tobytes())
@@ -308,7 +311,8 @@ def _require_finite_factors(teacher: Teacher, users: Tensor, items: Tensor) -> N
             "users. Its training diverged: train it again with a smaller learning rate."
         )
     bad = ~torch.isfinite(users).all(1)
-    bad[0] = False
+    if not teacher.scores_rows:
+        bad[0] = False
     _require_finite(teacher, bad.nonzero().squeeze(1).cpu())
 
 

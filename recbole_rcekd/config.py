@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from recbole.config import Config
+from recbole.utils import ModelType
 from recbole.utils.argument_list import (
     dataset_arguments,
     evaluation_arguments,
@@ -108,6 +109,8 @@ def teacher_config(name: str, student: Any) -> Any:
     """
     shared_keys = {*general_arguments, *evaluation_arguments, *dataset_arguments}
     shared = {k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"}
+    # The default differs between sequential models and others, but the split is one.
+    shared["eval_args"] = {**student["eval_args"], "mode": dict(student["eval_args"]["mode"])}
     own = {
         key.removeprefix("teacher_"): value
         for key, value in _plain(student).items()
@@ -120,13 +123,27 @@ def teacher_config(name: str, student: Any) -> Any:
         own |= {key: student[key] for key in (*PLACE_KEYS, "world_size", "local_rank") if key in _plain(student)}
     files = student["teacher_config_files"] or []
     files = files.split() if isinstance(files, str) else list(files)
+    given = {"model": name, "dataset": student["dataset"], "config_file_list": files}
     with _no_command_line():
-        config = Config(model=name, dataset=student["dataset"], config_file_list=files, config_dict={**shared, **own})
+        try:
+            config = Config(**given, config_dict={**shared, **own})
+        except ValueError:
+            if "train_neg_sample_args" in own:
+                raise
+            # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
+            config = Config(**given, config_dict={**shared, **own, "train_neg_sample_args": None})
     known = _known_to_recbole(config)
     for key in own:
         if key not in known:
             raise SettingsError(f"[teacher_{key}]: {name} has no setting [{key}]. {nearest(key, known)}")
     config["seed"] = student["seed"]  # the seed is part of the split
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["eval_args"]["order"] != "TO":
+        raise SettingsError(
+            f"[teacher] {name} learns sequences, but [eval_args] has order {config['eval_args']['order']!r}, so that the test "
+            "items lie within them: set order: TO."
+        )
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and student["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+        config["kd_sequence_split"] = "interactions"  # as the student's
     return config
 
 

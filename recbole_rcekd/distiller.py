@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
+from recbole_rcekd.diagnostics import OVERLAP_AT, distance_to_teacher, mean_closure_gap
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
@@ -20,9 +20,6 @@ from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 
-# The list lengths of the diagnostics: the same for every method, so that histories can be laid side by side.
-_OVERLAP_AT = 50
-_NDCG_AT = 10
 # Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a full row.
 _REFRESHED_AT_A_TIME = 1024
 
@@ -204,13 +201,8 @@ class Distiller:
             return found
         with preserved_random_state(), self._scorer.evaluating():
             rows = side.score_all(side.contexts[self._watched])
-        k = min(_OVERLAP_AT, side.teacher.n_items - 1)
-        student_top = top_k(rows, k)
-        found[f"overlap@{k}"] = float(is_member(self._teacher_top, student_top).float().mean())
-        found[f"ndcg@{_NDCG_AT}_to_teacher"] = float(
-            ndcg_against(student_top[:, :_NDCG_AT], self._teacher_top[:, :_NDCG_AT]).mean()
-        )
-        gap = self._closure_gap(side, rows)
+        found |= distance_to_teacher(rows, self._teacher_top)
+        gap = mean_closure_gap(side.loss, side.sets.rows(self._watched), rows) if side.sets is not None else None
         if gap is not None:
             found["closure_gap"] = gap
         return found
@@ -220,22 +212,6 @@ class Distiller:
         n = min(-(-self.settings.kd_diagnostic_users // self._ranks.world), len(side.contexts))
         watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
         if n:
-            k = min(_OVERLAP_AT, side.teacher.n_items - 1)
+            k = min(OVERLAP_AT, side.teacher.n_items - 1)
             self._teacher_top = top_k(side.teacher.score_all(side.contexts[watched]), k)
         return watched
-
-    def _closure_gap(self, side: _Side, rows: Tensor) -> float | None:
-        if side.sets is None or side.loss.scores_all_items:
-            return None
-        pair = side.loss.closure_sets(side.sets.rows(self._watched))
-        if pair is None:
-            return None
-        targets, support = pair
-        if targets.teacher_scores is None:
-            return None
-        scores = rows.gather(1, targets.items.long())
-        probs = masked_log_softmax(targets.teacher_scores, targets.keep).exp()
-        if targets.keep is not None:
-            probs = probs.masked_fill(~targets.keep, 0.0)
-        gap = closure_gap(probs, scores, count_above(scores, rows), rows.gather(1, support.items.long()), support.keep)
-        return float(gap.mean())

@@ -30,14 +30,15 @@ class Lists:
         contexts: Tensor,
         teacher: TeacherScores,
         student: Ranking,
-        seen: Seen,
+        seen: Seen | None,
         generator: torch.Generator,
     ) -> None:
         self.contexts = contexts
         self.generator = generator
         self._teacher = teacher
         self._student = student
-        self._seen = seen
+        if seen is not None:
+            self._seen = seen
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
         """The student's best ``k`` items, best first, ``[n, k]``."""

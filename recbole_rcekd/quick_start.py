@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
 
 from recbole_rcekd.config import (
@@ -29,7 +29,8 @@ from recbole_rcekd.config import (
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.processes import PLACE_KEYS, Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
-from recbole_rcekd.scoring import require_scored_by_user
+from recbole_rcekd.scoring import require_rankable
+from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.teacher import Teacher, load_teacher, split_hash
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 
@@ -119,13 +120,13 @@ class _Experiment:
         if not config["teacher"] and self.losses != [SCRATCH]:
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
         if self.losses != [SCRATCH]:
-            require_scored_by_user(config.model_class)
+            require_rankable(config.model_class)
             if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
                 raise SettingsError(
                     f"[model] {config['model']} is not trained by gradient: it can teach, but not learn."
                 )
         self.teacher_config = self._read_teacher()
-        if "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
+        if _may_evaluate_more(config):
             for each in (config, *self.run_configs.values()):
                 each["eval_batch_size"] = _EVAL_BATCH_SIZE
 
@@ -177,7 +178,7 @@ class _Experiment:
             model_class = get_model(source)
         except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
             raise SettingsError(f"[teacher] is {source!r}, which is neither a RecBole model nor a file.") from error
-        require_scored_by_user(model_class)
+        require_rankable(model_class)
         return teacher_config(source, self.config)
 
     def _prepare_teacher(self, data: _Data) -> tuple[Teacher, TeacherResult]:
@@ -189,7 +190,7 @@ class _Experiment:
 
     def _train_teacher(self, name: str, config: Any, data: _Data) -> tuple[str, dict[str, Any]]:
         """Train a teacher as RecBole would, or find the one that the same settings gave before."""
-        if "eval_batch_size" not in config.external_config_dict:
+        if _may_evaluate_more(config):
             config["eval_batch_size"] = _EVAL_BATCH_SIZE
         unimportant = (
             "checkpoint_dir",
@@ -299,6 +300,12 @@ class _Experiment:
         """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""
         if not self.ranks.first:
             init_seed(self.ranks.seed(seed), config["reproducibility"])
+
+
+def _may_evaluate_more(config: Any) -> bool:
+    """RecBole counts scores for models that score users (rows, and pairs of rows with features, are larger)."""
+    small = (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL)
+    return "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] in small
 
 
 def _course(trainer: Any, seconds: float) -> dict[str, Any]:

@@ -95,10 +95,7 @@ class TeacherResult:
     ) -> TeacherResult:
         """Measure a teacher with RecBole's evaluation on the student's data."""
         trainer = Trainer(config, _TeacherAsModel(teacher, config["device"]))
-        valid, test = (
-            {k: float(v) for k, v in trainer.evaluate(data, load_best_model=False).items()}
-            for data in (valid_data, test_data)
-        )
+        valid, test = (_evaluated(trainer, data) for data in (valid_data, test_data))
         return cls(
             model=str(teacher.config["model"]),
             checkpoint=teacher.source,
@@ -119,15 +116,25 @@ class _TeacherAsModel(torch.nn.Module):
         super().__init__()
         self.device = device
         self._teacher = teacher
-        self._user_field = teacher.user_field
         self.unused = torch.nn.Parameter(torch.zeros(1, device=device))  # the trainer builds an optimiser
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
-        return self._teacher.score_all(interaction[self._user_field])
+        return self._teacher.score_rows(interaction)
+
+
+def _evaluated(trainer: Any, data: Any) -> dict[str, float]:
+    """RecBole's metrics on rows as they are: the transformation that the student's model wants is not the teacher's."""
+    transform, data.transform = data.transform, lambda dataset, rows: rows
+    try:
+        return {k: float(v) for k, v in trainer.evaluate(data, load_best_model=False).items()}
+    finally:
+        data.transform = transform
 
 
 def ranking_time(model: Any, dataset: Any) -> float:
-    """Milliseconds to score and rank the whole catalogue for 1,000 users, in evaluation mode; median of three."""
+    """Milliseconds to score and rank the whole catalogue for 1,000 users (or sequences), in evaluation mode; median of
+    three.
+    """  # noqa: D205
     return _time_ranking(ModelScorer(model, dataset))
 
 

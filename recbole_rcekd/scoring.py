@@ -12,6 +12,7 @@ Evaluation uses the full sort, so it is what is learned too (``predict`` differs
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from recbole.utils import ModelType
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from recbole_rcekd.batch_scores import BatchScores, FullRows, Products
+from recbole_rcekd.contexts import Contexts, Users, of_training
 from recbole_rcekd.errors import ScoringError
 from recbole_rcekd.functional import picked_products
 from recbole_rcekd.ranking import ProductRanking, Ranking, RowRanking
@@ -33,6 +36,14 @@ Kind = Literal["product", "rows", "pairs"]
 # What evaluation leaves behind in LightGCN, NGCF, DGCF, SGL, NCL, SpectralCF and DMF. Left over from a scoring call,
 # the next validation would rank with embeddings from before the training step.
 EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
+
+_RANKABLE = (
+    ModelType.GENERAL,
+    ModelType.KNOWLEDGE,
+    ModelType.TRADITIONAL,
+    ModelType.SEQUENTIAL,
+    ModelType.CONTEXT,
+)
 
 _PRODUCTS = {
     torch.matmul,
@@ -56,18 +67,27 @@ def preserved_random_state() -> Iterator[None]:
         np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-def require_scored_by_user(model_class: Any) -> None:
-    """Refuse models whose scores need more than a user id.
+def require_rankable(model_class: Any) -> None:
+    """Refuse models that are no torch models.
 
     Raises:
         ScoringError: names the model and its type.
     """
     model_type = getattr(model_class, "type", None)
-    if model_type not in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
+    if model_type not in _RANKABLE:
         raise ScoringError(
-            f"{model_class.__name__} is a {getattr(model_type, 'name', model_type)} model; so far only general and "
-            "knowledge-aware models, which are scored by user id, can be distilled."
+            f"{model_class.__name__} is a {getattr(model_type, 'name', model_type)} model, which RecBole trains and scores "
+            "outside of torch: it can neither teach nor learn here. Choose a general, sequential, knowledge-aware or "
+            "context-aware model."
         )
+
+
+def _item_features(dataset: Any) -> Callable[[Tensor], Interaction]:
+    """Item ids → what the model reads of an item: the id and, in datasets with features, those."""
+    if getattr(dataset, "item_feat", None) is not None:
+        features = dataset.get_item_feature()
+        return lambda items: features[items.to(features[dataset.iid_field].device)].to(items.device)
+    return lambda items: Interaction({dataset.iid_field: items.long()})
 
 
 def _parameter_behind(node: Any) -> Tensor | None:
@@ -100,15 +120,22 @@ class _Enough(Exception):
 
 
 class _ProductRecorder(TorchFunctionMode):
-    """Watches for products ``[n_contexts, d] × [d, n_items]`` and keeps the operands of the last (or n-th) one."""
+    """Watches for products ``[n_contexts, d] × [d, n_items]``.
+
+    Args:
+        n_contexts: rows of the left operand.
+        n_items: columns of the right one.
+        stop_at: when so many were met, stop with :class:`_Enough` before the last one is computed.
+
+    Attributes:
+        products: (left, right transposed, result) of each, in order; of the one stopped at without a result.
+    """
 
     def __init__(self, n_contexts: int, n_items: int, stop_at: int | None = None) -> None:
         super().__init__()
         self.shape = (n_contexts, n_items)
         self.stop_at = stop_at
-        self.found = 0
-        self.operands: tuple[Tensor, Tensor] | None = None
-        self.result: Tensor | None = None
+        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _PRODUCTS and len(args) >= 2 and not kwargs:
@@ -118,12 +145,12 @@ class _ProductRecorder(TorchFunctionMode):
             # What a bias adds would be missing from the operands.
             biased = len(args) > 2 and args[2] is not None
             if not biased and left.dim() == right.dim() == 2 and (left.shape[0], right.shape[1]) == self.shape:
-                self.found += 1
-                self.operands = (left, right.t())
-                if self.found == self.stop_at:
+                if len(self.products) + 1 == self.stop_at:
+                    self.products.append((left, right.t(), None))
                     raise _Enough
-                self.result = func(left, args[1])
-                return self.result
+                result = func(left, args[1])
+                self.products.append((left, right.t(), result))
+                return result
         return func(*args, **(kwargs or {}))
 
 
@@ -131,31 +158,44 @@ class ModelScorer:
     """Scores of any cells of a RecBole model, with a gradient in training mode.
 
     Args:
-        model: a RecBole model with user and item ids as its only inputs (general and knowledge-aware models).
-        dataset: the dataset it was built for; names the id fields and the numbers of users and items.
+        model: a RecBole model.
+        dataset: the dataset it was built for; names the id fields and the number of items.
         trainable: refuse a model whose scores have no gradient.
+        contexts: who is scored; default: what a student learns on (:func:`~recbole_rcekd.contexts.of_training`).
+        frozen: the model will not change any more: what is added to its products, or scales them, is read off once.
 
     Attributes:
         kind: ``product``, ``rows`` or ``pairs``.
 
     Raises:
-        ScoringError: the model is of a type that is not scored by user id, has no gradient though ``trainable``, or
-            the fast way gives other numbers than the model's own.
+        ScoringError: the model is of a type that cannot be scored, has no gradient though ``trainable``, or the fast way
+            gives other numbers than the model's own.
     """
 
-    def __init__(self, model: Any, dataset: Any, trainable: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        dataset: Any,
+        trainable: bool = False,
+        contexts: Contexts | None = None,
+        frozen: bool = False,
+    ) -> None:
         self.model = model
         self.name = type(model).__name__
-        self.n_contexts = int(dataset.user_num)
+        self.contexts = of_training(dataset) if contexts is None else contexts
+        self.n_contexts = self.contexts.n
         self.n_items = int(dataset.item_num)
         self.device: torch.device = model.device
-        self._user_field = dataset.uid_field
         self._item_field = dataset.iid_field
+        self._item_features = _item_features(dataset)
+        self._frozen = frozen
         self._product_index = 0
+        self._scale_and_bias: tuple[float, Tensor] | None = None
         self._inside = False
+        self._replaying = False
         self._tables: tuple[Tensor, Tensor] | None = None
         self._sparse_gradients = False
-        require_scored_by_user(type(model))
+        require_rankable(type(model))
         # What is drawn here (by MacridVAE or dropout, for example) must not shift the random stream of plain RecBole.
         with preserved_random_state():
             with self.evaluating():
@@ -171,8 +211,7 @@ class ModelScorer:
             return picked_products(*self.operands(contexts), items, self._sparse_gradients)
         if self.kind == "rows":
             return self._full_sort(contexts).gather(1, items)
-        users = contexts.unsqueeze(1).expand_as(items)
-        return self._predict(users.reshape(-1), items.reshape(-1)).view_as(items)
+        return self._predict(self.contexts.inputs(contexts), items)
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """Scores of every item, ``[n, n_items]``; −inf at the padding item."""
@@ -207,7 +246,8 @@ class ModelScorer:
             return (rows[place] * table[items.long()].unsqueeze(1)).sum(-1)
         if self.kind == "rows":
             return self._full_sort(distinct)[place, wanted]
-        return self._predict(users.reshape(-1), wanted.reshape(-1)).view_as(users)
+        flat = self._predict(self.contexts.inputs(users.reshape(-1)), wanted.reshape(-1, 1))
+        return flat.view_as(users)
 
     def operands(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """User rows ``[n, d]`` and item table ``[n_items, d]`` of a ``product`` model, with their gradients."""
@@ -215,16 +255,24 @@ class ModelScorer:
             user_table, item_table = self._tables
             rows = torch.nn.functional.embedding(contexts.long(), user_table, sparse=self._sparse_gradients)
             return rows, item_table
-        recorder = _ProductRecorder(len(contexts), self.n_items, stop_at=self._product_index)
+        return self._operands_of(self.contexts.inputs(contexts), len(contexts))
+
+    def _operands_of(self, inputs: Interaction, n: int) -> tuple[Tensor, Tensor]:
+        recorder = _ProductRecorder(n, self.n_items, stop_at=self._product_index)
         with self._fresh_caches():
             try:
                 with recorder:
-                    self.model.full_sort_predict(Interaction({self._user_field: contexts.long()}))
+                    self.model.full_sort_predict(inputs)
             except _Enough:
                 pass
-        if recorder.operands is None:
+        if len(recorder.products) < self._product_index:
             raise ScoringError(f"{self.name} no longer ends in a product of two tables; please report this model.")
-        return recorder.operands
+        rows, table, _ = recorder.products[self._product_index - 1]
+        if self._scale_and_bias is not None:
+            scale, bias = self._scale_and_bias
+            rows = torch.cat([scale * rows, torch.ones_like(rows[:, :1])], dim=1)
+            table = torch.cat([table, bias.unsqueeze(1)], dim=1)
+        return rows, table
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -261,29 +309,64 @@ class ModelScorer:
                 hook.remove()
 
     @contextmanager
-    def shared_propagation(self) -> Iterator[Callable[[], None]]:
-        """Let the base loss and the KD loss of one step use one graph propagation.
+    def shared_forward(self) -> Iterator[Callable[[], None]]:
+        """Let the base loss and the KD loss of one step share what they both need. Yields the function that ends a step.
 
-        Graph models call ``forward()`` with no argument, or with nothing but sparse matrices, wherever they need
-        propagated embeddings; within a step the answer is the same. Yields the function that ends a step.
+        * Graph models call ``forward()`` with no argument, or with nothing but sparse matrices, wherever they need
+          propagated embeddings; within a step the answer is the same.
+        * :meth:`score_batch` asks about the very batch that the base loss was computed on: where it calls ``forward`` with
+          the same tensors, it is given what the base loss got. (The base loss itself is not: FEARec, for example, calls
+          it twice for two draws of dropout.)
         """
         original = self.model.forward
-        memory: dict[tuple[int, ...], tuple[tuple[Any, ...], Any]] = {}
+        memory: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            propagation = not kwargs and all(isinstance(arg, Tensor) and arg.is_sparse for arg in args)
-            if not propagation or not torch.is_grad_enabled():
+            if not torch.is_grad_enabled():
                 return original(*args, **kwargs)
-            key = tuple(id(arg) for arg in args)
-            if key not in memory:
-                memory[key] = (args, original(*args))
-            return memory[key][1]
+            named = (*args, *(part for name in sorted(kwargs) for part in (name, kwargs[name])))
+            key = tuple(id(x) if isinstance(x, Tensor) else x for x in named)
+            propagation = not kwargs and all(isinstance(arg, Tensor) and arg.is_sparse for arg in args)
+            if key in memory and (propagation or self._replaying):
+                return memory[key][1]
+            result = original(*args, **kwargs)
+            if propagation or not isinstance(self.contexts, Users):
+                memory.setdefault(key, ((args, kwargs), result))  # what is alive keeps its id to itself
+            return result
 
         self.model.forward = forward
         try:
             yield memory.clear
         finally:
             del self.model.forward
+
+    @contextmanager
+    def watched_products(self, batch: Interaction) -> Iterator[list[tuple[Tensor, Tensor, Tensor | None]]]:
+        """The products of a batch's rows and an item table that are computed inside: CE scores the whole catalogue."""
+        with _ProductRecorder(len(batch), self.n_items) as recorder:
+            yield recorder.products
+
+    def score_batch(self, batch: Interaction, known: list[tuple[Tensor, Tensor, Tensor | None]]) -> BatchScores:
+        """What the model says of the rows of a training batch.
+
+        Args:
+            batch: rows as RecBole's loader gives them.
+            known: products met while the base loss was computed (:meth:`watched_products`).
+        """
+        n = len(batch)
+        if self.kind == "pairs":
+            return FullRows(self._predict(batch, torch.arange(self.n_items, device=self.device).expand(n, -1)))
+        self._replaying = True
+        try:
+            if self.kind == "rows":
+                return FullRows(self._full_sort_of(batch, n))
+            rows, table = self._operands_of(batch, n)
+        finally:
+            self._replaying = False
+        for left, right, product in known:
+            if product is not None and _same_memory(left, rows) and _same_memory(right, table):
+                return Products(rows, table, product)
+        return Products(rows, table)
 
     @contextmanager
     def _fresh_caches(self) -> Iterator[None]:
@@ -307,15 +390,20 @@ class ModelScorer:
         torch.nn.Module.train(self.model, mode)
 
     def _full_sort(self, contexts: Tensor) -> Tensor:
-        with self._fresh_caches():
-            scores: Tensor = self.model.full_sort_predict(Interaction({self._user_field: contexts.long()}))
-        return scores.view(len(contexts), -1)
+        return self._full_sort_of(self.contexts.inputs(contexts), len(contexts))
 
-    def _predict(self, users: Tensor, items: Tensor) -> Tensor:
-        interaction = Interaction({self._user_field: users.long(), self._item_field: items.long()})
+    def _full_sort_of(self, inputs: Interaction, n: int) -> Tensor:
         with self._fresh_caches():
-            scores: Tensor = self.model.predict(interaction)
-        return scores.view(-1)
+            scores: Tensor = self.model.full_sort_predict(inputs)
+        return scores.view(n, -1)
+
+    def _predict(self, inputs: Interaction, items: Tensor) -> Tensor:
+        """``predict`` of ``items [n, T]`` for the n rows of ``inputs``, one pair each."""
+        pairs = inputs.repeat_interleave(items.shape[1])
+        pairs.update(self._item_features(items.reshape(-1)))
+        with self._fresh_caches():
+            scores: Tensor = self.model.predict(pairs)
+        return scores.view(items.shape)
 
     def _find_kind(self) -> Kind:
         probe = torch.arange(1, min(4, self.n_contexts), device=self.device)
@@ -327,22 +415,44 @@ class ModelScorer:
             return "pairs"
         if own.shape != (len(probe), self.n_items):
             raise ScoringError(
-                f"{self.name}.full_sort_predict gave {tuple(own.shape)} scores for {len(probe)} users and "
+                f"{self.name}.full_sort_predict gave {tuple(own.shape)} scores for {len(probe)} contexts and "
                 f"{self.n_items} items."
             )
-        # The scores must be the product itself: a bias, for example, may be zero now and not later.
-        if recorder.operands is None or recorder.result is None or recorder.result.data_ptr() != own.data_ptr():
+        if not recorder.products:
             return "rows"
-        rows, table = recorder.operands
+        self._product_index = len(recorder.products)
+        rows, table, result = recorder.products[-1]
+        # The scores must be the product itself: a bias, for example, may be zero now and not later.
+        if result is None or result.data_ptr() != own.data_ptr():
+            return "product" if self._frozen and self._find_scale_and_bias(probe, rows @ table.t(), own) else "rows"
         if not torch.allclose(rows @ table.t(), own, rtol=1e-4, atol=1e-5, equal_nan=True):
             return "rows"
-        self._product_index = recorder.found
         # The start-up check: the way that training will take gives what the model itself says.
-        items = torch.arange(self.n_items, device=self.device).expand(len(probe), -1)
         self.kind = "product"
+        items = torch.arange(self.n_items, device=self.device).expand(len(probe), -1)
         if not torch.allclose(self.score(probe, items), own, rtol=1e-4, atol=1e-5, equal_nan=True):
             raise ScoringError(f"{self.name}: the scores used for distillation differ from full_sort_predict.")
         return "product"
+
+    def _find_scale_and_bias(self, probe: Tensor, product: Tensor, own: Tensor) -> bool:
+        """Whether scores are ``scale · product + bias of the item`` (BERT4Rec's bias, CORE's temperature).
+
+        Read off the first contexts, and checked on those and on some more.
+        """
+        if len(probe) < 2:
+            return False
+        product, own = product.double(), own.double()
+        between, between_own = product - product.mean(0), own - own.mean(0)
+        scale = float((between * between_own).sum() / between.square().sum())
+        if scale == 0.0 or not math.isfinite(scale):
+            return False
+        self._scale_and_bias = (scale, (own - scale * product).mean(0).to(dtype=torch.float32))
+        more = torch.arange(1, min(17, self.n_contexts), device=self.device)
+        rows, table = self._operands_of(self.contexts.inputs(more), len(more))
+        if torch.allclose(rows @ table.t(), self._full_sort(more), rtol=1e-4, atol=1e-4):
+            return True
+        self._scale_and_bias = None
+        return False
 
     def _find_tables(self) -> tuple[Tensor, Tensor] | None:
         """The two tables of a model that is nothing but them (BPR), which can be asked without running the model.
@@ -351,7 +461,7 @@ class ModelScorer:
         operand a lookup in another, with nothing in between but transpositions. What a graph does not show (which rows
         are looked up, evaluation that differs) is seen in the values for all users.
         """
-        if self.kind != "product":
+        if self.kind != "product" or self._scale_and_bias is not None or not isinstance(self.contexts, Users):
             return None
         probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
         was_training = self.model.training

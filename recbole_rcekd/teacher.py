@@ -14,19 +14,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import recbole.data.dataset
 import scipy.sparse
 import torch
-from recbole.data import create_dataset
 from recbole.utils import ModelType, get_model, init_seed
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
 from recbole_rcekd.checkpoint import read_checkpoint
+from recbole_rcekd.contexts import (
+    ROW_FIELD,
+    Contexts,
+    Rows,
+    TranslatedRows,
+    Users,
+    WholeSequences,
+    as_loaded,
+    is_sequential,
+)
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.processes import PLACE_KEYS
-from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_scored_by_user
+from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_rankable
+from recbole_rcekd.sequences import create_dataset, training_pairs
 from recbole_rcekd.types import Seen
 
+_SEQUENCES_AT_A_TIME = 1024
 # What decides the training interactions, besides RecBole's dataset arguments.
 _SPLIT_KEYS = ("seed", "repeatable")
 # A Config may name other files to be unpickled; the weights come from the checkpoint alone.
@@ -59,6 +71,14 @@ class Teacher:
         device: where to score.
         source: the file, for messages, and to read the weights again after :meth:`release`.
         trust: how to read it.
+
+    Attributes:
+        n_contexts: how many contexts it scores: users, or, for a sequential student, rows of the training data.
+        for_rows: the student is sequential.
+        scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a sequential one each with
+            the whole training sequence.
+        taken: the training interactions of each user.
+        seen: what lists of unseen items leave out, for each context.
     """
 
     def __init__(
@@ -72,11 +92,9 @@ class Teacher:
     ) -> None:
         self.config = checkpoint["config"]
         self.source = source
-        self.user_field = student_dataset.uid_field
         self.device = device
-        self.n_contexts = int(student_dataset.user_num)
         self.n_items = int(student_dataset.item_num)
-        self.seen = training_interactions(student_dataset)
+        self.taken = training_interactions(student_dataset)
         self._checkpoint: dict[str, Any] | None = checkpoint
         self._trust = trust
         self._dataset = dataset
@@ -84,6 +102,20 @@ class Teacher:
         same = dataset is student_dataset
         self.user_ids = None if same else _translate(student_dataset, dataset, student_dataset.uid_field, source)
         self.item_ids = None if same else _translate(student_dataset, dataset, student_dataset.iid_field, source)
+        self.for_rows = is_sequential(student_dataset)
+        self.scores_rows = is_sequential(dataset) and is_sequential(student_dataset)
+        self.contexts = self._contexts()
+        self.n_contexts = self.contexts.n
+        self.seen = Seen.nothing(self.n_contexts, self.n_items) if self.scores_rows else self.taken
+
+    def _contexts(self) -> Contexts:
+        if not is_sequential(self._dataset):
+            return Users(self._dataset, self.user_ids, self.config)
+        if not is_sequential(self._student_dataset):
+            return WholeSequences(self._dataset, self.user_ids)
+        if self._dataset is self._student_dataset:
+            return Rows(self._dataset, self.config)
+        return TranslatedRows(self._student_dataset, self._dataset)
 
     @cached_property
     def model(self) -> Any:
@@ -108,7 +140,7 @@ class Teacher:
     @cached_property
     def scorer(self) -> ModelScorer:
         """How the model is scored."""
-        return ModelScorer(self.model, self._dataset)
+        return ModelScorer(self.model, self._dataset, contexts=self.contexts, frozen=True)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,6 +155,9 @@ class Teacher:
         _hash_value(digest, self._content()["state_dict"])
         _hash_value(digest, learned)
         digest.update(split_hash(self._student_dataset).encode())
+        if self.scores_rows:
+            features = self._student_dataset.inter_feat
+            _hash_value(digest, {name: features[name] for name in features if name != ROW_FIELD})
         for ids in (self.user_ids, self.item_ids):
             digest.update(b"same" if ids is None else ids.numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -139,29 +174,49 @@ class Teacher:
         return self._checkpoint
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The two tables ``[n_users, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
+        """The two tables ``[n_contexts, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
         if self.scorer.kind != "product":
             return None
-        users = torch.arange(self.n_contexts) if self.user_ids is None else self.user_ids
+        # Sequences go through the model some at a time; a graph model propagates once for all users.
+        size = _SEQUENCES_AT_A_TIME if is_sequential(self._dataset) else self.n_contexts
         with preserved_random_state(), self.scorer.evaluating():
-            rows, table = self.scorer.operands(users.to(self.device))
-        items = table if self.item_ids is None else table[self.item_ids.to(self.device)]
-        return rows.float().clone(), items.float().clone()
+            parts = [
+                self.scorer.operands(block.to(self.device))
+                for block in torch.split(torch.arange(self.n_contexts), size)
+            ]
+        rows, table = torch.cat([part[0].float() for part in parts]), parts[0][1].float()
+        return rows, table.clone() if self.item_ids is None else table[self.item_ids.to(self.device)]
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
-        own = contexts if self.user_ids is None else self.user_ids.to(contexts.device)[contexts]
         # MacridVAE and ADMMSLIM, for example, draw noise in evaluation too.
         with preserved_random_state(), self.scorer.evaluating():
-            scores = self.scorer.score_all(own).float()
-        if self.item_ids is not None:
-            scores = scores[:, self.item_ids.to(scores.device)]
-        return scores
+            return self._in_student_ids(self.scorer.score_all(contexts))
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """Scores ``[n, n_items]`` of every item for rows of the student's data (training or not), as ``score_all``.
+
+        A teacher that scores users is asked for the rows' users.
+        """
+        if not self.scores_rows:
+            return self.score_all(rows[self._student_dataset.uid_field])
+        if isinstance(self.contexts, TranslatedRows):
+            rows = self.contexts.translated(rows)
+        else:
+            rows = as_loaded(self.config)(self._dataset, rows)
+        with preserved_random_state(), self.scorer.evaluating():
+            return self._in_student_ids(self.scorer.score_batch(rows, []).score_all())
+
+    def _in_student_ids(self, scores: Tensor) -> Tensor:
+        return scores.float() if self.item_ids is None else scores.float()[:, self.item_ids.to(scores.device)]
 
     def user_tokens(self, contexts: Tensor) -> list[str]:
         """The names of users in the user's data, for messages."""
+        users = contexts
+        if self.scores_rows:
+            users = self._student_dataset.inter_feat[self._student_dataset.uid_field][contexts]
         tokens = self._student_dataset.field2id_token[self._student_dataset.uid_field]
-        return [str(tokens[int(i)]) for i in contexts]
+        return [str(tokens[int(i)]) for i in users]
 
 
 def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
@@ -202,7 +257,7 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
     }.items():
         config[key] = value
     try:
-        require_scored_by_user(get_model(config["model"]))
+        require_rankable(get_model(config["model"]))
     except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
         raise TeacherError(f"[{checkpoint}] holds a [{config['model']}], which this RecBole does not know.") from error
     if _same_split_by_settings(config, student_config):
@@ -218,8 +273,7 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
 
 def training_interactions(dataset: Any) -> Seen:
     """Which items each user has in the training data."""
-    features = dataset.inter_feat
-    users, items = (torch.as_tensor(np.asarray(features[f])) for f in (dataset.uid_field, dataset.iid_field))
+    users, items = training_pairs(dataset)
     return Seen.from_pairs(users, items, int(dataset.user_num), int(dataset.item_num))
 
 
@@ -264,10 +318,13 @@ def _same_split_by_settings(teacher: Any, student: Any) -> bool:
     return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
 
 
-def _dataset_class(config: Any) -> str:
-    """RecBole's choice of Dataset class: the id maps of knowledge-aware and sequential ones differ."""
-    special = (ModelType.KNOWLEDGE, ModelType.SEQUENTIAL)
-    return str(config["MODEL_TYPE"].name) if config["MODEL_TYPE"] in special else "Dataset"
+def _dataset_class(config: Any) -> tuple[str, ...]:
+    """What RecBole chooses the Dataset class by: the id maps and rows of knowledge-aware and sequential ones differ."""
+    own = f"{config['model']}Dataset"
+    own = own if hasattr(recbole.data.dataset, own) else ""
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        return "sequential", own, config["kd_sequence_split"] or "rows"
+    return ("knowledge" if config["MODEL_TYPE"] == ModelType.KNOWLEDGE else "general", own)
 
 
 def _rebuild_training_data(config: Any) -> Any:
@@ -279,7 +336,7 @@ def _rebuild_training_data(config: Any) -> Any:
 
 
 def _require_same_interactions(teacher: Teacher, dataset: Any, student_dataset: Any, source: Any) -> None:
-    own, wanted = training_interactions(dataset), teacher.seen
+    own, wanted = training_interactions(dataset), teacher.taken
     user_ids, item_ids = teacher.user_ids, teacher.item_ids
     if user_ids is None or item_ids is None:
         raise TeacherError("a teacher with its own dataset has its own ids")
@@ -288,15 +345,23 @@ def _require_same_interactions(teacher: Teacher, dataset: Any, student_dataset: 
     items_to_student = torch.zeros(int(dataset.item_num), dtype=torch.int64)
     items_to_student[item_ids] = torch.arange(len(item_ids))
     users = torch.repeat_interleave(torch.arange(int(dataset.user_num)), own.counts())
-    translated = Seen.from_pairs(back_to_student[users], items_to_student[own.ids], teacher.n_contexts, teacher.n_items)
+    n_users = int(student_dataset.user_num)
+    translated = Seen.from_pairs(back_to_student[users], items_to_student[own.ids], n_users, teacher.n_items)
     if torch.equal(translated.starts, wanted.starts) and torch.equal(translated.ids, wanted.ids):
         return
+    hint = (
+        "Train it with the same seed, split and filters (seed, eval_args, load_col, …_inter_num_interval, val_interval)"
+    )
+    if is_sequential(dataset) != is_sequential(student_dataset):
+        hint = (
+            "RecBole splits the rows of sequential models, and the interactions of others: set kd_sequence_split: interactions "
+            "for the sequential one of the two, with the same eval_args (order: TO)"
+        )
     common = np.intersect1d(_keys(translated), _keys(wanted), assume_unique=True).size
     raise TeacherError(
         f"The teacher in [{source}] learned from other interactions than this student will: {common} of the student's "
         f"{len(wanted.ids)} training interactions are among the teacher's {len(translated.ids)}, so the teacher may "
-        "have seen the student's test set. Train it with the same seed, split and filters (seed, eval_args, load_col, "
-        "…_inter_num_interval, val_interval), or distil with the teacher's."
+        f"have seen the student's test set. {hint}, or distil with the teacher's."
     )
 
 

@@ -23,11 +23,14 @@ from recbole.utils import get_local_time, get_trainer, set_color
 
 from recbole_rcekd.cache import open_teacher_scores
 from recbole_rcekd.config import loss_names, read_kd_settings
+from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
+from recbole_rcekd.row_distiller import RowDistiller
+from recbole_rcekd.row_lists import teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher, training_interactions
 from recbole_rcekd.types import TeacherScores
@@ -131,7 +134,7 @@ class DistillMixin(RecordingMixin):
         super().__init__(config, model)
         self.teacher = teacher
         self.seed = int(config["seed"] if seed is None else seed)
-        self.distiller: Distiller | None = None
+        self.distiller: Distiller | RowDistiller | None = None
         self._kd_sum = self._base_sum = torch.zeros(())
         self._refresh_seconds = 0.0
         if self.kd_loss.weight != 0.0:
@@ -143,36 +146,52 @@ class DistillMixin(RecordingMixin):
             return super().fit(train_data, *args, **kwargs)
 
     @contextmanager
-    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller]:
+    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller | RowDistiller]:
         """While this lasts, the model's ``calculate_loss`` includes the KD term."""
         dataset = train_data._dataset
         scorer = ModelScorer(self.model, dataset, trainable=True)
         if isinstance(self.teacher, Teacher):
             scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress, self.ranks)
+            by_rows: bool | None = self.teacher.scores_rows
         else:
-            scores = self.teacher
-        seen = training_interactions(dataset)
-        self.distiller = Distiller(scorer, scores, self.kd_loss, self.kd_settings, seen, self.seed, self.ranks)
+            scores, by_rows = self.teacher, None
+        common = (self.kd_loss, self.kd_settings)
+        watched: Any
+        numbered: Any
+        if is_sequential(dataset):
+            teaching = teaching_of(dataset, scores, by_rows)
+            self.distiller = RowDistiller(scorer, teaching, *common, dataset, self.seed, self.ranks)
+            watched, step, numbered = scorer.watched_products, self.distiller.step, numbered_rows(dataset)
+        else:
+            users = self.distiller = Distiller(
+                scorer, scores, *common, training_interactions(dataset), self.seed, self.ranks
+            )
+
+            def step(batch: Any, products: Any) -> torch.Tensor:
+                return users.step(batch[dataset.uid_field])
+
+            watched, numbered = nullcontext, nullcontext()
         # Other processes' gradients are averaged by a code that expects dense ones.
         sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
-        with sparse, scorer.shared_propagation() as forget:
-            self._wrap_loss(self.distiller, dataset.uid_field, forget)
+        with sparse, numbered, scorer.shared_forward() as forget:
+            self._wrap_loss(self.distiller, watched, step, forget)
             try:
                 yield self.distiller
             finally:
                 del self.model.calculate_loss
 
-    def _wrap_loss(self, distiller: Distiller, user_field: str, forget: Any) -> None:
+    def _wrap_loss(self, distiller: Distiller | RowDistiller, watched: Any, step: Any, forget: Any) -> None:
         original, weight = self.model.calculate_loss, self.kd_loss.weight
 
         def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
             forget()
-            base = original(interaction, *args, **kwargs)
             if weight == 0.0:
                 # Nothing that could shift a random stream or a rounding: plain RecBole, bit for bit.
                 distiller.steps += 1
-                return base
-            kd = distiller.step(interaction[user_field])
+                return original(interaction, *args, **kwargs)
+            with watched(interaction) as products:
+                base = original(interaction, *args, **kwargs)
+            kd = step(interaction, products)
             forget()
             self._kd_sum += kd.detach()
             self._base_sum += sum(term.detach().sum() for term in (base if isinstance(base, tuple) else (base,)))

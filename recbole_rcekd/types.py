@@ -82,6 +82,11 @@ class Seen:
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         return cls(starts, keys % n_ids, n_ids)
 
+    @classmethod
+    def nothing(cls, n_contexts: int, n_ids: int) -> Seen:
+        """Nobody has anything."""
+        return cls(torch.zeros(n_contexts + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), n_ids)
+
     def to(self, device: torch.device) -> Seen:
         """The same on another device."""
         return Seen(self.starts.to(device), self.ids.to(device), self.n_ids)

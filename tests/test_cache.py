@@ -318,6 +318,7 @@ class FakeTeacher(Teacher):
         self.n_contexts, self.n_items = n_users, n_items
         self.device = torch.device("cpu")
         self.source = "fake.pth"
+        self.for_rows = self.scores_rows = False
         self.seen = Seen.from_pairs(torch.tensor([1]), torch.tensor([1]), n_users, n_items)
         self.spoil = spoil or {}
         self.__dict__["fingerprint"] = "f" * 32

@@ -307,7 +307,7 @@ def test_base_loss_and_kd_share_one_propagation(data_path: Path, monkeypatch: py
     wanted = one_step(model, scorer)
     assert len(calls) == 4  # two layers, twice
     calls.clear()
-    with scorer.shared_propagation() as end_step:
+    with scorer.shared_forward() as end_step:
         got = one_step(model, scorer)
         assert len(calls) == 2
         end_step()
@@ -333,7 +333,7 @@ def test_sharing_does_not_change_the_gradient(data_path: Path, name: str) -> Non
     scorer = scorer_of(model, bundle, trainable=True)
     model.train()
     wanted = one_step(model, scorer)
-    with scorer.shared_propagation():
+    with scorer.shared_forward():
         got = one_step(model, scorer)
     for key, gradient in wanted.items():
         torch.testing.assert_close(got[key], gradient, rtol=1e-4, atol=1e-5)
@@ -343,7 +343,7 @@ def test_evaluation_within_a_step_does_not_reuse_its_propagation(data_path: Path
     model, bundle = make(data_path, "LightGCN")
     scorer = scorer_of(model, bundle, trainable=True)
     users = torch.tensor([1, 2])
-    with scorer.shared_propagation():
+    with scorer.shared_forward():
         model.train()
         stale = scorer.score_all(users)
         with torch.no_grad():

@@ -1,0 +1,54 @@
+"""How far a student is from its teacher, on a few contexts looked at in full."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.ranking import top_k
+from recbole_rcekd.types import ItemSets
+
+# The list lengths: the same for every method, so that histories can be laid side by side.
+OVERLAP_AT = 50
+NDCG_AT = 10
+
+
+def distance_to_teacher(rows: Tensor, teacher_top: Tensor) -> dict[str, float]:
+    """``overlap@50``: share of the teacher's top-50 in the student's; ``ndcg@10_to_teacher``: NDCG of the student's
+    top-10 with the teacher's as truth.
+
+    Args:
+        rows: the student's scores of every item, ``[n, n_items]``.
+        teacher_top: the teacher's best items, ``[n, k]``, k at most 50.
+    """  # noqa: D205
+    k = teacher_top.shape[1]
+    student_top = top_k(rows, k)
+    return {
+        f"overlap@{k}": float(is_member(teacher_top, student_top).float().mean()),
+        f"ndcg@{NDCG_AT}_to_teacher": float(ndcg_against(student_top[:, :NDCG_AT], teacher_top[:, :NDCG_AT]).mean()),
+    }
+
+
+def mean_closure_gap(loss: KDLoss, sets: ItemSets, rows: Tensor) -> float | None:
+    """Δ of the item sets, in nats (METHODS.md, T3); ``None`` where the loss has no sets to close.
+
+    Args:
+        loss: whose sets they are.
+        sets: of n contexts.
+        rows: the student's scores of every item for the same contexts, ``[n, n_items]``.
+    """
+    if loss.scores_all_items:
+        return None
+    pair = loss.closure_sets(sets)
+    if pair is None:
+        return None
+    targets, support = pair
+    if targets.teacher_scores is None:
+        return None
+    scores = rows.gather(1, targets.items.long())
+    probs = masked_log_softmax(targets.teacher_scores, targets.keep).exp()
+    if targets.keep is not None:
+        probs = probs.masked_fill(~targets.keep, 0.0)
+    gap = closure_gap(probs, scores, count_above(scores, rows), rows.gather(1, support.items.long()), support.keep)
+    return float(gap.mean())

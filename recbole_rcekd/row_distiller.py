@@ -1,0 +1,136 @@
+"""Distillation of a sequential student: what is scored is a row of the training batch, a sequence and its target.
+
+There is no table of users whose lists could be kept: a row stands in one batch of an epoch, and its lists are made there,
+from the scores that the base loss needs anyway. Each row learns once per epoch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_rcekd.batch_scores import BatchScores
+from recbole_rcekd.contexts import ROW_FIELD, Rows
+from recbole_rcekd.diagnostics import OVERLAP_AT, distance_to_teacher, mean_closure_gap
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.processes import Ranks
+from recbole_rcekd.row_lists import RowLists, Teaching
+from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.types import ItemSets
+
+
+class RowDistiller:
+    """The KD term of one training run of a sequential student.
+
+    Args:
+        scorer: the student.
+        teaching: the teacher's scores of its rows, or of their users.
+        loss: which method.
+        settings: diagnostics. (``kd_schedule`` and ``kd_refresh_epochs`` speak of users; a row learns when it stands in a
+            batch, from new lists.)
+        dataset: the training set; its rows carry their numbers in the column ``kd_row`` while training lasts.
+        seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
+        ranks: this process among those that train the student.
+
+    Raises:
+        SettingsError: the loss teaches the item side (IR-RRD), which takes users that can be scored.
+    """
+
+    def __init__(
+        self,
+        scorer: ModelScorer,
+        teaching: Teaching,
+        loss: KDLoss,
+        settings: KDSettings,
+        dataset: Any,
+        seed: int,
+        ranks: Ranks | None = None,
+    ) -> None:
+        loss.settings.check_catalogue(teaching.n_items - 1)
+        if loss.item_side() is not None:
+            raise SettingsError(
+                f"[rrd_item_weight] teaches which users an item should go to, but {scorer.name} scores sequences, not "
+                "users: set it to 0."
+            )
+        self.loss = loss
+        self.settings = settings
+        self._scorer = scorer
+        self._teaching = teaching
+        self._ranks = ranks = ranks or Ranks()
+        self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
+        self._rows = Rows(dataset)
+        self._watched = self._choose_watched()
+        self._sums: dict[str, float] = defaultdict(float)
+        self.steps = 0
+
+    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+        """Begin to count anew; there is nothing to prepare."""
+        self.steps = 0
+        self._sums.clear()
+
+    def step(self, batch: Interaction, products: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+        """The KD loss of one step, the mean over the batch's rows, with gradient.
+
+        Args:
+            batch: this rank's rows, as RecBole's loader gave them.
+            products: what the base loss multiplied with the item table (:meth:`ModelScorer.watched_products`).
+        """
+        self.steps += 1
+        rows = batch[ROW_FIELD]
+        distinct, first = _first_places(rows)
+        if len(distinct) < len(rows):  # positives and negatives of one row, for models that learn from labels
+            rows, batch = distinct, batch[first]
+        student = self._scorer.score_batch(batch, products)
+        with torch.no_grad():
+            lists = self._lists(batch, rows, student.ranking)
+            sets = self.loss.select(lists)
+            if sets.gamma is not None:
+                self._sums["gamma"] += float(sets.gamma.mean())
+        return self._losses(student, sets, lists).mean()
+
+    def _lists(self, batch: Interaction, rows: Tensor, ranking: Callable[[], Any]) -> RowLists:
+        return RowLists(rows, self._teaching, batch, ranking(), self.generator)
+
+    def _losses(self, student: BatchScores, sets: ItemSets, lists: RowLists) -> Tensor:
+        if not self.loss.scores_all_items:
+            return self.loss.forward(student.score(sets.items), sets)
+        if self.loss.teaches_all_items:
+            sets = ItemSets(sets.items, lists.teacher_scores_of_all())
+        return self.loss.forward(student.score_all(), sets)
+
+    def diagnostics(self) -> dict[str, float]:
+        """How far the student is: as :meth:`Distiller.diagnostics`, on the same few rows in every epoch."""
+        found = {name: total / max(1, self.steps) for name, total in self._sums.items()}
+        if len(self._watched) == 0:
+            return found
+        with preserved_random_state(), self._scorer.evaluating():
+            batch = self._rows.inputs(self._watched)
+            student = self._scorer.score_batch(batch, [])
+            scores = student.score_all().float()
+            lists = self._lists(batch, self._watched, student.ranking)
+            scores = lists.without_hidden(scores)
+            k = min(OVERLAP_AT, self._teaching.n_items - 1)
+            found |= distance_to_teacher(scores, lists.teacher_top(k))
+            gap = mean_closure_gap(self.loss, self.loss.select(lists), scores)
+        if gap is not None:
+            found["closure_gap"] = gap
+        return found
+
+    def _choose_watched(self) -> Tensor:
+        n = min(-(-self.settings.kd_diagnostic_users // self._ranks.world), self._rows.n)
+        return torch.randperm(self._rows.n, generator=self.generator, device=self.generator.device)[:n]
+
+
+def _first_places(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct values, and where each stands first."""
+    distinct, place = torch.unique(rows, return_inverse=True)
+    first = torch.full_like(distinct, len(rows))
+    first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
+    return distinct, first

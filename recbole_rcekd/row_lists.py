@@ -1,0 +1,152 @@
+"""The lists that rows of a sequential batch are taught on.
+
+Two kinds of teachers say different things of a row:
+
+* A **sequential** teacher scored the row's own sequence. Its lists are taken as they are.
+* A **general** teacher scored the row's *user*, once, from all of the user's training items: its scores are those of the
+  row's history, the target, and what the user took *later*. Taught as they are, a row would learn to look into the future,
+  and to recommend what was just taken. So the user's other training items are *hidden* from the row, in the teacher's lists and
+  in the student's; only the target stays among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from recbole.data.interaction import Interaction
+from torch import Tensor
+
+from recbole_rcekd.errors import TeacherError
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.ranking import Ranking, RowRanking
+from recbole_rcekd.sequences import training_pairs
+from recbole_rcekd.types import Seen, TeacherScores
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a teacher says to rows.
+
+    Args:
+        scores: of rows, or of users.
+        n_items: padding included.
+        item_field: column of a row's target.
+        list_field: column of its sequence.
+        users: for each row its user, if the scores are of users.
+        taken: the training items of each user, likewise.
+    """
+
+    scores: TeacherScores
+    n_items: int
+    item_field: str
+    list_field: str
+    users: Tensor | None = None
+    taken: Seen | None = None
+
+
+def teaching_of(dataset: Any, scores: TeacherScores, by_rows: bool | None = None) -> Teaching:
+    """How scores speak to the rows of a sequential training set.
+
+    Args:
+        dataset: the training set.
+        scores: of its rows, or of its users.
+        by_rows: which; default: of rows if there are as many, else of users.
+
+    Raises:
+        TeacherError: they are of neither.
+    """
+    n_rows, n_users = len(dataset), int(dataset.user_num)
+    if scores.n_contexts not in (n_rows, n_users):
+        raise TeacherError(
+            f"The teacher scores {scores.n_contexts} contexts, but the training data have {n_rows} rows and {n_users} users "
+            "(padding included): give it one of these."
+        )
+    n_items, item = int(dataset.item_num), dataset.iid_field
+    fields = (n_items, item, item + dataset.config["LIST_SUFFIX"])
+    if scores.n_contexts == n_rows if by_rows is None else by_rows:
+        return Teaching(scores, *fields)
+    taken = Seen.from_pairs(*training_pairs(dataset), n_users, n_items)
+    return Teaching(scores, *fields, dataset.inter_feat[dataset.uid_field], taken)
+
+
+class RowLists(Lists):
+    """The lists of one batch; contexts are places in it, 0 to B − 1.
+
+    Args:
+        rows: numbers of the rows in the training set, ``[B]``.
+        teaching: what the teacher says of them.
+        batch: the rows.
+        student: ranks of the places.
+        generator: the source of all draws.
+    """
+
+    def __init__(
+        self, rows: Tensor, teaching: Teaching, batch: Interaction, student: Ranking, generator: torch.Generator
+    ) -> None:
+        super().__init__(torch.arange(len(rows), device=rows.device), teaching.scores, student, None, generator)
+        self._teaching = teaching
+        self._batch = batch
+        self._target = batch[teaching.item_field].long()
+        self._asked = rows if teaching.users is None else teaching.users.to(rows.device)[rows]
+
+    @cached_property
+    def _seen(self) -> Seen:  # type: ignore[override]
+        """The row's sequence and target, or all that its user took."""
+        if self._teaching.taken is not None:
+            return self._local(*self._teaching.taken.cells(self._asked))
+        listed = torch.cat([self._batch[self._teaching.list_field].long(), self._target.unsqueeze(1)], dim=1)
+        places, columns = listed.nonzero(as_tuple=True)
+        return self._local(places, listed[places, columns])
+
+    @cached_property
+    def _hidden(self) -> Seen | None:
+        """What the row must not hear of: its user's training items but the target."""
+        if self._teaching.taken is None:
+            return None
+        places, ids = self._teaching.taken.cells(self._asked)
+        others = ids != self._target[places]
+        return self._local(places[others], ids[others])
+
+    def _local(self, places: Tensor, ids: Tensor) -> Seen:
+        return Seen.from_pairs(places, ids, len(self.contexts), self._teaching.n_items)
+
+    def student_top(self, k: int, unseen: bool = False) -> Tensor:
+        """The student's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
+        return self._student.top_k(self.contexts, k, self._seen if unseen else self._hidden)
+
+    def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
+        """The teacher's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
+        scores = self._teaching.scores
+        if self._hidden is None:
+            if not unseen:
+                return scores.top_k(self._asked, k, unseen=False)
+            by_place = RowRanking(lambda places: scores.score_all(self._asked[places]), self._teaching.n_items)
+            return by_place.top_k(self.contexts, k, self._seen)
+        lists = scores.top_k(self._asked, k, unseen=True)
+        return lists if unseen else self._with_target(lists)
+
+    def teacher_scores(self, items: Tensor) -> Tensor:
+        """The teacher's scores of ``items [n, T]``."""
+        return self._teaching.scores.score(self._asked, items)
+
+    def teacher_scores_of_all(self) -> Tensor:
+        """The teacher's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
+        return self.without_hidden(self._teaching.scores.score_all(self._asked))
+
+    def without_hidden(self, rows: Tensor) -> Tensor:
+        """Full rows of scores with −inf at the hidden items."""
+        if self._hidden is None:
+            return rows
+        rows = rows.clone()
+        rows[self._hidden.cells(self.contexts)] = -torch.inf
+        return rows
+
+    def _with_target(self, lists: Tensor) -> Tensor:
+        """Put the target where its score belongs."""
+        items = torch.cat([self._target.unsqueeze(1), lists], dim=1)
+        scores = self.teacher_scores(items).masked_fill(items == 0, -torch.inf)
+        order = scores.argsort(dim=1, descending=True, stable=True)[:, : lists.shape[1]]
+        return items.gather(1, order)
