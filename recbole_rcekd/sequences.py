@@ -87,6 +87,11 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
         super(SequentialDataset, self)._change_feat_format()
         if self._lists_are_given():
             return
+        if not self._ready_split and self.time_field not in self.inter_feat:
+            raise SettingsError(
+                f"[TIME_FIELD] is {self.time_field!r}, but the interactions of [{self.dataset_name}] have no such column, "
+                "and a sequence needs an order: load the column ([load_col]), or give a ready split in order."
+            )
         if self._ready_split:
             parts = np.searchsorted(np.cumsum(self.file_size_list), file_rows, side="right")
             self._parts = torch.from_numpy(parts)
@@ -127,11 +132,6 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
             keys[_PART] = self._parts
         if self.time_field in self.inter_feat:
             keys[self.time_field] = self.inter_feat[self.time_field]
-        elif not self._ready_split:
-            raise SettingsError(
-                f"[TIME_FIELD] is {self.time_field!r}, but the interactions of [{self.dataset_name}] have no such column, "
-                "and a sequence needs an order: load the column ([load_col]), or give a ready split in order."
-            )
         return _stable_order(keys)
 
     def build(self) -> list[Any]:
