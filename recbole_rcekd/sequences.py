@@ -11,12 +11,13 @@ import importlib
 import pickle
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import recbole.data
 import torch
+from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType, get_model, set_color
 from recbole.utils.argument_list import dataset_arguments
@@ -25,11 +26,6 @@ from torch import Tensor
 from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.settings import KDSettings
 
-if TYPE_CHECKING:
-    Dataset = SequentialDataset = Any
-else:
-    from recbole.data.dataset import Dataset, SequentialDataset
-
 # Rows that are worked on at once: 50 items of each, in int64, take 26 MB.
 _BLOCK = 2**16
 # What decides a saved dataset, as RecBole compares it, and our key.
@@ -37,7 +33,7 @@ _SAVED_KEYS = (*dataset_arguments, "seed", "repeatable", "kd_sequence_split")
 _ROW, _PART = "kd_row", "kd_part"
 
 
-class SequenceDataset(SequentialDataset):
+class SequenceDataset(SequentialDataset):  # type: ignore[misc]
     """RecBole's SequentialDataset, whose split may be one of interactions.
 
     * ``benchmark_filename`` is set and the files hold plain interactions (no ``item_id_list``): an interaction belongs to
@@ -62,6 +58,7 @@ class SequenceDataset(SequentialDataset):
     """
 
     training_pairs: tuple[Tensor, Tensor]
+    inter_feat: Any
 
     def __init__(self, config: Any) -> None:
         if _split_by_interactions(config) and config["eval_args"]["order"] != "TO":
@@ -69,9 +66,9 @@ class SequenceDataset(SequentialDataset):
                 f"[eval_args] has order {config['eval_args']['order']!r}, but [kd_sequence_split]=interactions needs the "
                 "order of time: set order: TO."
             )
-        # Of every interaction, then of every row; None where RecBole splits.
-        self._parts: Tensor | None = None
-        self._pairs: tuple[Tensor, Tensor] | None = None
+        # Between _change_feat_format and build: the part of every row, and the training interactions.
+        self._parts: Any = None
+        self._pairs: Any = None
         super().__init__(config)
 
     @property
@@ -90,6 +87,11 @@ class SequenceDataset(SequentialDataset):
         super(SequentialDataset, self)._change_feat_format()
         if self._lists_are_given():
             return
+        if not self._ready_split and self.time_field not in self.inter_feat:
+            raise SettingsError(
+                f"[TIME_FIELD] is {self.time_field!r}, but the interactions of [{self.dataset_name}] have no such column, "
+                "and a sequence needs an order: load the column ([load_col]), or give a ready split in order."
+            )
         if self._ready_split:
             parts = np.searchsorted(np.cumsum(self.file_size_list), file_rows, side="right")
             self._parts = torch.from_numpy(parts)
@@ -130,19 +132,16 @@ class SequenceDataset(SequentialDataset):
             keys[_PART] = self._parts
         if self.time_field in self.inter_feat:
             keys[self.time_field] = self.inter_feat[self.time_field]
-        elif not self._ready_split:
-            raise SettingsError(
-                f"[TIME_FIELD] is {self.time_field!r}, but the interactions of [{self.dataset_name}] have no such column, "
-                "and a sequence needs an order: load the column ([load_col]), or give a ready split in order."
-            )
         return _stable_order(keys)
 
     def build(self) -> list[Any]:
         """The training, validation and test split."""
         if self._lists_are_given() or not (self._ready_split or _split_by_interactions(self.config)):
-            return super().build()  # type: ignore[no-any-return]
+            built: list[Any] = super().build()
+            return built
         self._change_feat_format()
-        (parts, pairs), (self._parts, self._pairs) = (self._parts, self._pairs), (None, None)
+        parts, pairs = self._parts, self._pairs
+        self._parts = self._pairs = None  # no weight on the copies
         rows = torch.arange(len(self.inter_feat))
         if self._ready_split:
             n_parts = len(self.file_size_list)
@@ -158,7 +157,7 @@ class SequenceDataset(SequentialDataset):
         return built
 
 
-class _Interactions(Dataset):
+class _Interactions(Dataset):  # type: ignore[misc]
     """The interactions of a sequential dataset, as the dataset of a general model would split them: by RecBole's code."""
 
     def __init__(self, of: SequenceDataset) -> None:
@@ -235,11 +234,12 @@ def training_pairs(dataset: Any) -> tuple[Tensor, Tensor]:
         return users, items
     n_items = int(dataset.item_num)
     keys = [torch.empty(0, dtype=torch.int64)]
-    for rows in torch.arange(len(users)).split(_BLOCK):
+    for start in range(0, len(users), _BLOCK):
+        rows = slice(start, start + _BLOCK)
         listed = torch.cat([items[rows, None], features[lists][rows]], dim=1)
         # Padding is item 0 and cannot be mistaken: no item has that id.
-        keys.append((users[rows, None] * n_items + listed)[listed > 0].unique())
-    pairs = torch.cat(keys).unique()
+        keys.append(torch.unique((users[rows, None] * n_items + listed)[listed > 0]))
+    pairs = torch.unique(torch.cat(keys))
     return pairs // n_items, pairs % n_items
 
 
@@ -295,7 +295,7 @@ def _last_places(dataset: Any, users: Tensor, pairs: tuple[Tensor, Tensor] | Non
     """Items grouped by user; where each user's group ends, and how many of its last items fit a list."""
     owners, items = (torch.empty(0, dtype=torch.int64),) * 2 if pairs is None else (pairs[0].cpu(), pairs[1].cpu())
     counts = torch.bincount(owners, minlength=int(dataset.user_num))
-    absent = users[counts[users] == 0].unique()
+    absent = torch.unique(users[counts[users] == 0])
     if len(absent):
         tokens = [str(dataset.field2id_token[dataset.uid_field][user]) for user in absent[:5].tolist()]
         raise TeacherError(
@@ -322,11 +322,12 @@ def _appended(lists: Tensor, values: Tensor, lengths: Tensor, width: int) -> Ten
 def _windows(values: Tensor, starts: Tensor, lengths: Tensor, width: int) -> Tensor:
     """``[n, width, …]``: ``lengths [n]`` rows of ``values [m, …]`` from ``starts [n]`` on, then zeros."""
     windows = values.new_zeros(len(starts), width, *values.shape[1:])
-    places = torch.arange(width)
-    for rows in torch.arange(len(starts)).split(_BLOCK):
-        inside = places < lengths[rows, None]
-        index = (starts[rows, None] + places).where(inside, 0)
-        windows[rows] = values[index].where(inside.reshape(*inside.shape, *[1] * (values.dim() - 1)), 0)
+    for begin in range(0, len(starts), _BLOCK):
+        block = torch.arange(begin, min(begin + _BLOCK, len(starts)))
+        counts = lengths[block]
+        row = torch.repeat_interleave(block, counts)
+        column = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        windows[row, column] = values[starts[row] + column]
     return windows
 
 
