@@ -44,7 +44,7 @@ _BUILDABLE: dict[str, frozenset[str]] = {
 }
 
 # Modules whose classes are only ever mentioned in a Config.
-_MENTIONED = ("recbole.model.", "yaml.")
+_MENTIONED = ("recbole.model.", "recbole_rcekd.models.", "yaml.")
 
 
 class _Refused(pickle.UnpicklingError):
