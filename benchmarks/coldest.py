@@ -58,7 +58,16 @@ def main() -> None:
         for name, found in zip(("all", "coldest fifth"), measure(opened), strict=True):
             size = opened.model.__class__.__name__, sum(p.numel() for p in opened.model.parameters())
             rows.append([path, *size, name, found.users, found.relevant, f"{found.ndcg:.4f}", f"{found.recall:.4f}"])
-    names = ["checkpoint", "model", "parameters", "items", "users", "relevant", f"NDCG@{NDCG_AT}", f"Recall@{RECALL_AT}"]
+    names = [
+        "checkpoint",
+        "model",
+        "parameters",
+        "items",
+        "users",
+        "relevant",
+        f"NDCG@{NDCG_AT}",
+        f"Recall@{RECALL_AT}",
+    ]
     print(tabulate(rows, names, tablefmt="github", disable_numparse=True))
 
 
