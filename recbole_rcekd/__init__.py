@@ -10,13 +10,14 @@ from recbole_rcekd import compat
 
 compat.apply()  # before anything imports recbole
 
+from recbole_rcekd import models  # noqa: E402
+
+models.register()  # before a Config of theirs is built
+
 from recbole_rcekd.errors import KDError  # noqa: E402
-from recbole_rcekd.models import register  # noqa: E402
 from recbole_rcekd.quick_start import run_recbole_kd  # noqa: E402
 from recbole_rcekd.teacher import load_teacher  # noqa: E402
 from recbole_rcekd.trainer import DistillTrainer, distill_trainer  # noqa: E402
-
-register()
 
 __version__ = "0.1.0"
 __all__ = ["DistillTrainer", "KDError", "distill_trainer", "load_teacher", "run_recbole_kd"]

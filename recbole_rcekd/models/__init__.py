@@ -1,35 +1,43 @@
-"""Models of our own that RecBole finds by name, as if they were its own."""
+"""Models of our own, found by RecBole under their names like its own: ``run_recbole(model="HSTU")``.
+
+A model is one line in :data:`MODELS`, a module of the same name in lower case, and ``properties/model/<Model>.yaml``.
+"""
 
 from __future__ import annotations
 
 import importlib
-import sys
-from typing import Any
+from importlib import resources
+from typing import NamedTuple
 
-from recbole.config import Config
+from recbole_rcekd import compat
 
-from recbole_rcekd.settings import shipped_defaults
+__all__ = ["MODELS", "register"]
 
-# Name → module, RecBole's folder for its type, and the Dataset class in that module (``None``: the type's own).
-MODELS: dict[str, tuple[str, str, str | None]] = {
-    "VBPR": ("recbole_rcekd.models.vbpr", "general_recommender", "VBPRDataset"),
+
+class OwnModel(NamedTuple):
+    """Where a model lies.
+
+    Attributes:
+        module: the module that defines the class.
+        kind: the folder of ``recbole.model`` in which RecBole will find it.
+        dataset: the class in the same module that RecBole is to load its data with; ``None``: as the kind says.
+    """
+
+    module: str
+    kind: str
+    dataset: str | None = None
+
+
+MODELS: dict[str, OwnModel] = {
+    "HSTU": OwnModel("recbole_rcekd.models.hstu", "sequential_recommender", "HSTUDataset"),
+    "VBPR": OwnModel("recbole_rcekd.models.vbpr", "general_recommender", "VBPRDataset"),
 }
-
-_LOAD_DEFAULTS = Config._load_internal_config_dict
 
 
 def register() -> None:
-    """Make every model of :data:`MODELS` known to RecBole's ``get_model``, ``create_dataset`` and ``Config``."""
-    for name, (place, folder, dataset_class) in MODELS.items():
-        module = importlib.import_module(place)
-        sys.modules[f"recbole.model.{folder}.{name.lower()}"] = module
-        if dataset_class is not None:
-            setattr(importlib.import_module("recbole.data.dataset"), f"{name}Dataset", getattr(module, dataset_class))
-    Config._load_internal_config_dict = _load_defaults
-
-
-def _load_defaults(self: Any, model: str, model_class: Any, dataset: str) -> None:
-    """RecBole reads the defaults of a model only from a yaml file in its own folder; ours lie in ``properties/model``."""
-    _LOAD_DEFAULTS(self, model, model_class, dataset)
-    if model in MODELS:
-        self.internal_config_dict.update(shipped_defaults(f"model/{model}"))
+    """Show every model of :data:`MODELS` to RecBole; calling it again changes nothing."""
+    defaults = resources.files("recbole_rcekd.properties").joinpath("model")
+    for name, own in MODELS.items():
+        module = importlib.import_module(own.module)
+        dataset = getattr(module, own.dataset) if own.dataset else None
+        compat.add_model(name, module, own.kind, str(defaults.joinpath(f"{name}.yaml")), dataset)

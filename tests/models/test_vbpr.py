@@ -129,7 +129,8 @@ def test_features_are_those_of_the_files(bundle: Bundle, model: Any) -> None:
 def test_preparing_features_by_hand() -> None:
     given = np.array([[0, 0], [1, 5], [0, 0], [7, -3]])  # the mean of the two that are given is (4, 1)
     root = 5  # of (−3)² + 4²
-    assert_allclose(prepare_features(given), [[0, 0], [-3 / root, 4 / root], [0, 0], [3 / root, -4 / root]], rtol=1e-6)
+    expected = np.array([[0, 0], [-3 / root, 4 / root], [0, 0], [3 / root, -4 / root]])
+    assert_allclose(prepare_features(given), expected, rtol=1e-6)
     assert_allclose(prepare_features(np.array([[0.0], [2.0], [2.0]])), np.zeros((3, 1)))  # nothing tells them apart
     assert_allclose(prepare_features(np.zeros((2, 3))), np.zeros((2, 3)))
 
@@ -229,7 +230,7 @@ def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> No
     write_dataset(tmp_path)
     rows = [(f"i{item}", item) for item in range(1, N_ITEMS)]
     write_atomic_file(tmp_path / "tiny" / "tiny.price", ("pid:token", "price:float"), rows)
-    price = {
+    price: dict[str, Any] = {
         "additional_feat_suffix": "price",
         "alias_of_item_id": ["pid"],
         "preload_weight": {"pid": "price"},
@@ -237,11 +238,8 @@ def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> No
     }
     model = build_model(build(tmp_path, "VBPR", item_features="price", **price))
     assert model.features.shape == (N_ITEMS + 1, 1)
-    assert set(model.features.flatten().tolist()) == {
-        -1.0,
-        0.0,
-        1.0,
-    }  # two have none: the padding and i0 — and the mean
+    # None: the padding item and i0, which are as the mean, i30.
+    assert set(model.features.flatten().tolist()) == {-1.0, 0.0, 1.0}
 
 
 @pytest.mark.parametrize(
