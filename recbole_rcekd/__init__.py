@@ -10,6 +10,10 @@ from recbole_rcekd import compat
 
 compat.apply()  # before anything imports recbole
 
+from recbole_rcekd import models  # noqa: E402
+
+models.register()  # before a Config of theirs is built
+
 from recbole_rcekd.errors import KDError  # noqa: E402
 from recbole_rcekd.quick_start import run_recbole_kd  # noqa: E402
 from recbole_rcekd.teacher import load_teacher  # noqa: E402

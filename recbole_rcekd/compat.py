@@ -18,6 +18,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import textwrap
 import types
@@ -29,7 +30,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-__all__ = ["apply"]
+__all__ = ["add_model", "apply"]
 
 # Set on what we put in place of a library's own function, so that a second `apply` leaves it alone.
 _MARK = "__recbole_rcekd__"
@@ -396,6 +397,45 @@ def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[.
     replacement = wrap(original)
     setattr(replacement, _MARK, True)
     setattr(owner, name, replacement)
+
+
+# Model -> its default settings; read by the patch in `add_model`.
+_MODEL_DEFAULTS: dict[str, str] = {}
+
+
+def add_model(name: str, module: types.ModuleType, kind: str, defaults: str, dataset: type | None = None) -> None:
+    """Let RecBole find a model that lies outside of it; calling it again changes nothing.
+
+    Breaks: RecBole finds a model's class (utils/utils.py `get_model`), its dataset (data/utils.py `create_dataset`) and
+    its default settings (config/configurator.py `_load_internal_config_dict`) by name in its own folders only, so
+    `run_recbole` and `load_data_and_model` cannot take a model from outside (issues #489, #1544, #1928).
+
+    Args:
+        name: The model's name, which is the name of its class in `module`.
+        module: Put under `recbole.model.<kind>.<name in lower case>`, where `get_model` looks first in `sys.modules`.
+        kind: `general_recommender`, `sequential_recommender`, ...
+        defaults: A yaml file, read where RecBole reads its own: after overall.yaml, before that of the dataset.
+        dataset: What RecBole finds as `<name>Dataset`; otherwise it chooses by the model's type.
+    """
+    from recbole.config import Config
+    from recbole.data import dataset as datasets
+
+    sys.modules[f"recbole.model.{kind}.{name.lower()}"] = module
+    if dataset is not None:
+        setattr(datasets, f"{name}Dataset", dataset)
+    _MODEL_DEFAULTS[name] = defaults
+
+    def with_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def _update_internal_config_dict(self: Any, file: str) -> Any:
+            loaded = original(self, file)
+            if os.path.basename(file) == "overall.yaml" and self.model in _MODEL_DEFAULTS:
+                original(self, _MODEL_DEFAULTS[self.model])
+            return loaded
+
+        return _update_internal_config_dict
+
+    _wrap(Config, "_update_internal_config_dict", with_ours)
 
 
 # In this order: importing ray needs numpy's old names, and from `pandas_fill_nan` on they import RecBole.

@@ -16,6 +16,7 @@ import yaml
 import recbole_rcekd
 from recbole_rcekd import errors
 from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.models import MODELS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(recbole_rcekd.__file__).parent
@@ -82,6 +83,7 @@ ABOVE = [
     ("trainer", {"quick_start", "report", "command"}),
     ("report", {"distiller", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
+    ("models", {name.split(".")[1] for name in MODULES if "." in name} - {"models", "compat", "errors", "settings"}),
     ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
     ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
 ]
@@ -89,7 +91,9 @@ ABOVE = [
 
 @pytest.mark.parametrize(("name", "forbidden"), ABOVE, ids=lambda value: value if isinstance(value, str) else "")
 def test_nothing_imports_upwards(name: str, forbidden: set[str]) -> None:
-    assert not own_imports(f"recbole_rcekd.{name}") & forbidden
+    modules = [other for other in MODULES if layer(other) == name]
+    assert modules
+    assert not set().union(*map(own_imports, modules)) & forbidden
 
 
 def test_distiller_does_not_know_recbole() -> None:
@@ -159,6 +163,14 @@ def test_every_default_is_in_methods(name: str) -> None:
     undocumented = [key for key in keys if f"`{key}" not in text]
     # Switches are described where they are explained; a number without a source would be missing here.
     assert not undocumented or undocumented == ["rce_gamma_value"]
+
+
+def test_every_model_has_its_defaults_and_tests() -> None:
+    names = {path.stem for path in (ROOT / "properties" / "model").glob("*.yaml")}
+    assert names == set(MODELS)
+    tested = {path.stem.removeprefix("test_") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {name.lower() for name in names} <= tested
+    assert {name.lower() for name in names} == loss_files("recbole_rcekd/models", "*.py")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "properties").rglob("*.yaml")), ids=lambda path: path.name)

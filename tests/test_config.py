@@ -281,6 +281,27 @@ def test_data_evaluation_and_seed_are_shared(tmp_path: Path, monkeypatch: pytest
     assert teacher["seed"] == 77
 
 
+def test_data_may_be_the_teachers_alone(tmp_path: Path) -> None:
+    """Features that only the teacher reads: ``teacher_`` before keys of the data, whole blocks of a yaml file too."""
+    file = tmp_path / "student.yaml"
+    file.write_text(
+        "load_col: {inter: [user_id, item_id]}\n"
+        "teacher_additional_feat_suffix: [text]\n"
+        "teacher_alias_of_item_id: [tid]\n"
+        "teacher_preload_weight: {tid: text_vec}\n"
+        "teacher_load_col:\n  inter: [user_id, item_id]\n  text: [tid, text_vec]\n"
+        "teacher_item_features: [text_vec]\n"
+    )
+    student = Config("BPR", "tiny", config_file_list=[str(file)])
+    check_keys(student)
+    teacher = teacher_config("VBPR", student)
+    assert teacher["load_col"] == {"inter": ["user_id", "item_id"], "text": ["tid", "text_vec"]}
+    assert teacher["preload_weight"] == {"tid": "text_vec"}
+    assert (teacher["additional_feat_suffix"], teacher["item_features"]) == (["text"], ["text_vec"])
+    assert student["load_col"] == {"inter": ["user_id", "item_id"]}
+    assert [student[key] for key in ("additional_feat_suffix", "preload_weight", "alias_of_item_id")] == [None] * 3
+
+
 def test_the_teachers_split_is_the_students(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli(monkeypatch, "--embedding_size=7")
     write_dataset(tmp_path)

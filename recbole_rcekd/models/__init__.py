@@ -1,0 +1,43 @@
+"""Models of our own, found by RecBole under their names like its own: ``run_recbole(model="HSTU")``.
+
+A model is one line in :data:`MODELS`, a module of the same name in lower case, and ``properties/model/<Model>.yaml``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import resources
+from typing import NamedTuple
+
+from recbole_rcekd import compat
+
+__all__ = ["MODELS", "register"]
+
+
+class OwnModel(NamedTuple):
+    """Where a model lies.
+
+    Attributes:
+        module: the module that defines the class.
+        kind: the folder of ``recbole.model`` in which RecBole will find it.
+        dataset: the class in the same module that RecBole is to load its data with; ``None``: as the kind says.
+    """
+
+    module: str
+    kind: str
+    dataset: str | None = None
+
+
+MODELS: dict[str, OwnModel] = {
+    "HSTU": OwnModel("recbole_rcekd.models.hstu", "sequential_recommender", "HSTUDataset"),
+    "VBPR": OwnModel("recbole_rcekd.models.vbpr", "general_recommender", "VBPRDataset"),
+}
+
+
+def register() -> None:
+    """Show every model of :data:`MODELS` to RecBole; calling it again changes nothing."""
+    defaults = resources.files("recbole_rcekd.properties").joinpath("model")
+    for name, own in MODELS.items():
+        module = importlib.import_module(own.module)
+        dataset = getattr(module, own.dataset) if own.dataset else None
+        compat.add_model(name, module, own.kind, str(defaults.joinpath(f"{name}.yaml")), dataset)

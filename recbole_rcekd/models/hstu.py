@@ -1,0 +1,296 @@
+"""HSTU: pointwise SiLU attention over a user's items, trained at every position of the sequence at once.
+
+Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative Recommendations",
+ICML 2024. In RCE-KD's experiments it is the sequential teacher (8 blocks) and student (1 block).
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataset import SequentialDataset
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.settings import Settings, setting
+
+# Of the time bias, as in HSTU's code: bucket = ⌊ln(seconds) / .301⌋. Of its 128 buckets, 64 reach beyond 10⁸ s (3 years).
+_TIME_BUCKETS = 128
+_LOG_SECONDS_PER_BUCKET = 0.301
+# Of layer and length normalisation, as in HSTU's code.
+_EPS = 1e-6
+# The authors of RCE-KD divide attention by the longest length plus this many places, which HSTU's code keeps for output.
+_OUTPUT_PLACES = 10
+
+
+@dataclass(frozen=True)
+class HSTUSettings(Settings):
+    """``properties/model/HSTU.yaml`` documents each line; the defaults are there."""
+
+    hidden_size: int = setting(64, low=1)
+    n_layers: int = setting(2, low=1)
+    n_heads: int = setting(2, low=1)
+    attention_dim: int = setting(32, low=1)
+    linear_dim: int = setting(32, low=1)
+    hidden_dropout_prob: float = setting(0.5, low=0, high=1)
+    emb_dropout_prob: float = setting(0.5, low=0, high=1)
+    n_negatives: int = setting(512, low=1)
+    temperature: float = setting(0.05, above=0)
+    relative_bias: typing.Literal["none", "position", "position_time"] = "position"
+    score_scale: typing.Literal["temperature", "cosine"] = "temperature"
+    initializer_range: float = setting(0.02, above=0)
+
+
+class HSTUBlock(nn.Module):
+    r"""One block: attention whose weights are no distribution, gated, added to its input.
+
+    .. math::
+        u, v, q, k &= \mathrm{SiLU}(\mathrm{norm}(x)\, W) \\
+        a_{ij} &= \mathrm{SiLU}(q_i^\top k_j + b_{ij}) / n \quad (j \le i) \\
+        y_i &= x_i + \mathrm{dropout}\bigl(W_o\,(u_i \odot \mathrm{norm}(\textstyle\sum_j a_{ij} v_j)) + c\bigr)
+
+    q, k and v per head; n is ``max_length`` + 10 (RCE-KD's code), norm a layer normalisation without parameters (HSTU's
+    code), b the relative bias, one for all heads: a number per distance i − j and, with ``position_time``, one per step
+    of ln(t_i − t_j).
+
+    Args:
+        settings: of the model.
+        max_length: of a sequence.
+    """
+
+    def __init__(self, settings: HSTUSettings, max_length: int) -> None:
+        super().__init__()
+        self.n_heads = settings.n_heads
+        values, queries = settings.n_heads * settings.linear_dim, settings.n_heads * settings.attention_dim
+        self.sizes = [values, values, queries, queries]
+        self.n = max_length + _OUTPUT_PLACES
+        self.project = nn.Linear(settings.hidden_size, sum(self.sizes), bias=False)
+        self.project_out = nn.Linear(values, settings.hidden_size)
+        self.dropout = nn.Dropout(settings.hidden_dropout_prob)
+        biased = settings.relative_bias != "none"
+        self.position_bias = nn.Parameter(torch.empty(max_length)) if biased else None
+        timed = settings.relative_bias == "position_time"
+        self.time_bias = nn.Parameter(torch.empty(_TIME_BUCKETS)) if timed else None
+
+        nn.init.normal_(self.project.weight, std=settings.initializer_range)
+        nn.init.xavier_uniform_(self.project_out.weight)
+        nn.init.zeros_(self.project_out.bias)
+        for bias in (self.position_bias, self.time_bias):
+            if bias is not None:
+                nn.init.normal_(bias, std=settings.initializer_range)
+
+    def forward(self, x: Tensor, time_buckets: Tensor | None = None) -> Tensor:
+        """``x [B, L, d]`` and, for the time bias, buckets of t_i − t_j ``[B, L, L]``; ``[B, L, d]`` out."""
+        length = x.shape[1]
+        u, v, q, k = F.silu(self.project(_layer_norm(x))).split(self.sizes, dim=-1)
+        logits = self._heads(q) @ self._heads(k).transpose(2, 3)
+        if self.position_bias is not None:
+            place = torch.arange(length, device=x.device)
+            logits = logits + self.position_bias[(place.unsqueeze(1) - place).clamp(min=0)]
+        if self.time_bias is not None and time_buckets is not None:
+            logits = logits + self.time_bias[time_buckets].unsqueeze(1)
+        # Padding comes after all items, so what hides the future hides padding from every item, too.
+        past = torch.full((length, length), 1 / self.n, dtype=x.dtype, device=x.device).tril()
+        attended = (F.silu(logits) * past) @ self._heads(v)
+        gated = u * _layer_norm(attended.transpose(1, 2).flatten(2))
+        return x + self.dropout(self.project_out(gated))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """``[B, L, heads · c]`` → ``[B, heads, L, c]``."""
+        return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+
+
+def _layer_norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=_EPS)
+
+
+def _cosine_form(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=_EPS)
+
+
+class HSTU(SequentialRecommender):  # type: ignore[misc]
+    r"""Query and items are of length 1; the score is their cosine (over the temperature, see ``score_scale``).
+
+    Input is item · √d + position, with dropout; then come the blocks (:class:`HSTUBlock`). Trained by sampled softmax:
+    with the query z of a position, the item p that follows and the negatives N, which are drawn uniformly and shared by
+    the whole batch,
+
+    .. math:: -\log \frac{e^{\cos(z, p)/\tau}}{e^{\cos(z, p)/\tau} + \sum_{i \in N, i \ne p} e^{\cos(z, i)/\tau}},
+
+    meant over every position of every row: the items of the row, and its own target after the last. The trainer needs
+    one row per user then, which :class:`HSTUDataset` sees to.
+
+    Args:
+        config: RecBole's Config.
+        dataset: the training data.
+
+    Raises:
+        SettingsError: a setting does not fit, RecBole is to draw negatives, or the time bias has no times.
+    """
+
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config: Any, dataset: Any) -> None:
+        super().__init__(config, dataset)
+        self.settings = HSTUSettings.from_mapping({key: config[key] for key in HSTUSettings.keys()})
+        drawn = config["train_neg_sample_args"]["distribution"]
+        if drawn != "none":
+            raise SettingsError(
+                f"[train_neg_sample_args] draws {drawn} negatives, but HSTU draws its own; write train_neg_sample_args: ~."
+            )
+        self.time_field = f"{config['TIME_FIELD']}{config['LIST_SUFFIX']}"
+        self.timed = self.settings.relative_bias == "position_time"
+        if self.timed and self.time_field not in dataset.inter_feat:
+            raise self._no_times()
+        self.hidden_size = self.settings.hidden_size
+        self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
+        self.position_embedding = nn.Embedding(self.max_seq_length, self.hidden_size)
+        self.dropout = nn.Dropout(self.settings.emb_dropout_prob)
+        self.blocks = nn.ModuleList(
+            HSTUBlock(self.settings, self.max_seq_length) for _ in range(self.settings.n_layers)
+        )
+
+        std = self.settings.initializer_range
+        nn.init.normal_(self.item_embedding.weight, std=std)
+        # As large as the items are once they are multiplied by √d.
+        nn.init.normal_(self.position_embedding.weight, std=std * math.sqrt(self.hidden_size))
+        with torch.no_grad():
+            self.item_embedding.weight[0] = 0
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> Tensor:
+        """The query after the last item of each row, of length 1: ``[B, d]``.
+
+        Args:
+            item_seq: items, padded on the right by 0, ``[B, L]``.
+            item_seq_len: number of items, ``[B]``.
+            time_seq: when they were taken, in seconds, ``[B, L]``; for ``relative_bias: position_time`` only.
+
+        Raises:
+            SettingsError: the time bias has no times.
+        """
+        hidden = self.encode(item_seq, item_seq_len, time_seq)
+        last: Tensor = self.gather_indexes(hidden, item_seq_len - 1)
+        return _cosine_form(last)
+
+    def encode(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> Tensor:
+        """What the last block says at every position up to the longest row's last item, ``[B, L', d]``.
+
+        Raises:
+            SettingsError: the time bias has no times.
+        """
+        longest = int(item_seq_len.max())
+        item_seq = item_seq[:, :longest]
+        time_buckets = None
+        if self.timed:
+            if time_seq is None:
+                raise self._no_times()
+            time_buckets = self._time_buckets(time_seq[:, :longest])
+        items = self.item_embedding(item_seq) * math.sqrt(self.hidden_size)
+        x = self.dropout(items + self.position_embedding.weight[:longest])
+        x = x * (item_seq != 0).unsqueeze(-1)
+        for block in self.blocks:
+            x = block(x, time_buckets)
+        return x
+
+    def calculate_loss(self, interaction: Any) -> Tensor:
+        """Sampled softmax, mean over every position that holds an item."""
+        item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
+        hidden = self.encode(item_seq, item_seq_len, self._times(interaction))
+        # The target of a position is the next item, after the last one the row's own.
+        targets = item_seq[:, : hidden.shape[1]].roll(-1, dims=1)
+        targets = targets.scatter(1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
+        real = torch.arange(hidden.shape[1], device=hidden.device) < item_seq_len.unsqueeze(1)
+        return self.sampled_softmax(_cosine_form(hidden[real]), targets[real], self._draw_negatives())
+
+    def sampled_softmax(self, queries: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+        """Mean loss of ``queries [T, d]`` of length 1, with one of ``targets [T]`` each and all of ``negatives [R]``."""
+        items = _cosine_form(self.item_embedding(torch.cat([targets, negatives])))
+        queries = queries / self.settings.temperature
+        positive = (queries * items[: len(targets)]).sum(-1)
+        others = queries @ items[len(targets) :].t()
+        # A finite number, so that the gradient is 0 and not NaN where no negative is left.
+        others = others.masked_fill(targets.unsqueeze(1) == negatives, torch.finfo(others.dtype).min)
+        return F.softplus(torch.logsumexp(others, 1) - positive).mean()
+
+    def predict(self, interaction: Any) -> Tensor:
+        """Scores of the rows' own items, ``[B]``."""
+        items = _cosine_form(self.item_embedding(interaction[self.ITEM_ID]))
+        return (self._query(interaction) * items).sum(-1)
+
+    def full_sort_predict(self, interaction: Any) -> Tensor:
+        """Scores of every item, ``[B, n_items]``."""
+        table = _cosine_form(self.item_embedding.weight)
+        return torch.matmul(self._query(interaction), table.transpose(0, 1))
+
+    def _query(self, interaction: Any) -> Tensor:
+        """The query, scaled as ``score_scale`` says."""
+        query: Tensor = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction))
+        return query / self.settings.temperature if self.settings.score_scale == "temperature" else query
+
+    def _draw_negatives(self) -> Tensor:
+        return torch.randint(1, self.n_items, (self.settings.n_negatives,), device=self.item_embedding.weight.device)
+
+    def _times(self, interaction: Any) -> Tensor | None:
+        return interaction[self.time_field] if self.timed and self.time_field in interaction else None
+
+    def _time_buckets(self, times: Tensor) -> Tensor:
+        """Buckets of t_i − t_j, ``[B, L, L]``; those of the future mean nothing and are hidden later."""
+        between = (times.unsqueeze(2) - times.unsqueeze(1)).clamp(min=1)
+        return (between.log() / _LOG_SECONDS_PER_BUCKET).long().clamp(max=_TIME_BUCKETS - 1)
+
+    def _no_times(self) -> SettingsError:
+        return SettingsError(
+            f"[relative_bias] is 'position_time', but there is no [{self.time_field}]: load the time field "
+            "(load_col: {inter: [user_id, item_id, timestamp]}), or set relative_bias: position."
+        )
+
+
+class HSTUDataset(SequentialDataset):  # type: ignore[misc]
+    """RecBole's sequential data, with one training row per user: the one that holds all others.
+
+    RecBole makes a row of every prefix of a user's sequence, and HSTU learns from every position of a row: with all rows,
+    the early items would be learned from over and over. Rows for validation and test stay.
+
+    Attributes:
+        training_pairs: ids of (users, items), ``[n]`` each, of all training interactions, each pair once, in ascending
+            order; the rows that are left hold the last MAX_ITEM_LIST_LENGTH items only. Set by :meth:`build`.
+    """
+
+    training_pairs: tuple[Tensor, Tensor]
+
+    def build(self) -> list[Any]:
+        """RecBole's split; of the training rows, the longest of each user (the last of them, if several are)."""
+        train, *others = super().build()
+        rows = train.inter_feat
+        users, lengths = rows[self.uid_field], rows[self.item_list_length_field]
+        order = torch.from_numpy(np.lexsort((lengths.numpy(), users.numpy())))  # stable: ties stay as they are
+        users, items = users[order], rows[self.iid_field][order]
+        lists = rows[self.iid_field + self.config["LIST_SUFFIX"]][order]
+        last = torch.ones(len(users), dtype=torch.bool)
+        last[:-1] = users[1:] != users[:-1]
+        pairs = _distinct_pairs(users, items, lists, last)
+        train = train.copy(rows[order[last]])
+        for each in (train, *others):
+            each.training_pairs = pairs
+        return [train, *others]
+
+
+def _distinct_pairs(users: Tensor, items: Tensor, lists: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct pairs in rows that are sorted by user and length: of users and targets, and of users and lists."""
+    # What the row before lists at the same place, or one later, is known from there; that is nearly all.
+    new = lists != 0
+    same_user = ~last[:-1].unsqueeze(1)
+    new[1:] &= ~(same_user & (lists[1:] == lists[:-1]))
+    new[1:, :-1] &= ~(same_user & (lists[1:, :-1] == lists[:-1, 1:]))
+    row, _ = new.nonzero(as_tuple=True)
+    n_items = int(max(items.max(), lists.max())) + 1
+    keys = torch.unique(torch.cat([users * n_items + items, users[row] * n_items + lists[new]]))
+    return torch.div(keys, n_items, rounding_mode="floor"), keys % n_items
