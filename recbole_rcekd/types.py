@@ -119,11 +119,17 @@ class TeacherScores(Protocol):
     n_items: int
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``."""
+        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``.
+
+        −inf for contexts of whom the teacher says nothing (and whose lists are empty): they are not taught.
+        """
         ...
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf."""
+        """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf.
+
+        A row of −inf for contexts of whom the teacher says nothing.
+        """
         ...
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
