@@ -74,6 +74,8 @@ ABOVE = [
     ("store", {"teacher", "scoring", "cache", "config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("cache", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("config", {"teacher", "cache", "scoring", "distiller", "trainer", "quick_start", "report", "command"}),
+    ("outside", {"cache", "ensemble", "config", "distiller", "trainer", "quick_start", "report", "command"}),
+    ("ensemble", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("distiller", {"config", "teacher", "cache", "trainer", "quick_start", "report", "command"}),
     ("trainer", {"quick_start", "report", "command"}),
     ("report", {"distiller", "trainer", "quick_start", "command"}),
