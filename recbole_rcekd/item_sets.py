@@ -52,6 +52,10 @@ class Lists:
         """The teacher's scores of ``items [n, T]``."""
         return self._teacher.score(self.contexts, items)
 
+    def n_unseen(self) -> Tensor:
+        """How many items each context has not in the training data, ``[n]``."""
+        return self._seen.n_ids - 1 - self._seen.counts()[self.contexts]
+
     def draw_unseen(self, n: int, outside: Tensor) -> Tensor:
         """``n`` distinct items per row, uniform over what is neither seen nor in ``outside [n, P]``.
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import operator
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, TypeVar
@@ -127,6 +128,58 @@ class KDSettings(Settings):
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
     kd_diagnostic_users: int = setting(8, low=0)
     kd_sequence_split: typing.Literal["rows", "interactions"] = "rows"
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Settings):
+    """Teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each line.
+
+    Attributes:
+        teacher_weights: of each teacher, in their order; empty: all count the same.
+        teacher_ensemble: ``standardised`` averages scores that were brought to mean 0 and deviation 1 for each user;
+            ``reciprocal_rank`` sums 1 / (60 + rank).
+        teacher_floor: an item that a score file does not list lies so many deviations of the user's scores below the
+            lowest listed one.
+        teacher_unknown: what happens to rows of a score file whose user or item the student's data does not have.
+        teacher_missing_users: what happens to training users of whom a score file says nothing.
+    """
+
+    teacher_weights: list[float] = field(default_factory=list)
+    teacher_ensemble: typing.Literal["standardised", "reciprocal_rank"] = "standardised"
+    teacher_floor: float = setting(1.0, low=0.0)
+    teacher_unknown: typing.Literal["error", "drop"] = "error"
+    teacher_missing_users: typing.Literal["error", "skip"] = "error"
+
+    def _check_type(self, name: str, hint: Any) -> None:
+        if name != "teacher_weights":
+            super()._check_type(name, hint)
+            return
+        given: Any = self.teacher_weights
+        numbers = isinstance(given, list | tuple) and all(
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 <= weight < math.inf
+            for weight in given
+        )
+        if not numbers or (len(given) and not any(given)):
+            raise SettingsError(
+                f"[teacher_weights] is {given!r}, but must be a list of numbers of at least 0, not all of them 0; write "
+                "it as teacher_weights: [1, 1], for example, or leave it out to count all teachers the same."
+            )
+        object.__setattr__(self, "teacher_weights", [float(weight) for weight in given])
+
+    def weights_of(self, teachers: Sequence[str]) -> list[float]:
+        """The weight of each of ``teachers``.
+
+        Raises:
+            SettingsError: there are not as many weights as teachers.
+        """
+        if not self.teacher_weights:
+            return [1.0] * len(teachers)
+        if len(self.teacher_weights) != len(teachers):
+            raise SettingsError(
+                f"[teacher_weights] has {len(self.teacher_weights)} numbers, but there are {len(teachers)} teachers: "
+                f"{', '.join(teachers)}. Give one weight for each, in this order."
+            )
+        return self.teacher_weights
 
 
 @dataclass(frozen=True)

@@ -102,10 +102,15 @@ class Seen:
 
     def cells(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """Row positions and ids of all that ``contexts`` have, for masking a block of full rows."""
+        rows, places = self.places(contexts)
+        return rows, self.ids[places]
+
+    def places(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the places in ``ids`` instead of the ids."""
         counts = self.counts()[contexts]
         rows = torch.repeat_interleave(torch.arange(len(contexts), device=contexts.device), counts)
         offset = torch.arange(len(rows), device=contexts.device) - (counts.cumsum(0) - counts)[rows]
-        return rows, self.ids[self.starts[contexts][rows] + offset]
+        return rows, self.starts[contexts][rows] + offset
 
     def transposed(self) -> Seen:
         """Who has it, for each id."""
@@ -117,18 +122,25 @@ class Seen:
 class TeacherScores(Protocol):
     """The frozen teacher as a table that can be asked for any cell; ids are the *student's*.
 
-    Implemented by :class:`recbole_rcekd.cache.FactorScores` and :class:`recbole_rcekd.cache.DenseScores`.
+    Implemented by :class:`recbole_rcekd.cache.FactorScores`, :class:`recbole_rcekd.cache.DenseScores`,
+    :class:`recbole_rcekd.outside.ListedScores` and :class:`recbole_rcekd.ensemble.EnsembleScores`.
     """
 
     n_contexts: int
     n_items: int
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``."""
+        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``.
+
+        −inf for contexts of whom the teacher says nothing (and whose lists are empty): they are not taught.
+        """
         ...
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf."""
+        """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf.
+
+        A row of −inf for contexts of whom the teacher says nothing.
+        """
         ...
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:

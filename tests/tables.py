@@ -17,7 +17,7 @@ from recbole_rcekd.cache import FactorScores
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.ranking import RowRanking, top_k
-from recbole_rcekd.types import ItemSets, Seen
+from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 
 
 def seen_of(pairs: Iterable[tuple[int, int]], n_contexts: int, n_items: int) -> Seen:
@@ -59,7 +59,7 @@ def ranking_of(scores: Tensor) -> RowRanking:
 class World(NamedTuple):
     """A teacher and a student who disagree, and who has seen what."""
 
-    teacher: FactorScores
+    teacher: TeacherScores
     student: Tensor
     seen: Seen
 

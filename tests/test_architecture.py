@@ -79,6 +79,8 @@ ABOVE = [
         "sequences",
         {"teacher", "scoring", "cache", "store", "config", "distiller", "trainer", "quick_start", "report", "command"},
     ),
+    ("outside", {"cache", "ensemble", "config", "distiller", "trainer", "quick_start", "report", "command"}),
+    ("ensemble", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("distiller", {"config", "teacher", "cache", "trainer", "quick_start", "report", "command"}),
     ("trainer", {"quick_start", "report", "command"}),
     ("report", {"distiller", "trainer", "quick_start", "command"}),

@@ -14,10 +14,19 @@ from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
-from recbole_rcekd.settings import KDSettings, Settings, nearest, read_settings, setting, shipped_defaults
+from recbole_rcekd.settings import (
+    KDSettings,
+    Settings,
+    TeacherSettings,
+    nearest,
+    read_settings,
+    setting,
+    shipped_defaults,
+)
 
 SHIPPED: list[tuple[str, type[Settings]]] = [
     ("kd", KDSettings),
+    ("teacher", TeacherSettings),
     *((f"loss/{name}", loss.settings_type) for name, loss in LOSSES.items()),
 ]
 
@@ -169,7 +178,7 @@ def test_every_line_says_its_type_and_purpose(name: str, cls: type[Settings]) ->
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(lines) == len(cls.keys())
     for line in lines:
-        found = re.fullmatch(r"(\w+): \S+ +# \((int|float|str|bool)\) (\S.*\.)", line)
+        found = re.fullmatch(r"(\w+): \S+ +# \((int|float|str|bool|list)\) (\S.*\.)", line)
         assert found, line
         key, kind, _ = found.groups()
         assert type(cls().as_dict()[key]).__name__ == kind
@@ -188,10 +197,49 @@ def test_choices_are_named_in_the_comment(name: str, cls: type[Settings]) -> Non
 def test_keys_have_the_prefix_of_their_file(name: str, cls: type[Settings]) -> None:
     prefix = name.rpartition("/")[2]
     assert all(key.startswith(f"{prefix}_") for key in cls.keys())
-    if name != "kd":
+    if name.startswith("loss/"):
         assert f"{prefix}_weight" in cls.keys()
 
 
 def test_what_the_user_gives_goes_over_the_shipped_file() -> None:
     found = read_settings(RCESettings, "loss/rce", {"rce_beta": 2, "learning_rate": 0.1, "cd_items": "not looked at"})
     assert found == RCESettings(rce_beta=2.0)
+
+
+# -- teachers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [[2, 0.5], (2, 0.5)])
+def test_weights_of_teachers(given: Any) -> None:
+    settings = TeacherSettings.from_mapping({"teacher_weights": given})
+    assert settings.weights_of(["a", "b"]) == [2.0, 0.5]
+    assert TeacherSettings().weights_of(["a", "b", "c"]) == [1.0, 1.0, 1.0]
+    with pytest.raises(SettingsError) as caught:
+        settings.weights_of(["a.pth", "b.pth", "c.csv"])
+    assert str(caught.value) == (
+        "[teacher_weights] has 2 numbers, but there are 3 teachers: a.pth, b.pth, c.csv. Give one weight for each, in this order."
+    )
+
+
+@pytest.mark.parametrize(
+    "given", [1, "1,1", [1, -1], [1, "1"], [True], [0, 0.0], [float("nan"), 1], [float("inf")], None]
+)
+def test_weights_that_are_refused(given: Any) -> None:
+    with pytest.raises(
+        SettingsError, match=r"^\[teacher_weights\] is .*list of numbers of at least 0, not all of them 0"
+    ):
+        TeacherSettings.from_mapping({"teacher_weights": given})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("teacher_floor", -0.1, r"\[teacher_floor\] is -0.1, but must be at least 0.0"),
+        ("teacher_unknown", "skip", r"\[teacher_unknown\] is 'skip', but must be one of error, drop"),
+        ("teacher_missing_users", "drop", r"\[teacher_missing_users\] is 'drop', but must be one of error, skip"),
+        ("teacher_ensemble", "rrf", r"\[teacher_ensemble\] is 'rrf', but must be one of standardised, reciprocal_rank"),
+    ],
+)
+def test_teacher_settings_that_are_refused(key: str, value: Any, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        TeacherSettings.from_mapping({key: value})

@@ -72,7 +72,8 @@ class CDLoss(KDLoss):
         duels = weights.log() + (weights + 2.0 * below).log()
         drawn = draw_without_replacement(duels, min(s.cd_items, pool.shape[1]), lists.generator)
         items = pool.gather(1, drawn)
-        return ItemSets(items, lists.teacher_scores(items), items != 0)
+        scores = lists.teacher_scores(items)
+        return ItemSets(items, scores, (items != 0) & (scores != -torch.inf))
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Binary cross-entropy with soft labels, from logits, summed over the items of a row."""

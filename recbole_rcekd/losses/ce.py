@@ -5,7 +5,7 @@ r"""Cross-entropy on a short list: the teacher's top-K, the student's, or both.
 
 On :math:`Q_T` this is "vanilla CE" ("KD" in the authors' code), the method that RCE-KD sets out to mend: nothing in it
 pushes down what the student ranks above :math:`Q_T`. On :math:`Q_S` the set is closed, but the student never hears of
-what it misses.
+what it misses. Items that a short teacher list lacks are masked; of whom the teacher says nothing, the loss is 0.
 
 Source: RCE-KD, ICLR 2026, section 5 and figure 3; authors' code woriazzc/RCEKD @ 771322a (class ``KD``,
 ``kd_guide: teacher | student``). The union is what a reviewer of that paper asked for.
@@ -13,8 +13,9 @@ Source: RCE-KD, ICLR 2026, section 5 and figure 3; authors' code woriazzc/RCEKD 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -57,16 +58,20 @@ class CELoss(KDLoss):
         """``[Q_T]``, ``[Q_S]`` or ``[Q_T | Q_S]``, each item counted once."""
         k, which = self.settings.ce_top_k, self.settings.ce_items
         if which == "teacher":
-            items = lists.teacher_top(k)
-            return ItemSets(items, lists.teacher_scores(items))
+            return self._sets(lists.teacher_top(k), lists)
         student_top = lists.student_top(k)
         if which == "student":
-            return ItemSets(student_top, lists.teacher_scores(student_top))
+            return self._sets(student_top, lists)
         teacher_top = lists.teacher_top(k)
         shared = is_member(student_top, teacher_top)
-        items = torch.cat([teacher_top, student_top], dim=1)
-        keep = torch.cat([torch.ones_like(shared), ~shared], dim=1)
-        return ItemSets(items, lists.teacher_scores(items), keep, overlap=shared.float().mean(1))
+        sets = self._sets(torch.cat([teacher_top, student_top], dim=1), lists)
+        once = torch.cat([torch.ones_like(shared), ~shared], dim=1) & cast(Tensor, sets.keep)
+        overlap = shared.sum(1) / (teacher_top != 0).sum(1).clamp(min=1)
+        return dataclasses.replace(sets, keep=once, overlap=overlap)
+
+    def _sets(self, items: Tensor, lists: Lists) -> ItemSets:
+        scores = lists.teacher_scores(items)
+        return ItemSets(items, scores, (items != 0) & (scores != -torch.inf))
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Soft cross-entropy per row."""

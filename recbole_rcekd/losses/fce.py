@@ -6,7 +6,7 @@ r"""Cross-entropy over the whole catalogue, with the teacher's opinion of all it
 
 Both are unconditional bounds: the first on NDCG with all items as targets (theorem 4.1 of the paper), the second on
 NDCG of :math:`Q_T`, with no closure assumption (T3 of METHODS.md with A = I; ours, not in the paper). The price is one
-score per user and *item* in every step.
+score per user and *item* in every step. Of whom the teacher says nothing, the loss is 0.
 
 Source: RCE-KD, ICLR 2026, section 4.1 ("full-CE" in figure 3) for ``all``.
 """
@@ -69,7 +69,11 @@ class FCELoss(KDLoss):
         tau = self.settings.fce_temperature
         catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
-            return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], None, tau)
-        target = (sets.teacher_scores.detach() / tau).softmax(-1)
-        log_probs = at_least_float32(student_scores).gather(1, sets.items.long()) / tau
-        return (at_least_float32(catalogue) / tau).logsumexp(-1) - (target * log_probs).sum(-1)
+            taught = sets.teacher_scores[:, 1:2] != -torch.inf
+            keep = None if taught.all() else taught.expand_as(catalogue)
+            return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], keep, tau)
+        keep = sets.items != 0
+        target = (sets.teacher_scores.detach() / tau).masked_fill(~keep, torch.finfo(sets.teacher_scores.dtype).min)
+        listed = at_least_float32(student_scores).gather(1, sets.items.long()).masked_fill(~keep, 0.0) / tau
+        loss = (at_least_float32(catalogue) / tau).logsumexp(-1) - (target.softmax(-1) * listed).sum(-1)
+        return loss.where(keep.any(1), 0.0)

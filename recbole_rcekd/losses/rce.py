@@ -4,11 +4,12 @@ For each user, with :math:`Q_T, Q_S` the top-K lists of teacher and student:
 
 .. math::
     \ell_1 &= \mathrm{CE}_{Q_S}, \qquad \ell_2 = \mathrm{CE}_{A}, \quad A = (Q_T \setminus Q_S) \cup \text{samples} \\
-    \ell   &= (1-\gamma)\,\ell_1 + \gamma\,\ell_2, \qquad \gamma = e^{-\beta\,|Q_T\cap Q_S|/K}
+    \ell   &= (1-\gamma)\,\ell_1 + \gamma\,\ell_2, \qquad \gamma = e^{-\beta\,|Q_T\cap Q_S|/|Q_T|}
 
 where :math:`\mathrm{CE}_J = -\sum_{i\in J}\sigma_J(t/\tau)_i\log\sigma_J(s/\tau)_i`. The samples are L of the student's
 top-M, drawn without replacement with :math:`p_j\propto e^{z_j/T}`, z the number of :math:`Q_T\setminus Q_S` that the
-student ranks below j: likely blockers, which make A almost closed.
+student ranks below j: likely blockers, which make A almost closed. A teacher that lists fewer than K items has a shorter
+:math:`Q_T`; with an empty one the loss is 0.
 
 Source: Rejuvenating Cross-Entropy Loss in Knowledge Distillation for Recommender Systems, ICLR 2026 (arXiv 2509.20989);
 authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting; see METHODS.md.
@@ -126,18 +127,28 @@ class RCELoss(KDLoss):
     ) -> ItemSets:
         """Lay the three lists out in columns, with the mask, γ and the teacher's scores."""
         s = self.settings
+        listed = teacher_top != 0
+        taught = listed.any(1, keepdim=True)
+        if s.rce_terms in ("l1", "no_split"):
+            student_top = student_top.masked_fill(~taught, 0)
         items = torch.cat([student_top, sampled, teacher_top], dim=1)
-        keep = torch.cat([torch.ones_like(sampled, dtype=torch.bool), ~(shared | in_sample)], dim=1)
+        keep = torch.cat([torch.ones_like(sampled, dtype=torch.bool), ~(shared | in_sample) & listed], dim=1)
         if s.rce_terms == "no_split":
             # One cross-entropy on the union: the student's top-K counts once, whether it was drawn or not.
             keep[:, : s.rce_samples] = ~is_member(sampled, student_top)
-        overlap = shared.float().mean(1)
-        counted = in_sample.float().mean(1) if s.rce_gamma == "code" else overlap
+        n_listed = listed.sum(1).clamp(min=1)
+        overlap = shared.sum(1) / n_listed
+        counted = in_sample.sum(1) / n_listed if s.rce_gamma == "code" else overlap
         gamma = torch.exp(-s.rce_beta * counted)
         if s.rce_gamma == "constant":
             gamma = torch.full_like(gamma, s.rce_gamma_value)
+        # Of whom the teacher says nothing: all weight on the second term, which keeps nothing, so it is 0.
         return ItemSets(
-            items=items, teacher_scores=lists.teacher_scores(items), keep=keep, gamma=gamma, overlap=overlap
+            items=items,
+            teacher_scores=lists.teacher_scores(items).masked_fill(~taught, 0.0),
+            keep=keep & taught,
+            gamma=gamma.masked_fill(~taught.squeeze(1), 1.0),
+            overlap=overlap,
         )
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
@@ -149,7 +160,7 @@ class RCELoss(KDLoss):
         if terms == "no_split":
             return soft_cross_entropy(student_scores, teacher, self._keep_all(sets), tau)
         if terms == "l1":
-            return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], None, tau)
+            return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], sets.items[:, :k] != 0, tau)
         if terms == "l2":
             return soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
         return mixed_cross_entropy(student_scores, teacher, k, sets.gamma, sets.keep, tau)
@@ -164,15 +175,15 @@ class RCELoss(KDLoss):
         if teacher is None or keep is None:
             raise ValueError("RCELoss needs teacher_scores and keep; see RCELoss.select.")
         if self.settings.rce_terms == "l1":
-            student_top = ItemSets(items[:, :k], teacher[:, :k])
+            student_top = ItemSets(items[:, :k], teacher[:, :k], items[:, :k] != 0)
             return student_top, student_top
-        missed = ~is_member(items[:, k + n_drawn :], items[:, :k])
-        targets = ItemSets(items[:, k + n_drawn :], teacher[:, k + n_drawn :], missed)
+        teacher_top = items[:, k + n_drawn :]
+        missed = ~is_member(teacher_top, items[:, :k]) & (teacher_top != 0)
+        targets = ItemSets(teacher_top, teacher[:, k + n_drawn :], missed)
         if self.settings.rce_terms == "no_split":
             return targets, ItemSets(items, teacher, self._keep_all(sets))
         return targets, ItemSets(items[:, k:], teacher[:, k:], keep)
 
     def _keep_all(self, sets: ItemSets) -> Tensor:
-        """The mask of all columns: the student's top-K counts in full."""
-        student_top = torch.ones_like(sets.items[:, : self.settings.rce_top_k], dtype=torch.bool)
-        return torch.cat([student_top, cast(Tensor, sets.keep)], dim=1)
+        """The mask of all columns: the student's top-K counts in full, where there is one."""
+        return torch.cat([sets.items[:, : self.settings.rce_top_k] != 0, cast(Tensor, sets.keep)], dim=1)

@@ -63,11 +63,10 @@ class RRDLoss(KDLoss):
             # The item side may have fewer users than that; the head keeps its width.
             items = torch.nn.functional.pad(items, (0, s.rrd_top_k + s.rrd_rest - items.shape[1]))
             return ItemSets(items, keep=items != 0)
-        listed = lists.teacher_top(s.rrd_pool + s.rrd_rest, unseen=True)
-        pool = listed[:, : s.rrd_pool]
+        pool = lists.teacher_top(s.rrd_pool, unseen=True)
         rank = torch.arange(1, pool.shape[1] + 1, device=pool.device)
         # Where little is unseen, the pool is cut (not below K) to leave L items for the rest.
-        longest = ((listed != 0).sum(1, keepdim=True) - s.rrd_rest).clamp(min=s.rrd_top_k)
+        longest = (lists.n_unseen().unsqueeze(1) - s.rrd_rest).clamp(min=s.rrd_top_k)
         pool = pool.masked_fill(rank > longest, 0)
         log_weights = (-rank / s.rrd_sampling_temperature).masked_fill(pool == 0, -torch.inf)
         drawn = draw_without_replacement(log_weights, min(s.rrd_top_k, pool.shape[1]), lists.generator)

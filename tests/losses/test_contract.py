@@ -13,8 +13,10 @@ from torch import Tensor
 
 from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.outside import ListedScores
 from recbole_rcekd.types import ItemSets
-from tests.tables import make_world
+from tests.reference import cd, ce, fce, rce, rrd
+from tests.tables import World, make_world
 
 SMALL: dict[str, dict[str, Any]] = {
     "rce": {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0},
@@ -296,6 +298,117 @@ def test_selection_follows_the_generator(case: Case) -> None:
     if not case.loss.renewed:
         other = case.loss.select(make_world().lists(seed=6))
         assert torch.equal(first["items"], other.items)
+
+
+# --- teachers that list little --------------------------------------------------------------------------------
+
+
+def short_world(lengths: dict[int, int]) -> World:
+    """The world of :func:`make_world` with a teacher that lists only so many of each user's best items."""
+    world = make_world()
+    rows = [
+        (user, int(item), float(world.teacher.score_all(torch.tensor([user]))[0, item]))
+        for user, length in lengths.items()
+        for item in world.teacher.top_k(torch.tensor([user]), length, False)[0]
+    ]
+    users, items, scores = zip(*rows, strict=True)
+    table = (torch.tensor(users), torch.tensor(items), torch.tensor(scores))
+    return world._replace(teacher=ListedScores.with_floor(*table, world.seen))
+
+
+def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
+    """What is selected, the loss of each row, and its gradient by all student scores ``[6, 31]``."""
+    sets = loss.select(world.lists())
+    student = world.student[1:].clone().requires_grad_()
+    if loss.teaches_all_items:
+        sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(torch.arange(1, 7)))
+    scores = student if loss.scores_all_items else student.gather(1, sets.items)
+    value = loss.forward(scores, sets)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    return sets, value.detach(), gradient
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_of_whom_the_teacher_says_nothing_nothing_is_learned(case: tuple[str, dict[str, Any]]) -> None:
+    loss = get_loss(case[0])(LOSSES[case[0]].settings_type(**{**SMALL[case[0]], **case[1]}))
+    sets, value, gradient = learned_from(loss, short_world({2: 2, 4: 30, 5: 1, 6: 30}))
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+    for silent in (0, 2):
+        assert value[silent] == 0
+        assert not gradient[silent].any()
+    assert (value[[1, 3, 5]] > 0).all()
+    assert not gradient[:, 0].any()  # padding
+    if sets.keep is not None:
+        masked = sets.items[:, -sets.keep.shape[1] :]
+        assert not sets.keep[masked == 0].any()
+        assert (
+            not sets.keep[[0, 2]].any() or case[0] == "rrd"
+        )  # there a head is missing, with the rest there is no loss
+
+
+def slow_value(name: str, settings: dict[str, Any], world: World, sets: ItemSets, user: int) -> float:
+    """The formula on the items that the teacher lists, for one user of :func:`short_world`."""
+    student = world.student[user].tolist()
+    teacher = world.teacher.score_all(torch.tensor([user]))[0].tolist()
+    q_t = [
+        item
+        for item in world.teacher.top_k(torch.tensor([user]), SMALL[name].get(f"{name}_top_k", 5), False)[0].tolist()
+        if item
+    ]
+    q_s = sorted(range(1, 31), key=lambda item: -student[item])[:5]
+    items = sets.items[user - 1].tolist()
+    if name == "rce":
+        samples = items[5 : 5 + settings.get("rce_samples", 4)]
+        mixing = rce.gamma(q_t, q_s, samples, settings.get("rce_gamma", "paper"), 1.0, 0.5)
+        tau, terms = settings.get("rce_temperature", 1.0), settings.get("rce_terms", "full")
+        return rce.rce(student, teacher, q_t, q_s, samples, mixing, tau, terms)
+    if name == "ce":
+        return ce.ce(student, teacher, q_t, q_s, settings["ce_items"], 1.5)
+    if name == "fce":
+        return fce.fce(student, teacher, range(1, 31) if settings["fce_target"] == "all" else q_t, 1.0)
+    if name == "cd":
+        return cd.cd(student, teacher, [item for item in items if item], 2.0, 0.0)
+    return rrd.rrd(student, [item for item in items[:4] if item], [item for item in items[4:] if item])
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, Any]]) -> None:
+    name, settings = case
+    loss = get_loss(name)(LOSSES[name].settings_type(**{**SMALL[name], **settings}))
+    world = short_world({1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 30})
+    sets, value, _ = learned_from(loss, world)
+    for user in range(1, 7):
+        assert value[user - 1].item() == pytest.approx(slow_value(name, settings, world, sets, user), rel=1e-5), user
+    if sets.overlap is not None:  # of what is listed, not of K
+        first = set(world.teacher.top_k(torch.tensor([2]), 5, False)[0].tolist()) - {0}
+        assert sets.overlap[1] == len(first & set(world.lists().student_top(5)[1].tolist())) / 2
+
+
+def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
+    # 9 of 30 items are listed: all may be drawn as interesting, none as uninteresting, though 5 uninteresting are wanted.
+    world = short_world(dict.fromkeys(range(1, 7), 9))
+    loss = RRDLoss(LOSSES["rrd"].settings_type(**SMALL["rrd"]))  # type: ignore[arg-type]
+    drawn: set[int] = set()
+    listed = world.teacher.top_k(torch.tensor([1]), 9, True)[0].tolist()
+    for seed in range(200):
+        row = loss.select(world.lists(torch.tensor([1]), seed)).items[0].tolist()
+        drawn |= set(row[:4])
+        assert not set(row[4:]) & set(listed)
+    assert drawn | {0} == set(listed) | {0}
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_a_list_of_all_items_is_no_other_teacher(case: tuple[str, dict[str, Any]]) -> None:
+    loss = get_loss(case[0])(LOSSES[case[0]].settings_type(**{**SMALL[case[0]], **case[1]}))
+    for found, expected in zip(
+        learned_from(loss, short_world(dict.fromkeys(range(1, 7), 30))), learned_from(loss, make_world()), strict=True
+    ):
+        if isinstance(found, ItemSets):
+            assert isinstance(expected, ItemSets)
+            assert torch.equal(found.items, expected.items)
+        else:
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_settings_class_and_weight(case: Case) -> None:
