@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from recbole.data.dataset import SequentialDataset
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.sequences import SequenceDataset
 from recbole_rcekd.settings import Settings, setting
 
 # Of the time bias, as in HSTU's code: bucket = ⌊ln(seconds) / .301⌋. Of its 128 buckets, 64 reach beyond 10⁸ s (3 years).
@@ -179,22 +179,13 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         with torch.no_grad():
             self.item_embedding.weight[0] = 0
 
-    def forward(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> Tensor:
-        """The query after the last item of each row, of length 1: ``[B, d]``.
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the last block says at every real position, row after row.
 
         Args:
             item_seq: items, padded on the right by 0, ``[B, L]``.
             item_seq_len: number of items, ``[B]``.
             time_seq: when they were taken, in seconds, ``[B, L]``; for ``relative_bias: position_time`` only.
-
-        Raises:
-            SettingsError: the time bias has no times.
-        """
-        hidden, real = self.encode(item_seq, item_seq_len, time_seq)
-        return _cosine_form(hidden[real.sum(1).cumsum(0) - 1])
-
-    def encode(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What the last block says at every real position, row after row.
 
         Returns:
             ``[T, d]``, and which positions these are, ``[B, L']`` with T true ones; L' is the longest row's length.
@@ -222,7 +213,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Sampled softmax, mean over every position that holds an item."""
         item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        hidden, real = self.encode(item_seq, item_seq_len, self._times(interaction))
+        hidden, real = self(item_seq, item_seq_len, self._times(interaction))
         # The target of a position is the next item, after the last one the row's own.
         targets = item_seq[:, : real.shape[1]].roll(-1, dims=1)
         targets = targets.scatter(1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
@@ -249,8 +240,9 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         return torch.matmul(self._query(interaction), table.transpose(0, 1))
 
     def _query(self, interaction: Any) -> Tensor:
-        """The query, scaled as ``score_scale`` says."""
-        query: Tensor = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction))
+        """The query after the last item of each row, scaled as ``score_scale`` says, ``[B, d]``."""
+        hidden, real = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction))
+        query = _cosine_form(hidden[real.sum(1).cumsum(0) - 1])
         return query / self.settings.temperature if self.settings.score_scale == "temperature" else query
 
     def _draw_negatives(self) -> Tensor:
@@ -271,7 +263,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         )
 
 
-class HSTUDataset(SequentialDataset):  # type: ignore[misc]
+class HSTUDataset(SequenceDataset):
     """RecBole's sequential data, with one training row per user: the one that holds all others.
 
     RecBole makes a row of every prefix of a user's sequence, and HSTU learns from every position of a row: with all rows,
@@ -294,7 +286,7 @@ class HSTUDataset(SequentialDataset):  # type: ignore[misc]
         lists = rows[self.iid_field + self.config["LIST_SUFFIX"]][order]
         last = torch.ones(len(users), dtype=torch.bool)
         last[:-1] = users[1:] != users[:-1]
-        pairs = _distinct_pairs(users, items, lists, last)
+        pairs = getattr(train, "training_pairs", None) or _distinct_pairs(users, items, lists, last)
         train = train.copy(rows[order[last]])
         for each in (train, *others):
             each.training_pairs = pairs
