@@ -28,8 +28,8 @@ from recbole_rcekd.settings import KDSettings
 
 # Rows that are worked on at once: 50 items of each, in int64, take 26 MB.
 _BLOCK = 2**16
-# What decides a saved dataset, as RecBole compares it, and our key.
-_SAVED_KEYS = (*dataset_arguments, "seed", "repeatable", "kd_sequence_split")
+# What a saved dataset must agree in: what RecBole compares, and what decides the split, which it reads from its own Config.
+_SAVED_KEYS = (*dataset_arguments, "seed", "repeatable", "eval_args", "kd_sequence_split")
 _ROW, _PART = "kd_row", "kd_part"
 
 

@@ -193,7 +193,7 @@ def test_augmentation_has_the_fields_of_every_kind(folder: Path) -> None:
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_interactions_are_split_as_a_general_models(folder: Path, split: str, events: list[Event]) -> None:
     write_events(folder, events)
-    keys = {"eval_args": SPLITS[split], "kd_sequence_split": "interactions"}
+    keys: dict[str, Any] = {"eval_args": SPLITS[split], "kd_sequence_split": "interactions"}
     general = Dataset(config_for(folder, "BPR", **keys)).build()
     part_of = {int(n): part for part, data in enumerate(general) for n in data.inter_feat["n"]}
     assert sorted(part_of) == list(range(len(events)))
@@ -217,7 +217,7 @@ def test_where_both_ways_agree_the_datasets_are_equal(folder: Path) -> None:
         for n in range(7 * 6)
     ]
     write_events(folder, events)
-    keys = {"eval_args": SPLITS["leave one out"]}
+    keys: dict[str, Any] = {"eval_args": SPLITS["leave one out"]}
     stock = create_dataset(config_for(folder, **keys))
     own = create_dataset(config_for(folder, kd_sequence_split="interactions", **keys))
     assert (type(stock), type(own)) == (SequentialDataset, SequenceDataset)
@@ -242,7 +242,7 @@ def test_only_the_training_split_knows_its_pairs(folder: Path) -> None:
 
 def test_columns_that_are_not_used_go_after_the_split(folder: Path) -> None:
     write_events(folder, [Event(f"u{n % 3}", f"i{n}", -n, n) for n in range(18)])
-    keys = {"kd_sequence_split": "interactions"}
+    keys: dict[str, Any] = {"kd_sequence_split": "interactions"}
     full = SequenceDataset(config_for(folder, **keys)).build()
     less = SequenceDataset(config_for(folder, unused_col={"inter": ["timestamp"]}, **keys)).build()
     for one, other in zip(full, less, strict=True):
@@ -339,7 +339,7 @@ def test_pairs_are_what_the_rows_hold(folder: Path, events: list[Event]) -> None
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whole_sequences_end_with_the_last_training_interaction(folder: Path, events: list[Event], split: str) -> None:
     write_events(folder, events)
-    keys = {"eval_args": SPLITS[split], "kd_sequence_split": "interactions"}
+    keys: dict[str, Any] = {"eval_args": SPLITS[split], "kd_sequence_split": "interactions"}
     train = SequenceDataset(config_for(folder, **keys)).build()[0]
     general = Dataset(config_for(folder, "BPR", **keys)).build()[0]
     in_training = {int(n) for n in general.inter_feat["n"]}
@@ -368,7 +368,7 @@ def test_whole_sequences_have_fields_of_every_kind(folder: Path) -> None:
     header = (*HEADER[:3], "price:float", "tags:token_seq", "v:float_seq")
     rows = [("u", f"i{n}", n, 0.5 * n, f"a{n} b", "1 2 3") for n in range(4)]
     write_atomic_file(folder / "tiny" / "tiny.inter", header, rows)
-    keys = {
+    keys: dict[str, Any] = {
         "load_col": None,
         "numerical_features": ["price"],
         "MAX_ITEM_LIST_LENGTH": 3,
@@ -463,7 +463,7 @@ def test_a_saved_dataset_is_found_and_only_where_it_fits(written: Path) -> None:
         dataset = create_dataset(config_for(written, **keys))
         return bool(getattr(dataset, "mark", False))
 
-    keys = {"kd_sequence_split": "interactions"}
+    keys: dict[str, Any] = {"kd_sequence_split": "interactions"}
     create_dataset(config_for(written, save_dataset=True, **keys))
     file = written / "saved" / "tiny-SequenceDataset.pth"
     saved = pickle.loads(file.read_bytes())
@@ -475,6 +475,7 @@ def test_a_saved_dataset_is_found_and_only_where_it_fits(written: Path) -> None:
     assert kept(dataset_save_path=str(elsewhere), **keys)
     assert not kept(MAX_ITEM_LIST_LENGTH=4, **keys)
     assert not kept(seed=1, **keys)
+    assert not kept(eval_args=SPLITS["leave one out"], **keys)
     assert not kept(benchmark_filename=list(PARTS))
     saved.config["kd_sequence_split"] = "rows"
     file.write_bytes(pickle.dumps(saved))
