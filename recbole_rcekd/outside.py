@@ -292,6 +292,8 @@ def _read_columns(path: Path, fields: tuple[str, str]) -> tuple[Any, Any, Any]:
             if any(column.ndim != 1 or len(column) != len(columns[0]) for column in columns):
                 shapes = ", ".join(f"[{name}] {column.shape}" for name, column in zip(names, columns, strict=True))
                 raise TeacherError(f"The arrays in [{path}] must be equally long lists, but have the shapes {shapes}.")
+            # pandas knows text as objects only.
+            columns = [column.astype(object) if column.dtype.kind in "SU" else column for column in columns]
             users, items, scores = map(pd.Series, columns)
             return users, items, scores
     except ImportError as error:
