@@ -206,7 +206,7 @@ class _File:
             broken = np.flatnonzero((numbers != np.floor(numbers)) | (np.abs(numbers) >= _EXACT_IN_FLOAT64))
             if len(broken):
                 raise TeacherError(
-                    f"The score file [{self._path}] has decimals for [{field}], such as {numbers[broken[0]]!r}; write the "
+                    f"The score file [{self._path}] has decimals for [{field}], such as {float(numbers[broken[0]])!r}; write the "
                     "names of users and items as text or as whole numbers."
                 )
             return column.astype(np.int64).astype(str)

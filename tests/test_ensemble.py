@@ -224,7 +224,8 @@ def test_weights_are_shares() -> None:
 def test_a_teacher_without_an_opinion_adds_nothing() -> None:
     # Terms that cancel, up to rounding.
     column = draw(8, N_ITEMS, 1)
-    cancelling = FactorScores(draw(9, N_USERS, 1).expand(-1, 2), torch.cat([column, -column], 1), SEEN)
+    row = draw(9, N_USERS, 1)
+    cancelling = FactorScores(torch.cat([row, 3 * row], 1), torch.cat([3 * column, -column], 1), SEEN)
     constant = FactorScores(torch.ones(N_USERS, 2), torch.full((N_ITEMS, 2), 0.1), SEEN)
     flat = DenseScores(np.full((N_USERS, N_ITEMS), 0.3, dtype=np.float32), SEEN)
     other = factors()
