@@ -177,30 +177,34 @@ def reciprocal_rank(
 def moments(part: TeacherScores) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each context's scores over the whole catalogue, ``[n_contexts]``, float64.
 
-    The deviation is 0 where the scores are all one number, as far as float32 can tell, or where there are none.
+    The deviation is 0 where the scores are all one number, as far as float32 can tell, or where there are none (the mean
+    is then −inf).
     """
     if isinstance(part, FactorScores):
         mean_row, centred = _centred(part.item_factors)
         rows = part.context_factors.double()
         covariance = centred[1:].t() @ centred[1:] / (part.n_items - 1)
         mean, variance = rows @ mean_row, ((rows @ covariance) * rows).sum(1).clamp(min=0.0)
+        # How large the terms are that may cancel.
+        size = rows.norm(dim=1) * part.item_factors[1:].double().square().sum(1).mean().sqrt()
     elif isinstance(part, ListedScores):
         mean, variance = _moments_of_lists(part)
+        size = mean.abs()
     else:
         found = []
         for block in blocks(part.n_contexts, part.n_items):
             scores = part.score_all(block)[:, 1:].double()
             found.append(torch.stack([scores.mean(1), scores.var(1, correction=0)]))
         mean, variance = torch.cat(found, dim=1)
+        size = mean.abs()
     deviation = variance.sqrt()
-    return mean, deviation.masked_fill(deviation <= _SMALLEST_DEVIATION * mean.abs(), 0.0)
+    return mean, deviation.masked_fill(deviation <= _SMALLEST_DEVIATION * size, 0.0)
 
 
 def _moments_of_lists(part: ListedScores) -> tuple[Tensor, Tensor]:
     """Above the floor there are only the listed scores."""
     contexts, _, scores = part.rows()
     floor = part.floor().double()
-    floor = floor.masked_fill(floor == -torch.inf, 0.0)  # who lists nothing gets a deviation of 0
     above = scores.double() - floor[contexts]
     n, zeros = part.n_items - 1, torch.zeros_like(floor)
     mean = zeros.index_add(0, contexts, above) / n

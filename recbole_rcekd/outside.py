@@ -206,7 +206,7 @@ class _File:
             broken = np.flatnonzero((numbers != np.floor(numbers)) | (np.abs(numbers) >= _EXACT_IN_FLOAT64))
             if len(broken):
                 raise TeacherError(
-                    f"The score file [{self._path}] has decimals for [{field}], such as {numbers[broken[0]]!r}; write the "
+                    f"The score file [{self._path}] has decimals for [{field}], such as {float(numbers[broken[0]])!r}; write the "
                     "names of users and items as text or as whole numbers."
                 )
             return column.astype(np.int64).astype(str)
@@ -292,6 +292,8 @@ def _read_columns(path: Path, fields: tuple[str, str]) -> tuple[Any, Any, Any]:
             if any(column.ndim != 1 or len(column) != len(columns[0]) for column in columns):
                 shapes = ", ".join(f"[{name}] {column.shape}" for name, column in zip(names, columns, strict=True))
                 raise TeacherError(f"The arrays in [{path}] must be equally long lists, but have the shapes {shapes}.")
+            # pandas knows text as objects only.
+            columns = [column.astype(object) if column.dtype.kind in "SU" else column for column in columns]
             users, items, scores = map(pd.Series, columns)
             return users, items, scores
     except ImportError as error:

@@ -345,6 +345,9 @@ def test_of_whom_the_teacher_says_nothing_nothing_is_learned(case: tuple[str, di
         assert (
             not sets.keep[[0, 2]].any() or case[0] == "rrd"
         )  # there a head is missing, with the rest there is no loss
+    for part in loss.closure_sets(sets) or ():
+        assert part.keep is not None
+        assert not part.keep[part.items == 0].any()
 
 
 def slow_value(name: str, settings: dict[str, Any], world: World, sets: ItemSets, user: int) -> float:
