@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import recbole_rcekd
-from recbole_rcekd import errors
+from recbole_rcekd import errors, models
 from recbole_rcekd.losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
@@ -79,13 +79,15 @@ ABOVE = [
     ("report", {"distiller", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
     ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
+    ("models", {name.split(".")[1] for name in MODULES if "." in name} - {"models", "compat", "errors", "settings"}),
     ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
 ]
 
 
 @pytest.mark.parametrize(("name", "forbidden"), ABOVE, ids=lambda value: value if isinstance(value, str) else "")
 def test_nothing_imports_upwards(name: str, forbidden: set[str]) -> None:
-    assert not own_imports(f"recbole_rcekd.{name}") & forbidden
+    for module in (module for module in MODULES if layer(module) == name):
+        assert not own_imports(module) & forbidden
 
 
 def test_distiller_does_not_know_recbole() -> None:
@@ -166,6 +168,13 @@ def test_every_key_of_a_yaml_says_type_and_purpose(file: Path) -> None:
     for key in content:
         (line,) = re.findall(rf"^{key}:.*", text, re.MULTILINE)
         assert re.search(r"  ?# \((str|int|float|bool|list|dict|None)[^)]*\) \S", line), line
+
+
+def test_every_model_has_its_yaml_and_its_test() -> None:
+    names = set(models.MODELS)
+    assert {path.stem for path in (ROOT / "properties/model").glob("*.yaml")} == names
+    assert {path.stem for path in (PACKAGE / "models").glob("*.py")} - {"__init__"} == {name.lower() for name in names}
+    assert loss_files("tests/models", "test_*.py") == {name.lower() for name in names}
 
 
 # --- documentation and style --------------------------------------------------------------------------------
