@@ -87,25 +87,39 @@ class HSTUBlock(nn.Module):
             if bias is not None:
                 nn.init.normal_(bias, std=settings.initializer_range)
 
-    def forward(self, x: Tensor, time_buckets: Tensor | None = None) -> Tensor:
-        """``x [B, L, d]`` and, for the time bias, buckets of t_i − t_j ``[B, L, L]``; ``[B, L, d]`` out."""
-        length = x.shape[1]
-        u, v, q, k = F.silu(self.project(_layer_norm(x))).split(self.sizes, dim=-1)
-        logits = self._heads(q) @ self._heads(k).transpose(2, 3)
+    def forward(self, x: Tensor, real: Tensor, time_buckets: Tensor | None = None) -> Tensor:
+        """One block for the real positions of a batch, row after row.
+
+        Only attention sees rows of equal length; short rows cost no more than they hold everywhere else.
+
+        Args:
+            x: ``[T, d]``.
+            real: which positions these are, ``[B, L]`` with T true ones.
+            time_buckets: of t_i − t_j for the time bias, ``[B, L, L]``.
+
+        Returns:
+            ``[T, d]``.
+        """
+        rows, length = real.shape
+        place = real.view(-1).nonzero().squeeze(1)
+        projected = F.silu(self.project(_layer_norm(x)))
+        u, vqk = torch.split(projected, [self.sizes[0], sum(self.sizes[1:])], dim=-1)
+        vqk = vqk.new_zeros(rows * length, vqk.shape[1]).index_copy(0, place, vqk)
+        v, q, k = (
+            each.view(rows, length, self.n_heads, -1).transpose(1, 2)  # [B, heads, L, c]
+            for each in torch.split(vqk, self.sizes[1:], dim=-1)
+        )
+        logits = q @ k.transpose(2, 3)
         if self.position_bias is not None:
-            place = torch.arange(length, device=x.device)
-            logits = logits + self.position_bias[(place.unsqueeze(1) - place).clamp(min=0)]
+            step = torch.arange(length, device=x.device)
+            logits = logits + self.position_bias[(step.unsqueeze(1) - step).clamp(min=0)]
         if self.time_bias is not None and time_buckets is not None:
             logits = logits + self.time_bias[time_buckets].unsqueeze(1)
         # Padding comes after all items, so what hides the future hides padding from every item, too.
         past = torch.full((length, length), 1 / self.n, dtype=x.dtype, device=x.device).tril()
-        attended = (F.silu(logits) * past) @ self._heads(v)
-        gated = u * _layer_norm(attended.transpose(1, 2).flatten(2))
-        return x + self.dropout(self.project_out(gated))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """``[B, L, heads · c]`` → ``[B, heads, L, c]``."""
-        return x.view(*x.shape[:2], self.n_heads, -1).transpose(1, 2)
+        attended = ((F.silu(logits) * past) @ v).transpose(1, 2).reshape(rows * length, -1).index_select(0, place)
+        added: Tensor = self.dropout(self.project_out(u * _layer_norm(attended)))
+        return x + added
 
 
 def _layer_norm(x: Tensor) -> Tensor:
@@ -176,39 +190,43 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         Raises:
             SettingsError: the time bias has no times.
         """
-        hidden = self.encode(item_seq, item_seq_len, time_seq)
-        last: Tensor = self.gather_indexes(hidden, item_seq_len - 1)
-        return _cosine_form(last)
+        hidden, real = self.encode(item_seq, item_seq_len, time_seq)
+        return _cosine_form(hidden[real.sum(1).cumsum(0) - 1])
 
-    def encode(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> Tensor:
-        """What the last block says at every position up to the longest row's last item, ``[B, L', d]``.
+    def encode(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the last block says at every real position, row after row.
+
+        Returns:
+            ``[T, d]``, and which positions these are, ``[B, L']`` with T true ones; L' is the longest row's length.
 
         Raises:
             SettingsError: the time bias has no times.
         """
+        # A row without items, which RecBole does not make, is a row of one padding item.
+        item_seq_len = item_seq_len.clamp(min=1)
         longest = int(item_seq_len.max())
         item_seq = item_seq[:, :longest]
+        position = torch.arange(longest, device=item_seq.device).expand_as(item_seq)
+        real = position < item_seq_len.unsqueeze(1)
         time_buckets = None
         if self.timed:
             if time_seq is None:
                 raise self._no_times()
             time_buckets = self._time_buckets(time_seq[:, :longest])
-        items = self.item_embedding(item_seq) * math.sqrt(self.hidden_size)
-        x = self.dropout(items + self.position_embedding.weight[:longest])
-        x = x * (item_seq != 0).unsqueeze(-1)
+        items = self.item_embedding(item_seq[real]) * math.sqrt(self.hidden_size)
+        x = self.dropout(items + self.position_embedding(position[real]))
         for block in self.blocks:
-            x = block(x, time_buckets)
-        return x
+            x = block(x, real, time_buckets)
+        return x, real
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """Sampled softmax, mean over every position that holds an item."""
         item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
-        hidden = self.encode(item_seq, item_seq_len, self._times(interaction))
+        hidden, real = self.encode(item_seq, item_seq_len, self._times(interaction))
         # The target of a position is the next item, after the last one the row's own.
-        targets = item_seq[:, : hidden.shape[1]].roll(-1, dims=1)
+        targets = item_seq[:, : real.shape[1]].roll(-1, dims=1)
         targets = targets.scatter(1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
-        real = torch.arange(hidden.shape[1], device=hidden.device) < item_seq_len.unsqueeze(1)
-        return self.sampled_softmax(_cosine_form(hidden[real]), targets[real], self._draw_negatives())
+        return self.sampled_softmax(_cosine_form(hidden), targets[real], self._draw_negatives())
 
     def sampled_softmax(self, queries: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
         """Mean loss of ``queries [T, d]`` of length 1, with one of ``targets [T]`` each and all of ``negatives [R]``."""
