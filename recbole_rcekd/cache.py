@@ -34,7 +34,7 @@ from recbole_rcekd.teacher import Teacher
 from recbole_rcekd.types import Seen
 
 
-class _Scores(ABC):
+class Scores(ABC):
     """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk.
 
     With several ranks each makes and holds the lists of its own contexts; on disk they are whole.
@@ -91,7 +91,7 @@ class _Scores(ABC):
         return RowRanking(self.score_all, self.n_items)
 
 
-class FactorScores(_Scores):
+class FactorScores(Scores):
     """Scores that are dot products of two tables.
 
     Args:
@@ -141,7 +141,7 @@ class FactorScores(_Scores):
         )
 
 
-class DenseScores(_Scores):
+class DenseScores(Scores):
     """Scores as a matrix on disk, mapped into memory.
 
     Args:

@@ -24,11 +24,16 @@ from recbole.utils.argument_list import (
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
 from recbole_rcekd.processes import PLACE_KEYS
-from recbole_rcekd.settings import KDSettings, nearest, read_settings
+from recbole_rcekd.settings import KDSettings, TeacherSettings, nearest, read_settings
 
 SCRATCH = "scratch"
 # Keys of a whole command, not of one loss.
-RUN_KEYS = frozenset({"kd_loss", "teacher", "teacher_config_files", "teacher_trust", "seeds", "output_dir"})
+RUN_KEYS = frozenset(
+    {
+        *("kd_loss", "teacher", "teacher_config_files", "teacher_trust", "seeds", "output_dir"),
+        *TeacherSettings.keys(),
+    }
+)
 # RecBole's training keys that may differ between the methods of one command: `rce_weight_decay`, `scratch_epochs`.
 PER_LOSS_KEYS = frozenset({"learning_rate", "weight_decay", "learner", "epochs", "eval_step", "stopping_step"})
 
@@ -142,8 +147,9 @@ def teacher_config(name: str, student: Any) -> Any:
             f"[teacher] {name} learns sequences, but [eval_args] has order {config['eval_args']['order']!r}, so that the test "
             "items lie within them: set order: TO."
         )
-    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and student["MODEL_TYPE"] != ModelType.SEQUENTIAL:
-        config["kd_sequence_split"] = "interactions"  # as the student's
+    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        as_student = student["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        config["kd_sequence_split"] = student["kd_sequence_split"] if as_student else "interactions"
     return config
 
 

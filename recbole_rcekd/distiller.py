@@ -213,5 +213,6 @@ class Distiller:
         watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
         if n:
             k = min(OVERLAP_AT, side.teacher.n_items - 1)
-            self._teacher_top = top_k(side.teacher.score_all(side.contexts[watched]), k)
+            rows = side.teacher.score_all(side.contexts[watched])
+            self._teacher_top = top_k(rows, k)
         return watched

@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recbole_rcekd.cache import FactorScores, _Scores, blocks
+from recbole_rcekd.cache import FactorScores, Scores, blocks
 from recbole_rcekd.outside import ListedScores
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.store import Store
@@ -68,7 +68,7 @@ def ensemble(
     return standardised(some, their, seen, store, ranks)
 
 
-class EnsembleScores(_Scores):
+class EnsembleScores(Scores):
     """A sum of teachers' scores, each moved and scaled per user; memory of the teachers, and two numbers per user.
 
     Args:
@@ -113,6 +113,41 @@ class EnsembleScores(_Scores):
         parts = [(part.transposed(), shift, scale) for part, shift, scale in self._parts]
         side = f"by-{self._side}"
         return EnsembleScores(parts, self._seen.transposed(), self._store, side, self._ranks, not self._by_item)
+
+
+class RescaledScores:
+    """A teacher's scores, moved and scaled per context: (score − μ)·a. Its lists are the teacher's own.
+
+    Args:
+        scores: of the teacher.
+        shift: μ, ``[n_contexts]``.
+        scale: a, above 0, or 0 for contexts of whom the teacher has no opinion, ``[n_contexts]``.
+        by_item: shifts and scales belong to the items, as after :meth:`transposed`.
+    """
+
+    def __init__(self, scores: TeacherScores, shift: Tensor, scale: Tensor, by_item: bool = False) -> None:
+        self.n_contexts, self.n_items = scores.n_contexts, scores.n_items
+        self._scores, self._shift, self._scale, self._by_item = scores, shift, scale, by_item
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        place = items.long() if self._by_item else contexts.unsqueeze(1)
+        return _moved(self._scores.score(contexts, items), self._shift[place], self._scale[place])
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        place = slice(None) if self._by_item else contexts.unsqueeze(1)
+        scores = _moved(self._scores.score_all(contexts), self._shift[place], self._scale[place])
+        scores[:, 0] = -torch.inf
+        return scores
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return self._scores.top_k(contexts, k, unseen)
+
+    def transposed(self) -> RescaledScores:
+        """See :class:`~recbole_rcekd.types.TeacherScores`; contexts are on the same scale as before."""
+        return RescaledScores(self._scores.transposed(), self._shift, self._scale, not self._by_item)
 
 
 def standardised(
@@ -172,6 +207,53 @@ def reciprocal_rank(
     every = ranks.gather((torch.cat(keys).cpu(), torch.cat(scores).float().cpu()))
     key, score = (torch.cat([pair[i] for pair in every]).to(device) for i in (0, 1))
     return ListedScores(key // n_items, key % n_items, score, torch.zeros(n_contexts, device=device), seen)
+
+
+def combined_rows(
+    rows: Sequence[Tensor], weights: Sequence[float], how: Literal["standardised", "reciprocal_rank"]
+) -> Tensor:
+    """Several teachers' full rows of scores as one, ``[n, n_items]``: what :func:`ensemble` says, of any contexts.
+
+    Args:
+        rows: of each teacher, ``[n, n_items]``; the padding item's column is not looked at.
+        weights: of each.
+        how: ``teacher_ensemble``.
+    """
+    total = torch.zeros_like(rows[0])
+    for part, weight in zip(rows, weights, strict=True):
+        scores = part[:, 1:].double()
+        if how == "reciprocal_rank":
+            best, items = scores.topk(min(_RANKED, scores.shape[1]), dim=1)
+            reward = weight / (_RANK_OFFSET + torch.arange(1, best.shape[1] + 1, device=part.device))
+            total[:, 1:].scatter_add_(1, items, reward.masked_fill(best == -torch.inf, 0.0).to(total.dtype))
+        else:
+            mean, deviation = scores.mean(1, keepdim=True), scores.std(1, correction=0, keepdim=True)
+            deviation = deviation.nan_to_num(0.0).masked_fill(deviation <= _SMALLEST_DEVIATION * mean.abs(), 0.0)
+            total[:, 1:] += _moved(scores, mean, _scale(deviation, weight / sum(weights))).to(total.dtype)
+    total[:, 0] = -torch.inf
+    return total
+
+
+def rescaled(
+    scores: TeacherScores, how: Literal["raw", "standardised"], temperature: float, device: torch.device | str = "cpu"
+) -> TeacherScores:
+    """The same ranking on another scale: standardised per context or not, then divided by ``temperature``.
+
+    Args:
+        scores: of the teacher.
+        how: ``kd_teacher_scores``.
+        temperature: ``kd_teacher_temperature``.
+        device: where the scores are.
+    """
+    if how == "standardised":
+        mean, deviation = moments(scores)
+        scale = _scale(deviation, 1.0 / temperature).float()
+    elif temperature == 1.0:
+        return scores
+    else:
+        mean = torch.zeros(scores.n_contexts, device=device)
+        scale = torch.full_like(mean, 1.0 / temperature)
+    return RescaledScores(scores, mean.float(), scale)
 
 
 def moments(part: TeacherScores) -> tuple[Tensor, Tensor]:

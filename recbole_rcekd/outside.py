@@ -59,7 +59,7 @@ class ListedScores:
         # By context, then from the best down; both sorts keep the order of what is equal.
         down = self._scores.argsort(descending=True, stable=True)
         self._best_first = self._listed.ids[down[(keys // self.n_items)[down].argsort(stable=True)]]
-        self._seen = seen.to(scores.device)
+        self.seen = seen.to(scores.device)
         self._floor_of_items = floor_of_items
         self._floor = floor.float()
         if not floor_of_items:
@@ -115,7 +115,7 @@ class ListedScores:
         rows, places = self._listed.places(contexts)
         items = self._best_first[places]
         if unseen:
-            seen_rows, seen_items = self._seen.cells(contexts)
+            seen_rows, seen_items = self.seen.cells(contexts)
             left = ~torch.isin(rows * self.n_items + items, seen_rows * self.n_items + seen_items)
             rows, items = rows[left], items[left]
         counts = torch.bincount(rows, minlength=len(contexts))
@@ -128,7 +128,7 @@ class ListedScores:
     def transposed(self) -> ListedScores:
         """See :class:`~recbole_rcekd.types.TeacherScores`; an unlisted cell keeps the floor of its user."""
         contexts, items, scores = self.rows()
-        return ListedScores(items, contexts, scores, self._floor, self._seen.transposed(), not self._floor_of_items)
+        return ListedScores(items, contexts, scores, self._floor, self.seen.transposed(), not self._floor_of_items)
 
 
 def read_scores(path: str | Path, student_dataset: Any, settings: TeacherSettings | None = None) -> ListedScores:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
@@ -31,7 +32,9 @@ from recbole_rcekd.processes import PLACE_KEYS, Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
 from recbole_rcekd.scoring import require_rankable
 from recbole_rcekd.sequences import create_dataset
-from recbole_rcekd.teacher import Teacher, load_teacher, split_hash
+from recbole_rcekd.settings import TeacherSettings, read_settings
+from recbole_rcekd.teacher import split_hash
+from recbole_rcekd.teachers import AnyTeacher, load_teacher, source_list
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 
 # RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
@@ -44,7 +47,7 @@ def run_recbole_kd(
     config_file_list: list[str] | None = None,
     config_dict: dict[str, Any] | None = None,
     saved: bool = True,
-    teacher: str | os.PathLike[str] | None = None,
+    teacher: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     kd_loss: str | list[str] | None = None,
     seeds: str | list[int] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
@@ -61,7 +64,8 @@ def run_recbole_kd(
         config_file_list: RecBole property files; KD keys may stand in them.
         config_dict: RecBole parameters; KD keys too.
         saved: keep checkpoints.
-        teacher: a RecBole checkpoint, or the name of a model to train first (and to re-use later).
+        teacher: a RecBole checkpoint, a file of scores, several of these (a list, or with commas between), or the name of
+            a model to train first (and to re-use later).
         kd_loss: the methods to train with, in order: names from ``LOSSES``, and ``scratch`` for no distillation.
         seeds: initialisations and draws to repeat with, on one split and one teacher (``[0, 1, 2]`` or ``"0,1,2"``);
             default: the Config's seed.
@@ -125,6 +129,7 @@ class _Experiment:
                 raise SettingsError(
                     f"[model] {config['model']} is not trained by gradient: it can teach, but not learn."
                 )
+        self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = self._read_teacher()
         if _may_evaluate_more(config):
             for each in (config, *self.run_configs.values()):
@@ -165,27 +170,33 @@ class _Experiment:
 
     def _read_teacher(self) -> Any:
         """The Config of a teacher that is to be trained, or ``None``; read now for the same reason."""
-        source = str(self.config["teacher"] or "")
-        if source.endswith(".pth") or os.path.sep in source or os.path.exists(source):
-            stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k != "teacher_trust"]
-            stray = [k for k in stray if self.config[k] is not None]
-            if stray:
-                raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{source}] is trained already.")
-            return None
-        if not source:
-            return None
-        try:
-            model_class = get_model(source)
-        except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
-            raise SettingsError(f"[teacher] is {source!r}, which is neither a RecBole model nor a file.") from error
-        require_rankable(model_class)
-        return teacher_config(source, self.config)
+        given = self.config["teacher"]
+        sources = source_list(given) if given else []
+        # A RecBole model has neither of these in its name.
+        if len(sources) == 1 and not (Path(sources[0]).suffix or os.path.sep in sources[0]):
+            try:
+                model_class = get_model(sources[0])
+            except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+                if not os.path.exists(sources[0]):
+                    raise SettingsError(
+                        f"[teacher] is {given!r}, which is neither a RecBole model nor a file."
+                    ) from error
+            else:
+                require_rankable(model_class)
+                return teacher_config(sources[0], self.config)
+        self.teacher_settings.weights_of(sources)
+        known = {"teacher_trust", *TeacherSettings.keys()}
+        stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k not in known]
+        stray = [k for k in stray if self.config[k] is not None]
+        if sources and stray:
+            raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
+        return None
 
-    def _prepare_teacher(self, data: _Data) -> tuple[Teacher, TeacherResult]:
-        source, trained = str(self.config["teacher"]), dict[str, Any]()
+    def _prepare_teacher(self, data: _Data) -> tuple[AnyTeacher, TeacherResult]:
+        source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
-            source, trained = self._train_teacher(source, self.teacher_config, data)
-        teacher = load_teacher(source, data.train, trust=bool(self.config["teacher_trust"]))
+            source, trained = self._train_teacher(str(source), self.teacher_config, data)
+        teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
         return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
 
     def _train_teacher(self, name: str, config: Any, data: _Data) -> tuple[str, dict[str, Any]]:
@@ -246,7 +257,7 @@ class _Experiment:
                 config[key] = value
         return config
 
-    def _run(self, name: str, seed: int, data: _Data, teacher: Teacher | None, report: Report) -> RunResult:
+    def _run(self, name: str, seed: int, data: _Data, teacher: AnyTeacher | None, report: Report) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = self.ranks.broadcast(report.finished(name, seed, config, teacher))

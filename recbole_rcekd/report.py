@@ -32,6 +32,7 @@ from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher
+from recbole_rcekd.teachers import AnyTeacher
 
 RESULT_FORMAT = 1
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
@@ -74,7 +75,8 @@ class RunResult:
 class TeacherResult:
     """The teacher, measured on the same data; ``teacher`` in ``result.json``.
 
-    ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained elsewhere.
+    ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained elsewhere. Of several teachers
+    parameters, bytes and times are added up; a file of scores has no parameters, and ranks in no time.
     """
 
     model: str
@@ -91,20 +93,22 @@ class TeacherResult:
 
     @classmethod
     def of(
-        cls, teacher: Teacher, config: Any, valid_data: Any, test_data: Any, course: dict[str, Any]
+        cls, teacher: AnyTeacher, config: Any, valid_data: Any, test_data: Any, course: dict[str, Any]
     ) -> TeacherResult:
         """Measure a teacher with RecBole's evaluation on the student's data."""
+        parts: Any = getattr(teacher, "parts", [teacher])
+        models = [part for part in parts if isinstance(part, Teacher)]
         trainer = Trainer(config, _TeacherAsModel(teacher, config["device"]))
         valid, test = (_evaluated(trainer, data) for data in (valid_data, test_data))
         return cls(
-            model=str(teacher.config["model"]),
+            model=teacher.name,
             checkpoint=teacher.source,
             fingerprint=teacher.fingerprint,
             best_valid_result=valid,
             test_result=test,
-            parameters=sum(p.numel() for p in teacher.model.parameters()),
-            checkpoint_bytes=os.path.getsize(teacher.source),
-            ranking_ms_per_1000_users=_time_ranking(teacher.scorer),
+            parameters=sum(p.numel() for model in models for p in model.model.parameters()),
+            checkpoint_bytes=sum(os.path.getsize(part.source) for part in parts),
+            ranking_ms_per_1000_users=round(sum(_time_ranking(model.scorer) for model in models), 2),
             **course,
         )
 
@@ -112,7 +116,7 @@ class TeacherResult:
 class _TeacherAsModel(torch.nn.Module):
     """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
 
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+    def __init__(self, teacher: AnyTeacher, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self._teacher = teacher
@@ -182,7 +186,7 @@ class Report:
         """The folder of one run, ``<loss>-seed<seed>``."""
         return None if self.folder is None else self.folder / f"{loss}-seed{seed}"
 
-    def fingerprint(self, config: Any, teacher: Teacher | None) -> str:
+    def fingerprint(self, config: Any, teacher: AnyTeacher | None) -> str:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         foreign = [f"{name}_" for name in (*LOSSES, SCRATCH) if name != method]
@@ -197,7 +201,7 @@ class Report:
         parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def finished(self, loss: str, seed: int, config: Any, teacher: Teacher | None) -> RunResult | None:
+    def finished(self, loss: str, seed: int, config: Any, teacher: AnyTeacher | None) -> RunResult | None:
         """The same run, if an earlier command finished it in this folder."""
         folder = self.run_folder(loss, seed)
         if folder is None or not (folder / "run.json").exists():

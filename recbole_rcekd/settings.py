@@ -115,6 +115,8 @@ class KDSettings(Settings):
         kd_schedule: ``users`` visits every user once per epoch (mean over users, as in the paper); ``interactions``
             visits the users of each batch's rows, once per row (as the authors' code).
         kd_refresh_epochs: every user's lists are renewed once in so many epochs, a rotating share each epoch.
+        kd_teacher_scores: ``standardised`` brings each context's teacher scores to mean 0 and deviation 1 over the catalogue.
+        kd_teacher_temperature: teacher scores are divided by it (the losses' own temperatures divide both sides).
         kd_cache_dir: folder of the teacher-score cache.
         kd_cache_dtype: precision of cached scores of teachers that are not a product of two tables.
         kd_diagnostic_users: so many users are looked at in full every epoch for the closure gap; 0 turns it off.
@@ -125,6 +127,8 @@ class KDSettings(Settings):
     kd_schedule: typing.Literal["users", "interactions"] = "users"
     kd_refresh_epochs: int = setting(8, low=1)
     kd_cache_dir: str = "saved/teacher_scores"
+    kd_teacher_scores: typing.Literal["raw", "standardised"] = "raw"
+    kd_teacher_temperature: float = setting(1.0, above=0.0)
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
     kd_diagnostic_users: int = setting(8, low=0)
     kd_sequence_split: typing.Literal["rows", "interactions"] = "rows"

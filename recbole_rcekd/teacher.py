@@ -62,7 +62,7 @@ _MACHINE_KEYS = PLACE_KEYS | {
 class Teacher:
     """A frozen model that is asked in the student's ids.
 
-    Made by :func:`load_teacher`.
+    Made by :func:`read_teacher`.
 
     Args:
         checkpoint: what :func:`~recbole_rcekd.checkpoint.read_checkpoint` returned.
@@ -92,6 +92,7 @@ class Teacher:
     ) -> None:
         self.config = checkpoint["config"]
         self.source = source
+        self.name = str(self.config["model"])
         self.device = device
         self.n_items = int(student_dataset.item_num)
         self.taken = training_interactions(student_dataset)
@@ -219,7 +220,7 @@ class Teacher:
         return [str(tokens[int(i)]) for i in users]
 
 
-def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
+def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
     """Open a RecBole checkpoint as the teacher of a student.
 
     Args:
@@ -234,7 +235,7 @@ def load_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
         TeacherError: the file is not usable, or the teacher learned from other interactions than the student will.
 
     Example:
-        >>> teacher = load_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
+        >>> teacher = read_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
     """
     student_dataset = getattr(train_data, "_dataset", train_data)
     student_config = student_dataset.config

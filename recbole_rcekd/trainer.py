@@ -21,10 +21,10 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_local_time, get_trainer, set_color
 
-from recbole_rcekd.cache import open_teacher_scores
 from recbole_rcekd.config import loss_names, read_kd_settings
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.ensemble import rescaled
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
@@ -33,6 +33,7 @@ from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.row_lists import teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher, training_interactions
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Teachers, open_scores
 from recbole_rcekd.types import TeacherScores
 
 
@@ -119,7 +120,7 @@ class DistillMixin(RecordingMixin):
     Args:
         config: the student's stock RecBole Config; KD keys that it lacks take their shipped defaults.
         model: the student, a stock RecBole model.
-        teacher: from :func:`~recbole_rcekd.teacher.load_teacher`, or any
+        teacher: from :func:`~recbole_rcekd.teachers.load_teacher`, or any
             :class:`~recbole_rcekd.types.TeacherScores` in the student's ids.
         seed: of the draws; the Config's ``seed`` unless given.
 
@@ -128,7 +129,9 @@ class DistillMixin(RecordingMixin):
         ScoringError: the model cannot be a student.
     """
 
-    def __init__(self, config: Any, model: Any, teacher: Teacher | TeacherScores, seed: int | None = None) -> None:
+    def __init__(
+        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
+    ) -> None:
         self.kd_settings, self.kd_loss = read_kd_settings(config)
         (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
@@ -150,11 +153,14 @@ class DistillMixin(RecordingMixin):
         """While this lasts, the model's ``calculate_loss`` includes the KD term."""
         dataset = train_data._dataset
         scorer = ModelScorer(self.model, dataset, trainable=True)
-        if isinstance(self.teacher, Teacher):
-            scores: TeacherScores = open_teacher_scores(self.teacher, self.kd_settings, show_progress, self.ranks)
-            by_rows: bool | None = self.teacher.scores_rows
+        by_rows: bool | None = None
+        if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)):
+            by_rows = self.teacher.scores_rows
+            scores = open_scores(self.teacher, self.kd_settings, self.model.device, show_progress, self.ranks)
         else:
-            scores, by_rows = self.teacher, None
+            scores = self.teacher
+        how, temperature = self.kd_settings.kd_teacher_scores, self.kd_settings.kd_teacher_temperature
+        scores = rescaled(scores, how, temperature, self.model.device)
         common = (self.kd_loss, self.kd_settings)
         watched: Any
         numbered: Any
@@ -259,7 +265,9 @@ class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
         >>> best_valid_score, best_valid_result = trainer.fit(train_data, valid_data)  # doctest: +SKIP
     """
 
-    def __init__(self, config: Any, model: Any, teacher: Teacher | TeacherScores, seed: int | None = None) -> None:
+    def __init__(
+        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
+    ) -> None:
         own = get_trainer(config["MODEL_TYPE"], config["model"])
         if own is not Trainer:
             raise KDError(

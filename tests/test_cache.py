@@ -19,7 +19,7 @@ from recbole_rcekd.cache import DenseScores, FactorScores, blocks, open_teacher_
 from recbole_rcekd.errors import KDError, TeacherError
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.store import FORMAT, Store
-from recbole_rcekd.teacher import Teacher, load_teacher
+from recbole_rcekd.teacher import Teacher, read_teacher
 from recbole_rcekd.types import Seen
 from tests.helpers import Bundle, build, train_and_save, write_dataset
 
@@ -45,7 +45,7 @@ class Trained:
         return path
 
     def teacher(self, name: str) -> Teacher:
-        return load_teacher(self.path(name), self.student.train)
+        return read_teacher(self.path(name), self.student.train)
 
     def own_scores(self, name: str) -> Tensor:
         """What RecBole's evaluation sees: all users, all items but padding."""

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd import DistillTrainer, KDError, cache, command, distill_trainer, load_teacher
+from recbole_rcekd import DistillTrainer, KDError, cache, command, distill_trainer, read_teacher
 from recbole_rcekd.cache import DenseScores, FactorScores, open_teacher_scores
 from recbole_rcekd.command import main
 from recbole_rcekd.config import read_kd_settings
@@ -119,9 +119,10 @@ def step_of_a_rank(bundle: Bundle, loss: str, schedule: str, item_weight: float,
     config = bundle.config
     config["kd_loss"], config["kd_schedule"], config["rrd_item_weight"] = loss, schedule, item_weight
     model = build_model(bundle, seed=7).double()
-    trainer = DistillTrainer(config, model, load_teacher(teacher, bundle.train), seed=3)
+    trainer = DistillTrainer(config, model, read_teacher(teacher, bundle.train), seed=3)
     batch = list(bundle.train)[UNEQUAL_STEP]
     with trainer.distilling(bundle.train) as distiller:
+        assert isinstance(distiller, Distiller)
         distiller.begin_epoch(0, len(bundle.train))
         for _ in range(UNEQUAL_STEP):
             distiller.step(batch["user_id"])
@@ -159,7 +160,7 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
 
     # Evaluation: weights that all know, and loaders that deal the users out.
     model = build_model(bundle, seed=11)
-    trainer = DistillTrainer(bundle.config, model, load_teacher(teachers["factors"], bundle.train))
+    trainer = DistillTrainer(bundle.config, model, read_teacher(teachers["factors"], bundle.train))
     trainer.eval_collector.data_collect(bundle.train)
     found["evaluated"] = dict(trainer.evaluate(bundle.test, load_best_model=False))
 
@@ -167,7 +168,7 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
     cache.blocks = functools.partial(cache.blocks, cells=600)
     for kind, checkpoint in teachers.items():
         settings = KDSettings(kd_cache_dir=str(Path(out) / "scores"))
-        scores = open_teacher_scores(load_teacher(checkpoint, bundle.train), settings, False, ranks)
+        scores = open_teacher_scores(read_teacher(checkpoint, bundle.train), settings, False, ranks)
         own = ranks.own(torch.arange(scores.n_contexts))
         found[kind] = {
             "type": type(scores).__name__,
@@ -176,7 +177,7 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
             "held": scores._lists[True].shape,
             "by item": scores.transposed().top_k(ranks.own(torch.arange(scores.n_items)), 5, unseen=True),
         }
-        again = open_teacher_scores(load_teacher(checkpoint, bundle.train), settings, False, ranks)
+        again = open_teacher_scores(read_teacher(checkpoint, bundle.train), settings, False, ranks)
         found[kind]["read"] = again.top_k(own, 10, unseen=True)
         found[kind]["read held"] = again._lists[True].shape
     ranks.barrier()
@@ -188,7 +189,7 @@ def work(config_dict: dict[str, Any], folder: str, teachers: dict[str, str], out
         keys = {**SMALL, **config_dict, **own_keys, "kd_loss": "rce", "epochs": 6, "stopping_step": 1}
         other = build(Path(folder), student, **keys)
         student_trainer = distill_trainer(other.config)(
-            other.config, build_model(other), load_teacher(teachers["factors"], other.train)
+            other.config, build_model(other), read_teacher(teachers["factors"], other.train)
         )
         score, _ = student_trainer.fit(other.train, other.valid, saved=True, show_progress=False)
         test = student_trainer.evaluate(other.test)
@@ -239,7 +240,7 @@ def test_kd_gradients_are_those_of_one_process(
     model.load_state_dict(parts[0]["state"])
     scorer = ModelScorer(model, bundle.train._dataset, trainable=True)
     settings, kd_loss = read_kd_settings(bundle.config)
-    scores = open_teacher_scores(load_teacher(teachers["factors"], bundle.train), settings)
+    scores = open_teacher_scores(read_teacher(teachers["factors"], bundle.train), settings)
     distiller = Distiller(scorer, scores, kd_loss, settings, training_interactions(bundle.train._dataset), seed=3)
     distiller.begin_epoch(0, parts[0]["n_steps"])
     assert len(distiller._sides) == (2 if item_weight else 1)
@@ -294,7 +295,7 @@ def test_processes_draw_different_things(computed: list[dict[str, Any]]) -> None
 def test_evaluation_is_that_of_one_process(computed: list[dict[str, Any]], folder: Path, teachers: Any) -> None:
     bundle = alone(folder)
     trainer = DistillTrainer(
-        bundle.config, build_model(bundle, seed=11), load_teacher(teachers["factors"], bundle.train)
+        bundle.config, build_model(bundle, seed=11), read_teacher(teachers["factors"], bundle.train)
     )
     trainer.eval_collector.data_collect(bundle.train)
     expected = dict(trainer.evaluate(bundle.test, load_best_model=False))
@@ -335,7 +336,7 @@ def test_teacher_lists_made_in_shares_are_those_of_one_process(
 ) -> None:
     bundle = alone(folder)
     settings = KDSettings(kd_cache_dir=str(tmp_path / "alone"))
-    scores = open_teacher_scores(load_teacher(teachers[kind], bundle.train), settings)
+    scores = open_teacher_scores(read_teacher(teachers[kind], bundle.train), settings)
     users, items = torch.arange(scores.n_contexts), torch.arange(scores.n_items)
     expected = scores.top_k(users, 10, unseen=True)
     by_item = scores.transposed().top_k(items, 5, unseen=True)
@@ -357,7 +358,7 @@ def test_what_processes_wrote_is_what_one_process_writes(
     teachers: dict[str, Path],
     tmp_path: Path,
 ) -> None:
-    teacher = load_teacher(teachers[kind], alone(folder).train)
+    teacher = read_teacher(teachers[kind], alone(folder).train)
     scores = open_teacher_scores(teacher, KDSettings(kd_cache_dir=str(tmp_path / "alone")))
     assert isinstance(scores, FactorScores if kind == "factors" else DenseScores)
     scores.top_k(torch.arange(3), 10, unseen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recbole_rcekd import teacher as teacher_module
 from recbole_rcekd.errors import KDError, ScoringError, TeacherError
-from recbole_rcekd.teacher import Teacher, load_teacher, split_hash, training_interactions
+from recbole_rcekd.teacher import Teacher, read_teacher, split_hash, training_interactions
 from tests.helpers import (
     Bundle,
     block_pairs,
@@ -109,7 +109,7 @@ def assert_aligned(teacher: Teacher, student: Bundle, model: Any, own: Bundle) -
 
 
 def test_frozen(folder: Path, student: Bundle) -> None:
-    teacher = load_teacher(folder / "BPR.pth", student.train)
+    teacher = read_teacher(folder / "BPR.pth", student.train)
     assert not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
     assert not teacher.score_all(torch.tensor([1, 2])).requires_grad
@@ -128,14 +128,14 @@ def test_same_data_is_not_read_again(folder: Path, student: Bundle, monkeypatch:
     monkeypatch.setattr(teacher_module, "create_dataset", never)
     monkeypatch.setattr(teacher_module, "get_model", Building())
     for data in (student.train, student.train._dataset):
-        teacher = load_teacher(folder / "BPR.pth", data)
+        teacher = read_teacher(folder / "BPR.pth", data)
         assert teacher.user_ids is None
         assert teacher.fingerprint  # and neither this nor loading has built the model
     own = build(folder, "BPR", **SMALL)
     monkeypatch.undo()
     model = build_model(own)
     model.load_state_dict(torch.load(folder / "BPR.pth", weights_only=False)["state_dict"])
-    assert_aligned(load_teacher(folder / "BPR.pth", student.train), student, model.eval(), own)
+    assert_aligned(read_teacher(folder / "BPR.pth", student.train), student, model.eval(), own)
 
 
 class Building:
@@ -155,7 +155,7 @@ def test_other_ids_are_translated_by_token(folder: Path, tmp_path: Path) -> None
     model = train_and_save(own, tmp_path / "x.pth")
     for field in ("user_id", "item_id"):
         assert list(own.dataset.field2id_token[field]) != list(student.dataset.field2id_token[field])
-    teacher = load_teacher(tmp_path / "x.pth", student.train)
+    teacher = read_teacher(tmp_path / "x.pth", student.train)
     assert teacher.user_ids is not None
     assert_aligned(teacher, student, model, own)
 
@@ -167,7 +167,7 @@ def test_knowledge_aware_teacher(folder: Path, tmp_path: Path, settings: dict[st
     columns["load_col"]["link"] = ["item_id", "entity_id"]
     own = build(folder, "CKE", **SMALL, kg_embedding_size=8, **{**IN_TIME, **columns, **settings})
     model = train_and_save(own, tmp_path / "x.pth")
-    assert_aligned(load_teacher(tmp_path / "x.pth", student.train), student, model, own)
+    assert_aligned(read_teacher(tmp_path / "x.pth", student.train), student, model, own)
 
 
 def test_missing_tokens_are_counted_and_named(folder: Path, tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_missing_tokens_are_counted_and_named(folder: Path, tmp_path: Path) -> N
     student = build(tmp_path, "BPR")
     save_untrained(build(tmp_path, "CKE", **SMALL), tmp_path / "x.pth")
     with pytest.raises(TeacherError, match=r"does not know 12 of the student's 60 values of \[item_id\]") as caught:
-        load_teacher(tmp_path / "x.pth", student.train)
+        read_teacher(tmp_path / "x.pth", student.train)
     message = str(caught.value)
     named = message.split("[item_id]: ")[1].split(", …. Use the same filters")[0].split(", ")
     assert len(named) == 5
@@ -186,7 +186,7 @@ def test_missing_tokens_are_counted_and_named(folder: Path, tmp_path: Path) -> N
 
     write_knowledge(tmp_path, without={"i7"})
     with pytest.raises(TeacherError, match=r"does not know 1 of the student's 60 values of \[item_id\]: i7\. Use"):
-        load_teacher(tmp_path / "x.pth", student.train)
+        read_teacher(tmp_path / "x.pth", student.train)
 
 
 def test_other_seed_is_refused(folder: Path, student: Bundle, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_other_seed_is_refused(folder: Path, student: Bundle, tmp_path: Path) ->
     mine, theirs = pairs(student), pairs(own)
     assert 0 < len(mine & theirs) < len(mine)
     with pytest.raises(TeacherError, match="learned from other interactions than this student will") as caught:
-        load_teacher(tmp_path / "x.pth", student.train)
+        read_teacher(tmp_path / "x.pth", student.train)
     assert f": {len(mine & theirs)} of the student's {len(mine)} training interactions are" in str(caught.value)
     assert f"among the teacher's {len(theirs)}, so" in str(caught.value)
     assert "Train it with the same seed" in str(caught.value)
@@ -224,7 +224,7 @@ def test_other_filter_or_split_is_refused(
 ) -> None:
     save_untrained(build(folder, "BPR", **{**SMALL, **settings}), tmp_path / "x.pth")
     with pytest.raises(TeacherError, match=r"learned from other interactions|does not know"):
-        load_teacher(tmp_path / "x.pth", student.train)
+        read_teacher(tmp_path / "x.pth", student.train)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_other_settings_with_the_same_outcome_are_accepted(
     folder: Path, student: Bundle, tmp_path: Path, part: dict[str, Any]
 ) -> None:
     save_untrained(build(folder, "BPR", **SMALL, eval_args={**student.config["eval_args"], **part}), tmp_path / "x.pth")
-    teacher = load_teacher(tmp_path / "x.pth", student.train)
+    teacher = read_teacher(tmp_path / "x.pth", student.train)
     assert (teacher.n_contexts, teacher.n_items) == (student.dataset.user_num, student.dataset.item_num)
 
 
@@ -247,7 +247,7 @@ def test_seed_that_decides_nothing(folder: Path, tmp_path: Path) -> None:
     student = build(folder, "BPR", **IN_TIME)
     own = build(folder, "BPR", seed=7, **SMALL, **IN_TIME)
     model = train_and_save(own, tmp_path / "x.pth")
-    assert_aligned(load_teacher(tmp_path / "x.pth", student.train), student, model, own)
+    assert_aligned(read_teacher(tmp_path / "x.pth", student.train), student, model, own)
 
 
 def test_ready_split_ignores_the_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,26 +259,26 @@ def test_ready_split_ignores_the_seed(tmp_path: Path, monkeypatch: pytest.Monkey
     student = build(tmp_path, "BPR", seed=1, **ready)
     save_untrained(build(tmp_path, "BPR", seed=2, **SMALL, **ready), tmp_path / "x.pth")
     monkeypatch.setattr(teacher_module, "create_dataset", None)  # nothing is read again
-    assert load_teacher(tmp_path / "x.pth", student.train).user_ids is None
+    assert read_teacher(tmp_path / "x.pth", student.train).user_ids is None
 
 
 def test_other_dataset_is_refused(folder: Path, student: Bundle, tmp_path: Path) -> None:
     path = with_settings(folder / "BPR.pth", tmp_path / "x.pth", dataset="ml-1m")
     with pytest.raises(TeacherError, match=r"was trained on \[ml-1m\], the student's dataset is \[tiny\]"):
-        load_teacher(path, student.train)
+        read_teacher(path, student.train)
 
 
 def test_weights_that_do_not_fit(folder: Path, student: Bundle, tmp_path: Path) -> None:
     path = with_settings(folder / "BPR.pth", tmp_path / "x.pth", embedding_size=5)
     with pytest.raises(TeacherError, match="do not fit a BPR on this dataset: it was trained on other data") as caught:
-        load_teacher(path, student.train).model  # noqa: B018
+        read_teacher(path, student.train).model  # noqa: B018
     assert "\n" not in str(caught.value)
 
     # The same name and settings, other files.
     write_dataset(tmp_path, pairs=block_pairs(n_users=30))
     other = build(tmp_path, "BPR")
     with pytest.raises(TeacherError, match="do not fit a BPR on this dataset"):
-        load_teacher(folder / "BPR.pth", other.train).scorer  # noqa: B018
+        read_teacher(folder / "BPR.pth", other.train).scorer  # noqa: B018
 
 
 @pytest.mark.parametrize("path", ["BPR.pth", "CKE.pth"])
@@ -287,7 +287,7 @@ def test_random_streams_are_left_alone(folder: Path, student: Bundle, path: str)
     if path == "CKE.pth":  # its data have to be built again
         save_untrained(build(folder, "CKE", **SMALL), folder / path)
     before = random_states()
-    teacher = load_teacher(folder / path, student.train)
+    teacher = read_teacher(folder / path, student.train)
     assert random_states() == before
     teacher.model  # noqa: B018
     assert random_states() == before
@@ -303,7 +303,7 @@ def test_teachers_that_draw_in_evaluation_leave_them_alone_too(
     settings: dict[str, Any] = {"train_neg_sample_args": None, "kfac": 2, **SMALL} if name == "MacridVAE" else {}
     save_untrained(build(folder, name, **settings), tmp_path / "x.pth")
     before = random_states()
-    teacher = load_teacher(tmp_path / "x.pth", student.train)
+    teacher = read_teacher(tmp_path / "x.pth", student.train)
     assert teacher.factors() is None
     teacher.score_all(torch.tensor([1, 2]))
     assert random_states() == before
@@ -313,7 +313,7 @@ def test_command_line_does_not_reach_the_teacher(folder: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["run_recbole_kd.py", "--embedding_size=7", "--seed=2020", "--model=NeuMF"])
     student = build(folder, "BPR")
     assert student.config["embedding_size"] == 7
-    teacher = load_teacher(folder / "BPR.pth", student.train)
+    teacher = read_teacher(folder / "BPR.pth", student.train)
     assert type(teacher.model).__name__ == "BPR"
     assert teacher.model.user_embedding.weight.shape == (41, 8)
 
@@ -326,30 +326,30 @@ def test_the_students_device_and_paths_are_used(folder: Path, student: Bundle, t
         data_path="/gone",
         checkpoint_dir="/gone",
     )
-    teacher = load_teacher(path, student.train)
+    teacher = read_teacher(path, student.train)
     assert teacher.model.device == torch.device("cpu")
-    assert teacher.fingerprint == load_teacher(folder / "BPR.pth", student.train).fingerprint
+    assert teacher.fingerprint == read_teacher(folder / "BPR.pth", student.train).fingerprint
 
 
 @pytest.mark.parametrize("name", ["Nothing", "../evil", ""])
 def test_unknown_model_is_refused(folder: Path, student: Bundle, tmp_path: Path, name: str) -> None:
     path = with_settings(folder / "BPR.pth", tmp_path / "x.pth", model=name)
     with pytest.raises(TeacherError, match=r"which this RecBole does not know|is no RecBole Config"):
-        load_teacher(path, student.train)
+        read_teacher(path, student.train)
 
 
 @pytest.mark.parametrize("config", [{"model": "BPR"}, None, "BPR"])
 def test_config_of_another_kind_is_refused(folder: Path, student: Bundle, tmp_path: Path, config: Any) -> None:
     path = changed(folder / "BPR.pth", tmp_path / "x.pth", lambda content: content.update(config=config))
     with pytest.raises(TeacherError, match=r"\[config\] is no RecBole Config"):
-        load_teacher(path, student.train)
+        read_teacher(path, student.train)
 
 
 @pytest.mark.parametrize("name", ["FM", "GRU4Rec"])
 def test_model_not_scored_by_user_is_refused(folder: Path, student: Bundle, tmp_path: Path, name: str) -> None:
     path = with_settings(folder / "BPR.pth", tmp_path / "x.pth", model=name)
     with pytest.raises(ScoringError, match=f"^{name} is a .* model; so far only"):
-        load_teacher(path, student.train)
+        read_teacher(path, student.train)
 
 
 @pytest.mark.parametrize("reason", ["no such file", "not trusted"])
@@ -357,11 +357,11 @@ def test_file_that_cannot_be_read(folder: Path, student: Bundle, tmp_path: Path,
     path = tmp_path / "x.pth"
     if reason == "not trusted":
         changed(folder / "BPR.pth", path, lambda content: content.update(extra=Path("x")))
-        assert load_teacher(path, student.train, trust=True).fingerprint
+        assert read_teacher(path, student.train, trust=True).fingerprint
     with pytest.raises(TeacherError, match=r"There is no checkpoint|teacher_trust: True"):
-        load_teacher(path, student.train)
+        read_teacher(path, student.train)
     with pytest.raises(KDError):
-        load_teacher(str(path), student.train)
+        read_teacher(str(path), student.train)
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_files_that_the_teacher_started_from_are_not_needed(
     extra: dict[str, Any] = {"train_neg_sample_args": None, "mlp_hidden_size": [8]} if name == "RaCT" else {}
     save_untrained(build(folder, name, **extra), tmp_path / "x.pth")
     path = with_settings(tmp_path / "x.pth", tmp_path / "y.pth", **settings)
-    teacher = load_teacher(path, student.train)
+    teacher = read_teacher(path, student.train)
     own = torch.load(tmp_path / "x.pth", weights_only=False)["state_dict"]
     assert own.keys() == teacher.model.state_dict().keys()
     assert all(torch.equal(value, own[key]) for key, value in teacher.model.state_dict().items())
@@ -406,7 +406,7 @@ def test_pickled_data_that_the_checkpoint_names_are_not_opened(folder: Path, stu
     path = with_settings(
         tmp_path / "x.pth", tmp_path / "y.pth", checkpoint_dir=str(evil), save_dataset=True, **settings
     )
-    load_teacher(path, student.train).scorer  # noqa: B018
+    read_teacher(path, student.train).scorer  # noqa: B018
     assert not sentinel.exists()
     pickle.loads((evil / "data.pth").read_bytes())
     assert sentinel.exists()
@@ -414,7 +414,7 @@ def test_pickled_data_that_the_checkpoint_names_are_not_opened(folder: Path, stu
 
 def test_fingerprint_says_what_decides_the_scores(folder: Path, student: Bundle, tmp_path: Path) -> None:
     def fingerprint(path: Path, bundle: Bundle = student) -> str:
-        return load_teacher(path, bundle.train).fingerprint
+        return read_teacher(path, bundle.train).fingerprint
 
     first = fingerprint(folder / "BPR.pth")
     shutil.copy(folder / "BPR.pth", tmp_path / "renamed.pth")
@@ -460,17 +460,17 @@ def test_fingerprint_covers_weights_outside_the_state_dict(
         other[key[name]] = other[key[name]] * 2
 
     paths = [tmp_path / "x.pth", changed(tmp_path / "x.pth", tmp_path / "y.pth", nudge)]
-    prints = [load_teacher(path, student.train).fingerprint for path in paths]
+    prints = [read_teacher(path, student.train).fingerprint for path in paths]
     assert prints[0] != prints[1]
-    assert prints[0] == load_teacher(paths[0], student.train).fingerprint
-    assert load_teacher(paths[0], student.train).score_all(torch.tensor([1, 2])).isfinite().sum() == 120
+    assert prints[0] == read_teacher(paths[0], student.train).fingerprint
+    assert read_teacher(paths[0], student.train).score_all(torch.tensor([1, 2])).isfinite().sum() == 120
 
 
 def test_fingerprint_ignores_what_evaluation_left(folder: Path, student: Bundle, tmp_path: Path) -> None:
     train_and_save(build(folder, "LightGCN", **SMALL), tmp_path / "x.pth")
     assert torch.load(tmp_path / "x.pth", weights_only=False)["other_parameter"]["restore_user_e"] is not None
     path = changed(tmp_path / "x.pth", tmp_path / "y.pth", lambda content: content.pop("other_parameter"))
-    teachers = [load_teacher(p, student.train) for p in (tmp_path / "x.pth", path)]
+    teachers = [read_teacher(p, student.train) for p in (tmp_path / "x.pth", path)]
     assert teachers[0].fingerprint == teachers[1].fingerprint
     users = torch.arange(41)
     torch.testing.assert_close(teachers[0].score_all(users), teachers[1].score_all(users))
@@ -481,9 +481,9 @@ def test_fingerprint_is_the_same_in_another_process(folder: Path, student: Bundl
         "import sys; sys.argv = ['x']\n"
         "from pathlib import Path\n"
         "from tests.helpers import build\n"
-        "from recbole_rcekd import load_teacher\n"
+        "from recbole_rcekd import read_teacher\n"
         f"folder = Path({str(folder)!r})\n"
-        "print(load_teacher(folder / 'BPR.pth', build(folder, 'BPR').train).fingerprint)\n"
+        "print(read_teacher(folder / 'BPR.pth', build(folder, 'BPR').train).fingerprint)\n"
     )
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -493,7 +493,7 @@ def test_fingerprint_is_the_same_in_another_process(folder: Path, student: Bundl
         cwd=Path(__file__).parents[1],
         env={**os.environ, "PYTHONHASHSEED": "11"},
     )
-    assert result.stdout.split()[-1] == load_teacher(folder / "BPR.pth", student.train).fingerprint
+    assert result.stdout.split()[-1] == read_teacher(folder / "BPR.pth", student.train).fingerprint
 
 
 def test_training_interactions_and_their_hash(folder: Path, student: Bundle) -> None:

@@ -202,6 +202,7 @@ def test_a_step_adds_the_weighted_loss_and_stays_a_scalar(folder: Path, tmp_path
     assert len(set(batch["user_id"].tolist())) < len(batch["user_id"])  # users who stand there twice
     base = trainer.model.calculate_loss(batch)
     with trainer.distilling(bundle.train) as distiller:
+        assert isinstance(distiller, Distiller)
         distiller.begin_epoch(0, 2)
         kd = distiller.step(batch["user_id"])
         total = trainer.model.calculate_loss(batch)

@@ -313,7 +313,7 @@ def test_training_learns_and_the_checkpoint_reopens(tmp_path: Path, split: dict[
 
 def test_plain_recbole_runs_it(folder: Path) -> None:
     config = build_config(folder, "HSTU", **SMALL)
-    given = {**config.external_config_dict, "data_path": str(Path(config["data_path"]).parent)}
+    given = {**config.external_config_dict, "data_path": str(folder)}
     result = run_recbole(model="HSTU", dataset="tiny", config_dict=given, saved=False)
     assert 0 <= result["test_result"]["ndcg@10"] <= 1
 

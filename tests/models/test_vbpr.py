@@ -11,10 +11,10 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from recbole_rcekd import load_teacher, run_recbole_kd
 from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.models.vbpr import VBPR, prepare_features
 from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.teacher import read_teacher, run_recbole_kd
 from tests.helpers import N_ITEMS, Bundle, build, build_model, save_untrained, write_atomic_file, write_dataset
 
 # isort: split
@@ -219,11 +219,11 @@ def test_a_teacher_keeps_its_features_when_the_file_changes(tmp_path: Path) -> N
     saved = save_untrained(bundle, tmp_path / "vbpr.pth")
     write_vectors(tmp_path, "text", "tid", vectors(TEXT, 77))
     student = build(tmp_path, "BPR")
-    teacher = load_teacher(tmp_path / "vbpr.pth", student.train)
+    teacher = read_teacher(tmp_path / "vbpr.pth", student.train)
     assert torch.equal(teacher.model.features, saved.features)
     write_vectors(tmp_path, "text", "tid", vectors(TEXT + 1, 77))
     with pytest.raises(TeacherError, match="do not fit a VBPR on this dataset"):
-        _ = load_teacher(tmp_path / "vbpr.pth", student.train).model
+        _ = read_teacher(tmp_path / "vbpr.pth", student.train).model
 
 
 def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> None:

@@ -1,0 +1,184 @@
+"""Whatever ``--teacher`` names: a RecBole checkpoint, a file of scores, or several of these as one teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.ensemble import combined_rows, ensemble
+from recbole_rcekd.errors import TeacherError
+from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
+from recbole_rcekd.processes import Ranks
+from recbole_rcekd.settings import KDSettings, TeacherSettings
+from recbole_rcekd.store import Store
+from recbole_rcekd.teacher import Teacher, read_teacher, split_hash
+from recbole_rcekd.types import Seen, TeacherScores
+
+
+class AnyTeacher(Protocol):
+    """What every kind of teacher answers; see :class:`~recbole_rcekd.teacher.Teacher` for the attributes."""
+
+    source: str
+    seen: Seen
+    scores_rows: bool
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the scores."""
+        ...
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """Scores ``[n, n_items]`` of every item for rows of the student's data, training or not."""
+        ...
+
+
+class ScoreFile:
+    """A teacher that is a file of scores.
+
+    Args:
+        path: of the file.
+        student_dataset: the student's training dataset.
+        settings: what to do with gaps in the file.
+    """
+
+    scores_rows = False
+
+    def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
+        self.source = path
+        self.name = Path(path).name
+        self.scores: ListedScores = read_scores(path, student_dataset, settings)
+        self.seen = self.scores.seen
+        self._user_field = student_dataset.uid_field
+        self._made_by = (split_hash(student_dataset), settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the file, the id maps and the settings."""
+        digest = hashlib.sha256(Path(self.source).read_bytes())
+        digest.update(repr(self._made_by).encode())
+        return digest.hexdigest()[:32]
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """See :class:`AnyTeacher`."""
+        return self.scores.score_all(rows[self._user_field])
+
+
+class Teachers:
+    """Several teachers as one.
+
+    Args:
+        parts: the teachers.
+        weights: of each.
+        settings: how they are combined.
+
+    Raises:
+        TeacherError: some score the rows of a sequential student, and some its users.
+    """
+
+    def __init__(
+        self, parts: Sequence[Teacher | ScoreFile], weights: Sequence[float], settings: TeacherSettings
+    ) -> None:
+        if len({part.scores_rows for part in parts}) > 1:
+            told = ", ".join(f"[{part.source}] {'rows' if part.scores_rows else 'users'}" for part in parts)
+            raise TeacherError(
+                f"Several teachers of a sequential student must all score its sequences, or all its users; here: {told}. "
+                "Take sequential ones only, or none."
+            )
+        self.parts, self.weights = parts, weights
+        self.how = settings.teacher_ensemble
+        self.name = " + ".join(part.name for part in parts)
+        self.source = ",".join(part.source for part in parts)
+        self.seen, self.scores_rows = parts[0].seen, parts[0].scores_rows
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parts, their weights and how they are combined."""
+        made_by = ([part.fingerprint for part in self.parts], list(self.weights), self.how)
+        return hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """See :class:`AnyTeacher`."""
+        return combined_rows([part.score_rows(rows) for part in self.parts], self.weights, self.how)
+
+
+LoadedTeacher = Teacher | ScoreFile | Teachers
+
+
+def load_teacher(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    train_data: Any,
+    trust: bool = False,
+    settings: TeacherSettings | None = None,
+) -> LoadedTeacher:
+    """Open the teacher of a student.
+
+    Args:
+        source: path of a checkpoint that RecBole's trainer wrote, or of a file of scores
+            (:func:`~recbole_rcekd.outside.read_scores`); or several, as a list or with commas between.
+        train_data: the student's training data, as ``data_preparation`` returned it (or its dataset).
+        trust: allow pickled content beyond RecBole's own (see :mod:`recbole_rcekd.checkpoint`).
+        settings: of score files, and of several teachers.
+
+    Returns:
+        The teacher, answering in the student's ids.
+
+    Raises:
+        TeacherError: a file is not usable, or a teacher learned from other interactions than the student will.
+        SettingsError: there are not as many weights as teachers.
+
+    Example:
+        >>> teacher = load_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
+    """
+    settings = settings or TeacherSettings()
+    sources = source_list(source)
+    weights = settings.weights_of(sources) if len(sources) > 1 else [1.0]
+    dataset = getattr(train_data, "_dataset", train_data)
+    parts = [
+        ScoreFile(each, dataset, settings) if is_score_file(each) else read_teacher(each, train_data, trust)
+        for each in sources
+    ]
+    return parts[0] if len(parts) == 1 else Teachers(parts, weights, settings)
+
+
+def source_list(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """The files that ``--teacher`` names; a path that exists is one file, commas or not."""
+    if isinstance(source, (str, os.PathLike)):
+        whole = os.fspath(source)
+        return [whole] if os.path.exists(whole) else [part.strip() for part in whole.split(",") if part.strip()]
+    return [os.fspath(each) for each in source]
+
+
+def is_score_file(source: str) -> bool:
+    """Whether a file holds scores and no model, by its name."""
+    return Path(source).suffix in SCORE_FILES
+
+
+def open_scores(
+    teacher: LoadedTeacher,
+    settings: KDSettings,
+    device: torch.device,
+    show_progress: bool = False,
+    ranks: Ranks | None = None,
+) -> TeacherScores:
+    """The scores of a teacher, from disk if they are there; see :func:`~recbole_rcekd.cache.open_teacher_scores`."""
+    if isinstance(teacher, ScoreFile):
+        return teacher.scores
+    if isinstance(teacher, Teacher):
+        return open_teacher_scores(teacher, settings, show_progress, ranks)
+    parts = [open_scores(part, settings, device, show_progress, ranks) for part in teacher.parts]
+    store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
+    by_users = None if teacher.scores_rows else ranks
+    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, by_users, device)
