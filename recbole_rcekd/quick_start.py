@@ -34,7 +34,7 @@ from recbole_rcekd.scoring import require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher import split_hash
-from recbole_rcekd.teachers import AnyTeacher, load_teacher, source_list
+from recbole_rcekd.teachers import LoadedTeacher, load_teacher, source_list
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 
 # RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
@@ -192,7 +192,7 @@ class _Experiment:
             raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
         return None
 
-    def _prepare_teacher(self, data: _Data) -> tuple[AnyTeacher, TeacherResult]:
+    def _prepare_teacher(self, data: _Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
             source, trained = self._train_teacher(str(source), self.teacher_config, data)
@@ -257,7 +257,7 @@ class _Experiment:
                 config[key] = value
         return config
 
-    def _run(self, name: str, seed: int, data: _Data, teacher: AnyTeacher | None, report: Report) -> RunResult:
+    def _run(self, name: str, seed: int, data: _Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = self.ranks.broadcast(report.finished(name, seed, config, teacher))

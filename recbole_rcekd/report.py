@@ -32,7 +32,7 @@ from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.teacher import Teacher
-from recbole_rcekd.teachers import AnyTeacher
+from recbole_rcekd.teachers import LoadedTeacher
 
 RESULT_FORMAT = 1
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
@@ -93,7 +93,7 @@ class TeacherResult:
 
     @classmethod
     def of(
-        cls, teacher: AnyTeacher, config: Any, valid_data: Any, test_data: Any, course: dict[str, Any]
+        cls, teacher: LoadedTeacher, config: Any, valid_data: Any, test_data: Any, course: dict[str, Any]
     ) -> TeacherResult:
         """Measure a teacher with RecBole's evaluation on the student's data."""
         parts: Any = getattr(teacher, "parts", [teacher])
@@ -116,7 +116,7 @@ class TeacherResult:
 class _TeacherAsModel(torch.nn.Module):
     """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
 
-    def __init__(self, teacher: AnyTeacher, device: torch.device) -> None:
+    def __init__(self, teacher: LoadedTeacher, device: torch.device) -> None:
         super().__init__()
         self.device = device
         self._teacher = teacher
@@ -186,7 +186,7 @@ class Report:
         """The folder of one run, ``<loss>-seed<seed>``."""
         return None if self.folder is None else self.folder / f"{loss}-seed{seed}"
 
-    def fingerprint(self, config: Any, teacher: AnyTeacher | None) -> str:
+    def fingerprint(self, config: Any, teacher: LoadedTeacher | None) -> str:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         foreign = [f"{name}_" for name in (*LOSSES, SCRATCH) if name != method]
@@ -201,7 +201,7 @@ class Report:
         parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def finished(self, loss: str, seed: int, config: Any, teacher: AnyTeacher | None) -> RunResult | None:
+    def finished(self, loss: str, seed: int, config: Any, teacher: LoadedTeacher | None) -> RunResult | None:
         """The same run, if an earlier command finished it in this folder."""
         folder = self.run_folder(loss, seed)
         if folder is None or not (folder / "run.json").exists():

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,7 @@ from recbole_rcekd.processes import Ranks
 from recbole_rcekd.settings import KDSettings, TeacherSettings
 from recbole_rcekd.store import Store
 from recbole_rcekd.teacher import Teacher, read_teacher, split_hash
-from recbole_rcekd.types import Seen, TeacherScores
-
-
-class AnyTeacher(Protocol):
-    """What every kind of teacher answers; see :class:`~recbole_rcekd.teacher.Teacher` for the attributes."""
-
-    source: str
-    seen: Seen
-    scores_rows: bool
-
-    @property
-    def name(self) -> str:
-        """For tables."""
-        ...
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of all that decides the scores."""
-        ...
-
-    def score_rows(self, rows: Any) -> Tensor:
-        """Scores ``[n, n_items]`` of every item for rows of the student's data, training or not."""
-        ...
+from recbole_rcekd.types import TeacherScores
 
 
 class ScoreFile:
@@ -72,7 +50,7 @@ class ScoreFile:
         return digest.hexdigest()[:32]
 
     def score_rows(self, rows: Any) -> Tensor:
-        """See :class:`AnyTeacher`."""
+        """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
         return self.scores.score_all(rows[self._user_field])
 
 
@@ -110,7 +88,7 @@ class Teachers:
         return hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
 
     def score_rows(self, rows: Any) -> Tensor:
-        """See :class:`AnyTeacher`."""
+        """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
         return combined_rows([part.score_rows(rows) for part in self.parts], self.weights, self.how)
 
 

@@ -25,7 +25,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd import DistillTrainer, KDError, cache, command, distill_trainer, read_teacher
+from recbole_rcekd import DistillTrainer, KDError, cache, command, distill_trainer
 from recbole_rcekd.cache import DenseScores, FactorScores, open_teacher_scores
 from recbole_rcekd.command import main
 from recbole_rcekd.config import read_kd_settings
@@ -35,7 +35,7 @@ from recbole_rcekd.processes import Ranks, _cause, run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.teacher import training_interactions
+from recbole_rcekd.teacher import read_teacher, training_interactions
 from tests.helpers import Bundle, block_pairs, build, build_model, train_teacher, write_dataset
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd import DistillTrainer, KDError, distill_trainer, load_teacher
+from recbole_rcekd import DistillTrainer, KDError, distill_trainer
+from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import ScoringError, SettingsError
 from recbole_rcekd.history import History
+from recbole_rcekd.teacher import read_teacher
 from recbole_rcekd.trainer import DistillMixin, recording_trainer, update_in_one_pass
 from tests.helpers import Bundle, build, build_model, train_teacher, write_dataset
 
@@ -67,7 +69,7 @@ def make(
     folder: Path, tmp_path: Path, teacher_file: Path, model: str = "BPR", **settings: Any
 ) -> tuple[Bundle, DistillMixin]:
     bundle = bundle_of(folder, tmp_path, model, **settings)
-    teacher = load_teacher(teacher_file, bundle.train)
+    teacher = read_teacher(teacher_file, bundle.train)
     return bundle, distill_trainer(bundle.config)(bundle.config, build_model(bundle), teacher)
 
 
@@ -222,7 +224,7 @@ def test_a_tuple_of_losses_stays_a_tuple(folder: Path, tmp_path: Path, teacher_f
     bundle = bundle_of(folder, tmp_path, epochs=2)
     init_seed(1, True)
     model = TwoLosses(bundle.config, bundle.train._dataset)
-    trainer = DistillTrainer(bundle.config, model, load_teacher(teacher_file, bundle.train))
+    trainer = DistillTrainer(bundle.config, model, read_teacher(teacher_file, bundle.train))
     batch = next(iter(bundle.train))
     base = model.calculate_loss(batch)
     with trainer.distilling(bundle.train) as distiller:
@@ -247,7 +249,7 @@ class Deaf(Trainer):  # type: ignore[misc]
 def test_an_epoch_without_distillation_is_an_error(folder: Path, tmp_path: Path, teacher_file: Path) -> None:
     bundle = bundle_of(folder, tmp_path)
     deaf: type[DistillMixin] = type("DistillDeaf", (DistillMixin, Deaf), {})
-    trainer = deaf(bundle.config, build_model(bundle), load_teacher(teacher_file, bundle.train))
+    trainer = deaf(bundle.config, build_model(bundle), read_teacher(teacher_file, bundle.train))
     with pytest.raises(KDError, match="BPR's trainer ran an epoch without one distillation step"):
         trainer.fit(bundle.train, bundle.valid, saved=False)
 
@@ -263,7 +265,7 @@ def test_an_epoch_outside_fit_is_an_error(folder: Path, tmp_path: Path, teacher_
 
 def test_wrong_settings_and_models_are_refused(folder: Path, tmp_path: Path, teacher_file: Path) -> None:
     bundle = bundle_of(folder, tmp_path)
-    teacher = load_teacher(teacher_file, bundle.train)
+    teacher = read_teacher(teacher_file, bundle.train)
     bundle.config["rce_betta"] = 1.0
     with pytest.raises(SettingsError, match="rce_beta"):
         DistillTrainer(bundle.config, build_model(bundle), teacher)
@@ -293,7 +295,7 @@ def test_distill_trainer_class_refuses_it_and_says_what_to_write(
     folder: Path, tmp_path: Path, teacher_file: Path
 ) -> None:
     bundle = bundle_of(folder, tmp_path, "RecVAE")
-    teacher = load_teacher(teacher_file, bundle.train)
+    teacher = read_teacher(teacher_file, bundle.train)
     with pytest.raises(KDError, match=r"RecBole trains RecVAE with RecVAETrainer; write distill_trainer\(config\)"):
         DistillTrainer(bundle.config, build_model(bundle), teacher)
     assert distill_trainer(bundle_of(folder, tmp_path, "LightGCN").config) is DistillTrainer
@@ -471,7 +473,7 @@ def test_the_seed_of_the_draws_can_be_given(folder: Path, tmp_path: Path, teache
     courses = []
     for seed in (None, 2020, 1):
         bundle = bundle_of(folder, tmp_path, epochs=1)
-        teacher = load_teacher(teacher_file, bundle.train)
+        teacher = read_teacher(teacher_file, bundle.train)
         courses.append(course(bundle, DistillTrainer(bundle.config, build_model(bundle), teacher, seed))[0])
     assert same(courses[0], courses[1])
     assert not same(courses[0], courses[2])
@@ -481,7 +483,7 @@ def test_scores_of_ones_own_will_do_as_a_teacher(folder: Path, tmp_path: Path, t
     from recbole_rcekd.cache import FactorScores
 
     bundle = bundle_of(folder, tmp_path, epochs=1)
-    teacher = load_teacher(teacher_file, bundle.train)
+    teacher = read_teacher(teacher_file, bundle.train)
     factors = teacher.factors()
     assert factors is not None
     own = FactorScores(*factors, teacher.seen)

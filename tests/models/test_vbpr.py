@@ -13,8 +13,9 @@ from numpy.testing import assert_allclose
 
 from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.models.vbpr import VBPR, prepare_features
+from recbole_rcekd.quick_start import run_recbole_kd
 from recbole_rcekd.scoring import ModelScorer
-from recbole_rcekd.teacher import read_teacher, run_recbole_kd
+from recbole_rcekd.teacher import read_teacher
 from tests.helpers import N_ITEMS, Bundle, build, build_model, save_untrained, write_atomic_file, write_dataset
 
 # isort: split
