@@ -21,6 +21,7 @@ import torch
 from recbole.trainer import Trainer
 from recbole.utils import get_local_time, get_trainer, set_color
 
+from recbole_rcekd.compat import without_anomaly_detection
 from recbole_rcekd.config import loss_names, read_kd_settings
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
@@ -93,7 +94,7 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         self.history.begin(epoch_idx)
         started, n_steps = perf_counter(), len(train_data)
         self._begin_epoch(epoch_idx, n_steps)
-        with fast_batches(train_data):
+        with fast_batches(train_data), without_anomaly_detection():
             losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
         found = self._end_epoch(epoch_idx, n_steps)
         total = float(sum(losses) if isinstance(losses, tuple) else losses)
