@@ -30,7 +30,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-__all__ = ["add_model", "apply"]
+__all__ = ["add_model", "apply", "without_anomaly_detection"]
 
 # Set on what we put in place of a library's own function, so that a second `apply` leaves it alone.
 _MARK = "__recbole_rcekd__"
