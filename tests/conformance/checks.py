@@ -21,8 +21,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-import recbole_rcekd.trainer
 from recbole_rcekd import KDError, distill_trainer, load_teacher
+from recbole_rcekd import trainer as trainer_module
+from recbole_rcekd.cache import open_teacher_scores as open_original
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.scoring import preserved_random_state
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
@@ -181,7 +182,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     """
     used: list[Any] = []
     sets: list[Any] = []
-    open_original, begin_original = recbole_rcekd.trainer.open_teacher_scores, Distiller.begin_epoch
+    begin_original = Distiller.begin_epoch
 
     def open_teacher_scores(*args: Any, **kwargs: Any) -> Any:
         used.append(open_original(*args, **kwargs))
@@ -190,13 +191,13 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     def begin_epoch(distiller: Distiller, epoch: int, n_steps: int) -> None:
         begin_original(distiller, epoch, n_steps)
         if not sets:
-            side = distiller._sides[0]
+            side: Any = distiller._sides[0]
             sets.append(side.sets.rows(torch.arange(len(side.contexts))))
             found.kd.append(_kd_loss(distiller, sets[0]))
 
     with (
         inside(folder),
-        mock.patch.object(recbole_rcekd.trainer, "open_teacher_scores", open_teacher_scores),
+        mock.patch.object(trainer_module, "open_teacher_scores", open_teacher_scores),
         mock.patch.object(Distiller, "begin_epoch", begin_epoch),
     ):
         trainer: Any = distill_trainer(bundle.config)(bundle.config, _astray(build_model(bundle)), teacher)
