@@ -28,7 +28,7 @@ from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.scoring import preserved_random_state
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
 from tests.conformance.models import STUDENT_OF, TEACHER_OF, Model, data_settings, registry, settings_of
-from tests.helpers import Bundle, build, build_model, inside
+from tests.helpers import Bundle, build, build_model, inside, save_untrained
 
 # isort: split
 from recbole.data.interaction import Interaction
@@ -47,6 +47,8 @@ EPOCHS = 10
 # Freshly drawn students and hardly trained teachers both rank all items about alike, and nothing is left to learn. So
 # students begin astray: noise of this size is added to their weights.
 ASTRAY = 0.1
+# And of the teacher whose opinions are drawn.
+STUBBORN = 0.7
 WORKS = "works"
 
 
@@ -115,8 +117,7 @@ def as_student(model: Model, folder: Path) -> Outcome:
 
     def attempt(found: Outcome) -> None:
         teacher_model = registry()[TEACHER_OF[model.package]]
-        settings = {**_for_pair(teacher_model, model), "epochs": 20, "learning_rate": 0.05}
-        _, path = _plain_teacher(teacher_model, settings, folder)
+        path = _stubborn_teacher(teacher_model, _for_pair(teacher_model, model), folder)
         own = prepare_or_give_up(model, folder)
         taught = build(folder, model.name, **{**own, "epochs": EPOCHS, "checkpoint_dir": str(folder / "saved"), **KD})
         teacher = load_teacher(path, taught.train)
@@ -156,6 +157,17 @@ def _plain_teacher(model: Model, settings: dict[str, Any], folder: Path) -> tupl
     return bundle, path
 
 
+def _stubborn_teacher(model: Model, settings: dict[str, Any], folder: Path) -> Path:
+    """A teacher with random opinions: what it says cannot be learned from the data, only from it."""
+    try:
+        bundle = build(folder, model.name, **settings)
+        path = folder / "teachers" / f"{model.name}-stubborn.pth"
+        save_untrained(bundle, path, _astray(build_model(bundle), STUBBORN))
+    except (Exception, SystemExit) as error:
+        raise ImpossibleError(reason(error)) from error
+    return path
+
+
 def _plain_model(bundle: Bundle, path: Path) -> Any:
     """The model of a checkpoint, as RecBole itself loads it."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
@@ -165,12 +177,12 @@ def _plain_model(bundle: Bundle, path: Path) -> Any:
     return model.eval()
 
 
-def _astray(model: Any) -> Any:
+def _astray(model: Any, size: float = ASTRAY) -> Any:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * ASTRAY)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     return model
 
 

@@ -51,7 +51,8 @@ _SMALL: Settings = {
 _LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
 _BY_USER = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 _ONE_NEGATIVE = {"distribution": "uniform", "sample_num": 1}
-_NO_NEGATIVES: Settings = {"train_neg_sample_args": None}
+# Auto-encoders are trained on users: small batches, or an epoch of forty users were one step.
+_NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 8}
 _ITEM_CLASS = {"load_col": {**SEQUENCE_COLUMNS, "item": ["item_id", "class"]}}
 
 _OF_PACKAGE: dict[str, Settings] = {
@@ -93,7 +94,7 @@ _WITH_FEATURES: Settings = {
     "numerical_features": ["age", "price"],
 }
 _SPECIAL: dict[str, Settings] = {
-    # Auto-encoders are trained on users, and RecBole refuses to sample negatives for them.
+    # RecBole refuses to sample negatives for auto-encoders.
     **dict.fromkeys(("CDAE", "MultiDAE", "MultiVAE", "RecVAE", "DiffRec", "LDiffRec"), _NO_NEGATIVES),
     "RaCT": {**_NO_NEGATIVES, "train_stage": "finetune"},
     "MacridVAE": {**_NO_NEGATIVES, "kfac": 2},
