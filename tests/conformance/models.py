@@ -52,7 +52,7 @@ _LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "ful
 _BY_USER = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 _ONE_NEGATIVE = {"distribution": "uniform", "sample_num": 1}
 # Auto-encoders are trained on users: small batches, or an epoch of forty users were one step.
-_NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 8}
+_NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 12}
 _ITEM_CLASS = {"load_col": {**SEQUENCE_COLUMNS, "item": ["item_id", "class"]}}
 
 _OF_PACKAGE: dict[str, Settings] = {
@@ -75,6 +75,7 @@ _OF_PACKAGE: dict[str, Settings] = {
         "valid_metric": "AUC",
     },
 }
+PRETRAINED = ("GRU4RecKG", "KSR")
 _PRETRAINED: Settings = {
     "load_col": {
         **SEQUENCE_COLUMNS,
@@ -102,7 +103,7 @@ _SPECIAL: dict[str, Settings] = {
     "KTUP": {"use_st_gumbel": False},  # with it, even its evaluation draws noise
     **dict.fromkeys(("SASRecF", "FDSA", "GRU4RecF"), _ITEM_CLASS),
     "S3Rec": {**_ITEM_CLASS, "train_stage": "finetune"},
-    **dict.fromkeys(("GRU4RecKG", "KSR"), _PRETRAINED),
+    **dict.fromkeys(PRETRAINED, _PRETRAINED),
     "DIN": _WITH_FEATURES,
     "DIEN": _WITH_FEATURES,
 }
@@ -159,17 +160,11 @@ def settings_of(model: Model) -> Settings:
 
 
 def data_settings(model: Model) -> Settings:
-    """Of those, the ones that decide which data are loaded: teacher and student of a pair share them."""
+    """Of those, the ones that decide interactions and features: teacher and student of a pair share them.
+
+    Pretrained vectors are left out: only the dataset classes of the models made for them can read those.
+    """
     settings = settings_of(model)
-    names = (
-        "load_col",
-        "eval_args",
-        "MAX_ITEM_LIST_LENGTH",
-        "additional_feat_suffix",
-        "preload_weight",
-        "numerical_features",
-        "threshold",
-        "metrics",
-        "valid_metric",
-    )
-    return {key: settings[key] for key in (*names, "alias_of_entity_id", "alias_of_relation_id") if key in settings}
+    shared = ("eval_args", "MAX_ITEM_LIST_LENGTH", "numerical_features", "threshold", "metrics", "valid_metric")
+    columns = settings["load_col"] if model.name not in PRETRAINED else SEQUENCE_COLUMNS
+    return {"load_col": columns, **{key: settings[key] for key in shared if key in settings}}
