@@ -1,0 +1,364 @@
+"""The two things that are tried with every model: to teach, and to learn.
+
+What comes out is an :class:`Outcome`, found by running. An error that is not one of ours, or not in one line, is a
+failure of the suite.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd import KDError, distill_trainer, load_teacher
+from recbole_rcekd import trainer as trainer_module
+from recbole_rcekd.cache import open_teacher_scores as open_original
+from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.scoring import preserved_random_state
+from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
+from tests.conformance.models import STUDENT_OF, TEACHER_OF, Model, data_settings, registry, settings_of
+from tests.helpers import Bundle, build, build_model, inside, save_untrained
+
+# isort: split
+from recbole.data.interaction import Interaction
+from recbole.data.transform import construct_transform
+
+# Small lists for sixty items, and a weight under which the KD term outweighs base losses that are sums over the batch.
+KD: dict[str, Any] = {
+    "rce_top_k": 5,
+    "rce_samples": 5,
+    "rce_pool": 20,
+    "rce_weight": 1000.0,
+    "kd_diagnostic_users": 8,
+    "kd_refresh_epochs": 1,
+}
+EPOCHS = 10
+# Freshly drawn students and hardly trained teachers both rank all items about alike, and nothing is left to learn. So
+# students begin astray: noise of this size is added to their weights.
+ASTRAY = 0.1
+# And of the teacher whose opinions are drawn.
+STUBBORN = 0.7
+WORKS = "works"
+
+
+@dataclass
+class Outcome:
+    """What came out.
+
+    Attributes:
+        status: ``works``, ``teacher only``, ``refused``, ``not possible`` or ``failed``.
+        note: why not, in one line.
+        scored: how the model is scored: ``product``, ``rows`` or ``pairs``.
+        kd: the KD loss on the item sets of the first epoch, before and after training.
+        checkpoint: of the student, to be opened by plain RecBole.
+        test_result: the metrics that it must then have.
+    """
+
+    status: str
+    note: str = ""
+    scored: str = ""
+    kd: list[float] = field(default_factory=list)
+    checkpoint: str = ""
+    test_result: dict[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class WrongError(Exception):
+    """Something that should hold does not."""
+
+
+def _outcome(attempt: Callable[[Outcome], None]) -> Outcome:
+    found = Outcome(WORKS)
+    try:
+        attempt(found)
+    except ImpossibleError as error:
+        found.status, found.note = "not possible", str(error)
+    except ModuleNotFoundError as error:  # some models import what they need only when they are trained
+        found.status, found.note = "not possible", reason(error)
+    except KDError as error:
+        found.status, found.note = "refused", str(error)
+        if "\n" in found.note:
+            found.status, found.note = "failed", f"an error of more than one line: {found.note!r}"
+        elif "has no gradient through its scores" in found.note:
+            found.status = "teacher only"
+    except (Exception, SystemExit) as error:
+        found.status, found.note = "failed", f"{type(error).__name__}: {error}"
+    return found
+
+
+def as_teacher(model: Model, folder: Path) -> Outcome:
+    """Train the model in plain RecBole; let it teach a small student of its own kind."""
+
+    def attempt(found: Outcome) -> None:
+        bundle, path = _plain_teacher(model, prepare_or_give_up(model, folder), folder)
+        student = registry()[STUDENT_OF[model.package]]
+        taught = build(folder, student.name, **_for_pair(student, model), epochs=EPOCHS, **KD)
+        teacher = load_teacher(path, taught.train)
+        _, used = _distil(found, taught, teacher, folder)
+        found.scored = teacher.scorer.kind
+        _require_same_scores(found, bundle, _plain_model(bundle, path), taught, used)
+
+    return _outcome(attempt)
+
+
+def as_student(model: Model, folder: Path) -> Outcome:
+    """Let a simple model of the same kind teach it; the checkpoint is left for plain RecBole to open."""
+
+    def attempt(found: Outcome) -> None:
+        teacher_model = registry()[TEACHER_OF[model.package]]
+        path = _stubborn_teacher(teacher_model, _for_pair(teacher_model, model), folder)
+        own = prepare_or_give_up(model, folder)
+        settings = {**own, "epochs": EPOCHS, "checkpoint_dir": str(folder / "saved"), **KD}
+        try:
+            taught = build(folder, model.name, **settings)
+            build_model(taught)
+        except (Exception, SystemExit) as error:
+            raise ImpossibleError(reason(error)) from error
+        teacher = load_teacher(path, taught.train)
+        trainer, _ = _distil(found, taught, teacher, folder)
+        found.scored = trainer.distiller._scorer.kind
+        _require_scorer_is_the_model(found, taught, trainer)
+        with inside(folder):
+            found.test_result = {k: float(v) for k, v in trainer.evaluate(taught.test).items()}
+        found.checkpoint = trainer.saved_model_file
+
+    return _outcome(attempt)
+
+
+def prepare_or_give_up(model: Model, folder: Path) -> dict[str, Any]:
+    """The settings of a model; what fails here fails in plain RecBole."""
+    try:
+        return prepare(model, folder)
+    except (Exception, SystemExit) as error:
+        raise ImpossibleError(reason(error)) from error
+
+
+def _for_pair(model: Model, other: Model) -> dict[str, Any]:
+    """The settings of a model, on the data of another."""
+    return {**settings_of(model), **data_settings(other)}
+
+
+def _plain_teacher(model: Model, settings: dict[str, Any], folder: Path) -> tuple[Bundle, Path]:
+    """Trained in plain RecBole, two epochs if the settings say no more; made once for the same settings."""
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    path = folder / "teachers" / f"{model.name}-{key}.pth"
+    try:
+        bundle = build(folder, model.name, **{"epochs": 2, **settings})
+        if not path.exists():
+            train_plain(bundle, path)
+    except (Exception, SystemExit) as error:
+        raise ImpossibleError(reason(error)) from error
+    return bundle, path
+
+
+def _stubborn_teacher(model: Model, settings: dict[str, Any], folder: Path) -> Path:
+    """A teacher with random opinions: what it says cannot be learned from the data, only from it."""
+    try:
+        bundle = build(folder, model.name, **settings)
+        path = folder / "teachers" / f"{model.name}-stubborn.pth"
+        save_untrained(bundle, path, _astray(build_model(bundle), STUBBORN))
+    except (Exception, SystemExit) as error:
+        raise ImpossibleError(reason(error)) from error
+    return path
+
+
+def _plain_model(bundle: Bundle, path: Path) -> Any:
+    """The model of a checkpoint, as RecBole itself loads it."""
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    model = build_model(bundle)
+    model.load_state_dict(checkpoint["state_dict"])
+    model.load_other_parameter(checkpoint.get("other_parameter"))
+    return model.eval()
+
+
+def _astray(model: Any, size: float = ASTRAY) -> Any:
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
+    return model
+
+
+def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple[Any, Any]:
+    """Train a student; the trainer, and the teacher scores that it learned from.
+
+    The KD loss must fall. The lists, and with them γ, change from epoch to epoch; so the loss on the sets of the first
+    epoch is compared, in evaluation mode, before the first step and after the last.
+    """
+    used: list[Any] = []
+    sets: list[Any] = []
+    begin_original = Distiller.begin_epoch
+
+    def open_teacher_scores(*args: Any, **kwargs: Any) -> Any:
+        used.append(open_original(*args, **kwargs))
+        return used[-1]
+
+    def begin_epoch(distiller: Distiller, epoch: int, n_steps: int) -> None:
+        begin_original(distiller, epoch, n_steps)
+        if not sets:
+            side: Any = distiller._sides[0]
+            sets.append(side.sets.rows(torch.arange(len(side.contexts))))
+            found.kd.append(_kd_loss(distiller, sets[0]))
+
+    with (
+        inside(folder),
+        mock.patch.object(trainer_module, "open_teacher_scores", open_teacher_scores),
+        mock.patch.object(Distiller, "begin_epoch", begin_epoch),
+    ):
+        trainer: Any = distill_trainer(bundle.config)(bundle.config, _astray(build_model(bundle)), teacher)
+        trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
+    found.kd.append(_kd_loss(trainer.distiller, sets[0]))
+    by_epoch = [float(row["kd_loss"]) for row in trainer.history.rows]
+    if len(by_epoch) != EPOCHS or not all(math.isfinite(value) for value in (*by_epoch, *found.kd)):
+        raise WrongError(f"KD losses are {by_epoch}")
+    before, after = found.kd
+    if not after < before:
+        raise WrongError(f"the KD loss does not fall: {before:.4f} before, {after:.4f} after")
+    return trainer, used[0]
+
+
+def _kd_loss(distiller: Distiller, sets: Any) -> float:
+    side = distiller._sides[0]
+    with preserved_random_state(), distiller._scorer.evaluating():
+        torch.manual_seed(7)
+        loss = side.loss.forward(side.score(side.contexts, sets.items), sets).mean()
+    return round(float(loss), 6)
+
+
+def _inputs(bundle: Bundle, contexts: Tensor) -> Any:
+    """What RecBole's evaluation would hand to the model: rows of a sequential training set, users of any other."""
+    dataset = bundle.train._dataset
+    if hasattr(dataset, "item_list_length_field"):
+        return construct_transform(bundle.config)(dataset, dataset[contexts])
+    return dataset.join(Interaction({dataset.uid_field: contexts}))
+
+
+def _own_scores(bundle: Bundle, model: Any, contexts: Tensor, seed: int = 7) -> Tensor:
+    """What the model itself says, without any of our code."""
+    forget(model)
+    torch.manual_seed(seed)  # for the models that draw in evaluation
+    with torch.no_grad():
+        scores, _ = rank_all(model.eval(), _inputs(bundle, contexts), bundle.train._dataset)
+    forget(model)
+    return scores
+
+
+def _contexts(bundle: Bundle) -> Tensor:
+    """All that can be asked: every row of a sequential training set, every user of any other."""
+    dataset = bundle.train._dataset
+    if hasattr(dataset, "item_list_length_field"):
+        return torch.arange(len(dataset))
+    return torch.arange(1, int(dataset.user_num))
+
+
+def _translated(dataset: Any, other: Any, name: str, ids: Tensor) -> Tensor:
+    """The ids in ``other`` of the same tokens."""
+    tokens = dataset.id2token(name, ids)
+    return torch.tensor([other.token2id(name, str(token)) if str(token) != "[PAD]" else 0 for token in tokens])
+
+
+def _require_same_scores(found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any) -> None:
+    """What the student learned from, against the teacher in plain RecBole, every cell."""
+    own, other = taught.train._dataset, bundle.train._dataset
+    contexts = _contexts(taught)
+    items = torch.arange(int(own.item_num))
+    if hasattr(own, "item_list_length_field"):
+        theirs = contexts  # the same rows in the same order, which is looked at here
+        for name in (own.uid_field, own.iid_field):
+            if list(own.id2token(name, own.inter_feat[name])) != list(other.id2token(name, other.inter_feat[name])):
+                raise WrongError("teacher and student have other rows")
+    else:
+        theirs = _translated(own, other, own.uid_field, contexts)
+    wanted = _own_scores(bundle, model, theirs)[:, _translated(own, other, own.iid_field, items)]
+    torch.manual_seed(7)
+    got = used.score(contexts, items[1:].expand(len(contexts), -1))
+    if _draws(found, bundle, model, theirs):
+        return
+    _require_close(got, wanted[:, 1:], "teacher scores")
+
+
+def _draws(found: Outcome, bundle: Bundle, model: Any, contexts: Tensor) -> bool:
+    """Whether a model has other scores each time it is asked, so that there is nothing to compare; noted then."""
+    first, second = _own_scores(bundle, model, contexts), _own_scores(bundle, model, contexts, seed=8)
+    draws = not torch.allclose(first, second, rtol=1e-4, atol=1e-4)
+    if draws:
+        found.note = "it draws its scores anew each time it is asked; they were not compared"
+    return draws
+
+
+def _require_scorer_is_the_model(found: Outcome, taught: Bundle, trainer: Any) -> None:
+    scorer = trainer.distiller._scorer
+    contexts = _contexts(taught)
+    wanted = _own_scores(taught, trainer.model, contexts)[:, 1:]
+    items = torch.arange(1, wanted.shape[1] + 1).expand(len(contexts), -1)
+    with scorer.evaluating():
+        torch.manual_seed(7)
+        got = scorer.score(contexts, items)
+        torch.manual_seed(7)
+        everything = scorer.score_all(contexts)[:, 1:]
+    if _draws(found, taught, trainer.model, contexts):
+        return
+    _require_close(got, wanted, "scores of chosen items")
+    _require_close(everything, wanted, "scores of all items")
+
+
+def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
+    if got.shape != wanted.shape or not torch.allclose(got.float(), wanted.float(), rtol=1e-4, atol=1e-4):
+        far = f"{float((got - wanted).abs().max()):.2g}" if got.shape == wanted.shape else "shape"
+        raise WrongError(f"{what} differ from the model's own ({far})")
+
+
+# --- plain RecBole, in a process that cannot import this package ---------------------------------------------
+
+PLAIN = """
+import json, sys
+sys.modules["recbole_rcekd"] = None  # importing it is an error now
+import numpy as np, torch
+for name, value in {"float": float, "int": int, "bool": bool, "object": object, "str": str, "complex": complex}.items():
+    setattr(np, name, value)
+load = torch.load
+torch.load = lambda *args, **kwargs: load(*args, **{"weights_only": False, **kwargs})
+files = sys.argv[1:]
+del sys.argv[1:]
+from recbole.quick_start import load_data_and_model
+from recbole.utils import get_trainer
+for file in files:
+    try:
+        config, model, dataset, train, valid, test = load_data_and_model(file)
+        trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
+        found = {key: float(value) for key, value in trainer.evaluate(test, load_best_model=False).items()}
+    except BaseException as error:
+        found = f"{type(error).__name__}: {error}"
+    print("PLAIN", json.dumps([file, found]), flush=True)
+"""
+
+
+def open_in_plain_recbole(checkpoints: list[str], place: Path) -> dict[str, Any]:
+    """Test metrics of checkpoints, or what went wrong, from one process with RecBole alone."""
+    command = [sys.executable, "-W", "ignore", "-c", PLAIN, *checkpoints]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)
+    found: dict[str, Any] = dict(
+        json.loads(line.removeprefix("PLAIN ")) for line in done.stdout.splitlines() if line.startswith("PLAIN ")
+    )
+    last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    return {file: found.get(file, last) for file in checkpoints}
+
+
+def judge_plain(found: Outcome, plain: Any) -> None:
+    """Plain RecBole must give a working student's own metrics."""
+    if plain != found.test_result:
+        found.status, found.note = "failed", f"plain RecBole gives {plain}, distillation gave {found.test_result}"

@@ -1,0 +1,170 @@
+"""Every model that this RecBole has, found in its packages, and what each needs to be small and to run at all.
+
+Nothing here says what a model can do: that is found by running it (:mod:`tests.conformance.facts`, ``checks``).
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import recbole_rcekd  # noqa: F401  (mends RecBole before it is imported)
+from tests.conformance.world import CONTEXT_COLUMNS, GENERAL_COLUMNS, KNOWLEDGE_COLUMNS, NAME, SEQUENCE_COLUMNS, VECTOR
+
+# isort: split
+import recbole.model
+
+Settings = dict[str, Any]
+
+# The model that teaches and is taught: for each package a simple one, a product of two tables where there is one.
+TEACHER_OF = {
+    "general": "BPR",
+    "knowledge_aware": "CKE",
+    "sequential": "SASRec",
+    "context_aware": "FM",
+    "exlib": "FM",
+}
+STUDENT_OF = {**TEACHER_OF, "sequential": "GRU4Rec"}
+
+_SMALL: Settings = {
+    **dict.fromkeys(("embedding_size", "kg_embedding_size", "mf_embedding_size", "mlp_embedding_size"), 8),
+    **dict.fromkeys(("ui_embedding_size", "neigh_embedding_size", "gcn_output_dim", "hidden_size", "weight_size"), 8),
+    **dict.fromkeys(("latent_dimension", "low_rank", "rank"), 4),
+    **{key: [8] for key in ("mlp_hidden_size", "encoder_hidden_size", "dims_dnn", "in_dims", "layers")},
+    **{key: [8] for key in ("cin_layer_size", "t_cin", "critic_layers", "order_list")},
+    **dict.fromkeys(("hidden_dimension", "attention_size", "inner_size", "num_conv_kernel", "n_memory"), 8),
+    **dict.fromkeys(("n_layers", "n_heads", "num_heads", "cross_layer_num", "expert_num", "n_factors"), 2),
+    **dict.fromkeys(("num_layers", "n_enc_epochs", "n_dec_epochs", "n_hop"), 1),
+    **dict.fromkeys(("block_num", "depth", "t_depth", "nv", "nh", "steps"), 2),
+    **dict.fromkeys(("prototype_size", "k_interests", "num_clusters", "metrics_k"), 5),
+    **dict.fromkeys(("warm_up_step", "pretrain_epochs", "save_step"), 1),
+    "history_len": 10,
+    "neigh_num": 10,
+    "reranker_CAN_NUM": 20,
+}
+_LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
+_BY_USER = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
+_ONE_NEGATIVE = {"distribution": "uniform", "sample_num": 1}
+# Auto-encoders are trained on users: small batches, or an epoch of forty users were one step.
+_NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 12}
+_ITEM_CLASS = {"load_col": {**SEQUENCE_COLUMNS, "item": ["item_id", "class"]}}
+
+_OF_PACKAGE: dict[str, Settings] = {
+    "general": {"load_col": GENERAL_COLUMNS},
+    "knowledge_aware": {"load_col": KNOWLEDGE_COLUMNS},
+    "sequential": {"load_col": SEQUENCE_COLUMNS, "eval_args": _LEAVE_ONE_OUT, "MAX_ITEM_LIST_LENGTH": 6},
+    "context_aware": {
+        "load_col": CONTEXT_COLUMNS,
+        "numerical_features": ["age", "price"],
+        "eval_args": _BY_USER,
+        "train_neg_sample_args": _ONE_NEGATIVE,
+    },
+    # Trees know labels, not rankings: ratings above the threshold count as positive.
+    "exlib": {
+        "load_col": {**CONTEXT_COLUMNS, "inter": ["user_id", "item_id", "rating"]},
+        "threshold": {"rating": 4},
+        "eval_args": {**_BY_USER, "mode": "labeled"},
+        "train_neg_sample_args": None,
+        "metrics": ["AUC"],
+        "valid_metric": "AUC",
+    },
+}
+PRETRAINED = ("GRU4RecKG", "KSR")
+_PRETRAINED: Settings = {
+    "load_col": {
+        **SEQUENCE_COLUMNS,
+        "kg": ["head_id", "relation_id", "tail_id"],
+        "link": ["item_id", "entity_id"],
+        "ent": ["ent_id", "ent_vec"],
+        "rel": ["rel_id", "rel_vec"],
+    },
+    "additional_feat_suffix": ["ent", "rel"],
+    "alias_of_entity_id": ["ent_id"],
+    "alias_of_relation_id": ["rel_id"],
+    "preload_weight": {"ent_id": "ent_vec", "rel_id": "rel_vec"},
+    "kg_embedding_size": VECTOR,
+}
+_WITH_FEATURES: Settings = {
+    "load_col": {**CONTEXT_COLUMNS, **SEQUENCE_COLUMNS},
+    "numerical_features": ["age", "price"],
+}
+_SPECIAL: dict[str, Settings] = {
+    # RecBole refuses to sample negatives for auto-encoders.
+    **dict.fromkeys(("CDAE", "MultiDAE", "MultiVAE", "RecVAE", "DiffRec", "LDiffRec"), _NO_NEGATIVES),
+    "RaCT": {**_NO_NEGATIVES, "train_stage": "finetune"},
+    "MacridVAE": {**_NO_NEGATIVES, "kfac": 2},
+    "ConvNCF": {"embedding_size": 64},  # its convolutions are cut to this size
+    "KTUP": {"use_st_gumbel": False},  # with it, even its evaluation draws noise
+    **dict.fromkeys(("SASRecF", "FDSA", "GRU4RecF"), _ITEM_CLASS),
+    "S3Rec": {**_ITEM_CLASS, "train_stage": "finetune"},
+    **dict.fromkeys(PRETRAINED, _PRETRAINED),
+    "DIN": _WITH_FEATURES,
+    "DIEN": _WITH_FEATURES,
+}
+# Stages that are trained before, with these settings; a checkpoint's path is the next stage's `pre_model_path`.
+STAGES: dict[str, list[Settings]] = {
+    "S3Rec": [{"train_stage": "pretrain"}],
+    "RaCT": [{"train_stage": "actor_pretrain"}, {"train_stage": "critic_pretrain"}],
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of RecBole: its name and the package that it lies in (``general``, ``sequential``, …)."""
+
+    name: str
+    package: str
+
+
+def registry() -> dict[str, Model]:
+    """All models that ``recbole.utils.get_model`` finds, read from the sources: nothing is imported.
+
+    A model's class has the name of its file but for capitals.
+    """
+    found = {}
+    for package in pkgutil.iter_modules(recbole.model.__path__):
+        if not package.name.endswith("_recommender") or not package.ispkg:
+            continue
+        spec = importlib.util.find_spec(f"recbole.model.{package.name}")
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        for module in pkgutil.iter_modules(spec.submodule_search_locations):
+            source = Path(next(iter(spec.submodule_search_locations)), f"{module.name}.py")
+            for node in ast.parse(source.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.ClassDef) and node.name.lower() == module.name:
+                    found[node.name] = Model(node.name, package.name.removesuffix("_recommender"))
+    return dict(sorted(found.items(), key=lambda item: (item[1].package, item[0].lower())))
+
+
+def shipped(name: str) -> Settings:
+    """RecBole's own settings of a model."""
+    folder = Path(recbole.model.__path__[0]).parent / "properties" / "model"
+    files = [file for file in folder.glob("*.yaml") if file.stem.lower() == name.lower()]
+    return yaml.safe_load(files[0].read_text(encoding="utf-8")) or {} if files else {}
+
+
+def settings_of(model: Model) -> Settings:
+    """What to build a model with on the world dataset."""
+    # RecBole looks for LightGBM.yaml and ships lightgbm.yaml, so its trees start without settings.
+    start = {**shipped(model.name), **_SMALL} if model.package == "exlib" else _SMALL
+    settings = {**start, **_OF_PACKAGE[model.package], **_SPECIAL.get(model.name, {})}
+    if model.package == "sequential" and shipped(model.name).get("loss_type") == "CE":
+        settings["train_neg_sample_args"] = None  # cross-entropy over all items; RecBole refuses negatives then
+    return {"train_batch_size": 64, "learning_rate": 0.01, "dataset": NAME, **settings}
+
+
+def data_settings(model: Model) -> Settings:
+    """Of those, the ones that decide interactions and features: teacher and student of a pair share them.
+
+    Pretrained vectors are left out: only the dataset classes of the models made for them can read those.
+    """
+    settings = settings_of(model)
+    shared = ("eval_args", "MAX_ITEM_LIST_LENGTH", "numerical_features", "threshold", "metrics", "valid_metric")
+    columns = settings["load_col"] if model.name not in PRETRAINED else SEQUENCE_COLUMNS
+    return {"load_col": columns, **{key: settings[key] for key in shared if key in settings}}

@@ -1,0 +1,81 @@
+"""Every model of RecBole as teacher and as student: a few of each kind always, all with ``pytest tests/conformance -m slow``.
+
+What they may come to stands in no list: a model works, or is refused in one line, or plain RecBole itself cannot run it.
+The few must work.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conformance import checks
+from tests.conformance.models import Model, registry
+from tests.conformance.world import write_world
+
+MODELS = registry()
+# One for each way to be scored, trained or refused.
+TEACH = ("BPR", "EASE", "NeuMF", "RaCT", "CKE")
+LEARN = ("LightGCN", "MacridVAE", "RecVAE", "CFKG")
+
+
+def some(names: tuple[str, ...]) -> list[object]:
+    """All models; those not named are marked slow."""
+    return [
+        pytest.param(model, id=name, marks=() if name in names else pytest.mark.slow) for name, model in MODELS.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_world(tmp_path_factory.mktemp("conformance"))
+
+
+@pytest.fixture(scope="module")
+def students(world: Path) -> dict[str, checks.Outcome]:
+    """What was found of students, for the last test, which opens all their checkpoints at once."""
+    return {}
+
+
+def test_the_registry_is_what_recbole_can_find() -> None:
+    """Its own ``get_model`` finds each of them, where what it needs is installed."""
+    from recbole.utils import get_model
+
+    assert len(MODELS) >= 94
+    assert {model.package for model in MODELS.values()} >= {"general", "sequential", "knowledge_aware", "context_aware"}
+    for name, model in MODELS.items():
+        if model.package not in ("exlib",):
+            assert get_model(name).__name__ == name
+
+
+@pytest.mark.parametrize("model", some(TEACH))
+def test_teaches_or_says_why_not(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = checks.as_teacher(model, world)
+    assert found.status != "failed", found.note
+    if model.name in TEACH:
+        assert found.status == checks.WORKS, found.note
+
+
+@pytest.mark.parametrize("model", some(LEARN))
+def test_learns_or_says_why_not(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, students: dict[str, checks.Outcome], model: Model
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = students[model.name] = checks.as_student(model, world)
+    assert found.status != "failed", found.note
+    if model.name in LEARN:
+        assert found.status == checks.WORKS, found.note
+
+
+def test_plain_recbole_opens_what_they_left(world: Path, students: dict[str, checks.Outcome]) -> None:
+    """In one process that cannot import this package."""
+    wanted = {found.checkpoint: found.test_result for found in students.values() if found.status == checks.WORKS}
+    if not wanted:
+        pytest.skip("no student was trained here")
+    found = checks.open_in_plain_recbole(list(wanted), world)
+    if int(np.__version__.split(".")[0]) >= 2 and found != wanted:
+        pytest.skip(f"RecBole 1.2.1 itself does not start with numpy 2: {next(iter(found.values()))}")
+    assert found == wanted
