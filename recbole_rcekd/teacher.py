@@ -190,6 +190,8 @@ class Teacher:
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
+        if not self.scores_rows:
+            contexts = contexts.clamp(min=1)  # RippleNet has no place for the padding user, whose scores mean nothing
         # MacridVAE and ADMMSLIM, for example, draw noise in evaluation too.
         with preserved_random_state(), self.scorer.evaluating():
             return self._in_student_ids(self.scorer.score_all(contexts))

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from recbole.trainer import Trainer
-from recbole.utils import get_local_time, get_trainer, set_color
+from recbole.utils import ModelType, get_local_time, get_trainer, set_color
 
 from recbole_rcekd.compat import without_anomaly_detection
 from recbole_rcekd.config import loss_names, read_kd_settings
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.ensemble import rescaled
-from recbole_rcekd.errors import KDError
+from recbole_rcekd.errors import KDError, ScoringError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
@@ -134,6 +134,8 @@ class DistillMixin(RecordingMixin):
         self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
     ) -> None:
         self.kd_settings, self.kd_loss = read_kd_settings(config)
+        if config["MODEL_TYPE"] in (ModelType.TRADITIONAL, ModelType.DECISIONTREE):
+            raise ScoringError(f"{config['model']} is not trained by gradient: it can teach, but not learn.")
         (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
         self.teacher = teacher
@@ -220,6 +222,8 @@ class DistillMixin(RecordingMixin):
 
     def _end_epoch(self, epoch_idx: int, n_steps: int) -> dict[str, float]:
         distiller = self.distiller
+        if distiller is not None and distiller.steps == 0 and self._teaches_graph_only(epoch_idx):
+            return {}
         if distiller is None or distiller.steps == 0:
             raise KDError(
                 f"{type(self.model).__name__}'s trainer ran an epoch without one distillation step: it does not call "
@@ -239,6 +243,11 @@ class DistillMixin(RecordingMixin):
             self.tensorboard.add_scalar(f"KD/{name}", value, epoch_idx)
         self.wandblogger.log_metrics({"epoch": epoch_idx, **{f"kd/{k}": v for k, v in found.items()}}, head="train")
         return found
+
+    def _teaches_graph_only(self, epoch_idx: int) -> bool:
+        """Whether RecBole's trainer of knowledge-aware models spends this epoch on the knowledge graph alone (KTUP)."""
+        rec, graph = (getattr(self, f"train_{part}_step", None) for part in ("rec", "kg"))
+        return rec is not None and graph is not None and epoch_idx % (rec + graph) >= rec
 
 
 def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:

@@ -85,7 +85,11 @@ ABOVE = [
     ("report", {"distiller", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
     ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
-    ("models", {name.split(".")[1] for name in MODULES if "." in name} - {"models", "compat", "errors", "settings"}),
+    (
+        "models",
+        {name.split(".")[1] for name in MODULES if "." in name}
+        - {"models", "compat", "errors", "settings", "sequences"},
+    ),
     ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
 ]
 
