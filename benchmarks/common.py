@@ -94,6 +94,8 @@ def make_trainer(name: str, options: argparse.Namespace, data: Data, teacher: Te
         trainer = recording_trainer(config)(config, model)
         update_in_one_pass(trainer.optimizer)
         return trainer
+    if teacher is None:
+        raise ValueError(f"{name} needs a teacher")
     return distill_trainer(config)(config, model, teacher)
 
 

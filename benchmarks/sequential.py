@@ -78,7 +78,7 @@ def main() -> None:
 
 def _trainer(name: str, options: Any, data: Any, teacher: Any) -> Any:
     distilling = name not in (PLAIN, PLAIN_FASTER)
-    config = config_of(options, **SETTINGS, **({"kd_loss": name} if distilling else {}))
+    config = config_of(options, None, **SETTINGS, **({"kd_loss": name} if distilling else {}))
     return make_trainer(name, options, data, teacher, config)
 
 
