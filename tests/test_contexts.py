@@ -163,7 +163,7 @@ def test_rows_are_what_the_loader_gives(folder: Path) -> None:
 def test_rows_in_other_ids_and_another_length(folder: Path, width: int) -> None:
     dataset = training_set(folder)
     other = training_set(folder, MAX_ITEM_LIST_LENGTH=width, **OTHER_FILTER)
-    assert not (dataset.field2id_token["item_id"][1] in other.field2token_id["item_id"])
+    assert dataset.field2id_token["item_id"][1] not in other.field2token_id["item_id"]
     rows = TranslatedRows(dataset, other)
     assert rows.n == len(dataset)
     inputs = rows.inputs(torch.arange(rows.n))
