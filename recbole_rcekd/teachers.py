@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import combined_rows, ensemble
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
