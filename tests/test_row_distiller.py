@@ -23,9 +23,9 @@ from recbole_rcekd.row_distiller import RowDistiller, _first_places
 from recbole_rcekd.row_lists import RowLists, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.teacher import training_interactions
-from recbole_rcekd.types import ItemSets, Seen
-from tests.helpers import Bundle, block_pairs, build, build_model, write_dataset
+from recbole_rcekd.teacher import read_teacher, training_interactions
+from recbole_rcekd.types import Seen
+from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_dataset
 from tests.tables import Table, ranking_of
 
 # isort: split
@@ -289,22 +289,26 @@ def test_diagnostics_against_plain_loops(folder: Path, general: bool) -> None:
     with torch.no_grad():
         scores = model.full_sort_predict(rows)
     seen = training_interactions(dataset)
-    top_10 = []
+    top_10, gaps = [], []
     for row in range(6):
         user, target = int(rows["user_id"][row]), int(rows["item_id"][row])
         hidden = set(seen.cells(torch.tensor([user]))[1].tolist()) - {target} if general else set()
         allowed = [i for i in range(1, k + 1) if i not in hidden]
         opinion = teacher_of(dataset, general).scores[user if general else int(distiller._watched[row])]
-        theirs, mine = (sorted(allowed, key=lambda i: -float(s[i])) for s in (opinion, scores[row]))  # noqa: B023
+        theirs, mine = (sorted(allowed, key=lambda i: -float(s[i])) for s in (opinion, scores[row]))
         gains = [1 / np.log2(rank + 2) for rank in range(10)]
         top_10.append(sum(g for g, i in zip(gains, mine[:10], strict=True) if i in theirs[:10]) / sum(gains))
         overlaps.append(set(theirs) == set(mine))
+        listed = theirs[:4]
+        q, p = opinion[listed].softmax(0).tolist(), scores[row, listed].softmax(0).tolist()
+        above = [sum(j not in listed and scores[row, j] > scores[row, i] for j in allowed) for i in listed]
+        gaps.append(sum(q[n] * np.log(1 + p[n] * int(above[n])) for n in range(4)))
     found = distiller.diagnostics()
     assert set(found) == {f"overlap@{k}", "ndcg@10_to_teacher", "closure_gap"}
     assert all(overlaps)
     assert found[f"overlap@{k}"] == 1.0
     assert found["ndcg@10_to_teacher"] == pytest.approx(np.mean(top_10), rel=1e-5)
-    assert found["closure_gap"] > 0
+    assert found["closure_gap"] == pytest.approx(np.mean(gaps), rel=1e-4)
 
 
 def test_diagnostics_can_be_turned_off(folder: Path) -> None:
@@ -404,3 +408,29 @@ def test_rows_lose_their_numbers_after_a_stop(folder: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(bundle.train, bundle.valid, saved=False, callback_fn=stop)
     assert list(bundle.train._dataset.inter_feat) == before
+
+
+def test_the_teacher_does_not_run_in_a_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teaching_bundle, teaching_model = student_of(folder, "SASRec")
+    save_untrained(teaching_bundle, Path.cwd() / "teacher.pth", teaching_model)
+    bundle, model = student_of(folder, "GRU4Rec", kd_loss="rce")
+    teacher = read_teacher(Path.cwd() / "teacher.pth", bundle.train)
+    assert teacher.scores_rows
+    calls: list[str] = []
+    forward = type(teaching_model).forward
+
+    def noted(self: Any, *args: Any) -> Any:
+        calls.append("forward")
+        return forward(self, *args)
+
+    monkeypatch.setattr(type(teaching_model), "forward", noted)
+    trainer = DistillTrainer(bundle.config, model, teacher)
+    with trainer.distilling(bundle.train) as distiller:
+        assert calls
+        calls.clear()
+        distiller.begin_epoch(0, len(bundle.train))
+        model.train()
+        for batch in bundle.train:
+            assert torch.isfinite(model.calculate_loss(batch))
+        distiller.diagnostics()
+    assert calls == []

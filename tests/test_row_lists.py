@@ -233,6 +233,7 @@ class FakeData:
 
     config = {"LIST_SUFFIX": "_list"}  # noqa: RUF012
     uid_field, iid_field, item_num = "user_id", "item_id", 9
+
     def __init__(self, user_num: int = 5) -> None:
         self.user_num = user_num
         self.item_id_list_field = "item_id_list"
