@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import combined_rows, ensemble
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
@@ -39,6 +40,7 @@ class ScoreFile:
         self.name = Path(path).name
         self.scores: ListedScores = read_scores(path, student_dataset, settings)
         self.seen = self.scores.seen
+        self.for_rows = is_sequential(student_dataset)
         self._user_field = student_dataset.uid_field
         self._made_by = (split_hash(student_dataset), settings)
 
@@ -79,7 +81,7 @@ class Teachers:
         self.how = settings.teacher_ensemble
         self.name = " + ".join(part.name for part in parts)
         self.source = ",".join(part.source for part in parts)
-        self.seen, self.scores_rows = parts[0].seen, parts[0].scores_rows
+        self.seen, self.scores_rows, self.for_rows = parts[0].seen, parts[0].scores_rows, parts[0].for_rows
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,5 +160,6 @@ def open_scores(
         return open_teacher_scores(teacher, settings, show_progress, ranks)
     parts = [open_scores(part, settings, device, show_progress, ranks) for part in teacher.parts]
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
-    by_users = None if teacher.scores_rows else ranks
-    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, by_users, device)
+    # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
+    owners = None if teacher.for_rows else ranks
+    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, owners, device)

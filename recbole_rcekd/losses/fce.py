@@ -69,7 +69,8 @@ class FCELoss(KDLoss):
         tau = self.settings.fce_temperature
         catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
-            taught = sets.teacher_scores[:, 1:2] != -torch.inf
+            # Some items may be hidden from a row; a teacher that says nothing has no finite score at all.
+            taught = sets.teacher_scores[:, 1:].amax(1, keepdim=True) != -torch.inf
             keep = None if taught.all() else taught.expand_as(catalogue)
             return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], keep, tau)
         keep = sets.items != 0
