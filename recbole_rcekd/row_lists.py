@@ -148,5 +148,6 @@ class RowLists(Lists):
         """Put the target where its score belongs."""
         items = torch.cat([self._target.unsqueeze(1), lists], dim=1)
         scores = self.teacher_scores(items).masked_fill(items == 0, -torch.inf)
+        items = items.masked_fill(scores == -torch.inf, 0)  # of the row's user the teacher says nothing
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : lists.shape[1]]
         return items.gather(1, order)
