@@ -81,12 +81,30 @@ ABOVE = [
     ("outside", {"cache", "ensemble", "config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("ensemble", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
     ("teachers", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("distiller", {"config", "teacher", "teachers", "outside", "ensemble", "cache", "trainer", "quick_start", "report", "command"}),
+    (
+        "distiller",
+        {
+            "config",
+            "teacher",
+            "teachers",
+            "outside",
+            "ensemble",
+            "cache",
+            "trainer",
+            "quick_start",
+            "report",
+            "command",
+        },
+    ),
     ("trainer", {"quick_start", "report", "command"}),
     ("report", {"distiller", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
     ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
-    ("models", {name.split(".")[1] for name in MODULES if "." in name} - {"models", "compat", "errors", "sequences", "settings"}),
+    (
+        "models",
+        {name.split(".")[1] for name in MODULES if "." in name}
+        - {"models", "compat", "errors", "sequences", "settings"},
+    ),
     ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
 ]
 
