@@ -11,9 +11,14 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd import KDError, load_teacher, run_recbole_kd
-from recbole_rcekd.cache import DenseScores, FactorScores, open_teacher_scores
+from recbole_rcekd.cache import DenseScores, FactorScores, Scores, open_teacher_scores
+from recbole_rcekd.contexts import ROW_FIELD
 from recbole_rcekd.errors import SettingsError, TeacherError
-from recbole_rcekd.sequences import create_dataset
+from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.row_distiller import RowDistiller
+from recbole_rcekd.row_lists import teaching_of
+from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.sequences import create_dataset, training_pairs
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.teacher import Teacher
 from tests.helpers import Bundle, block_pairs, build_config, build_model, save_untrained, write_atomic_file
@@ -157,6 +162,33 @@ def test_rows_are_split_otherwise_than_interactions(folder: Path) -> None:
         run(folder, "BPR", "GRU4Rec", RATIO)
 
 
+@pytest.mark.parametrize("target", ["all", "teacher"])
+def test_what_is_hidden_from_a_row_is_no_negative_either(folder: Path, tmp_path: Path, target: str) -> None:
+    """CE over the catalogue: of a user's training items only the row's target is in it, for teacher and student."""
+    student = built(folder, "GRU4Rec")
+    dataset, model = student.train._dataset, build_model(student).eval()
+    saved(built(folder, "BPR"), tmp_path / "x.pth")
+    _, scores = taught(tmp_path / "x.pth", student, tmp_path)
+    loss = LOSSES["fce"](LOSSES["fce"].settings_type.from_mapping({"fce_target": target, "fce_top_k": 4}))
+    scorer = ModelScorer(model, dataset, trainable=True)
+    distiller = RowDistiller(scorer, teaching_of(dataset, scores), loss, KDSettings(kd_diagnostic_users=0), dataset, 0)
+    rows = torch.arange(0, len(dataset), 3)
+    batch = dataset[rows]
+    batch.update(Interaction({ROW_FIELD: rows}))
+    found = distiller.step(batch, [])
+    users, items = training_pairs(dataset)
+    with torch.no_grad():
+        says = model.full_sort_predict(batch)
+    expected = []
+    for row, (user, item) in enumerate(zip(batch["user_id"].tolist(), batch["item_id"].tolist(), strict=True)):
+        free = sorted(({*range(1, N_ITEMS + 1)} - set(items[users == user].tolist())) | {item})
+        teacher = scores.score_all(torch.tensor([user]))[0]
+        best = sorted(free, key=lambda i: -float(teacher[i]))[: 4 if target == "teacher" else None]
+        log_p = dict(zip(free, says[row][free].log_softmax(0), strict=True))
+        expected.append(-sum(w * log_p[i] for w, i in zip(teacher[best].softmax(0), best, strict=True)))
+    torch.testing.assert_close(found.detach(), torch.stack(expected).mean())
+
+
 def test_a_sequential_teacher_wants_the_order_of_time(folder: Path) -> None:
     with pytest.raises(
         SettingsError, match=r"SASRec learns sequences, but \[eval_args\] has order 'RO'.*set order: TO"
@@ -185,7 +217,7 @@ def saved(bundle: Bundle, path: Path) -> Any:
     return save_untrained(bundle, path, build_model(bundle, seed=3)).eval()
 
 
-def taught(path: Path, student: Bundle, tmp_path: Path, **settings: Any) -> tuple[Teacher, Any]:
+def taught(path: Path, student: Bundle, tmp_path: Path, **settings: Any) -> tuple[Teacher, FactorScores | DenseScores]:
     teacher = load_teacher(path, student.train)
     assert isinstance(teacher, Teacher)
     return teacher, open_teacher_scores(teacher, KDSettings(kd_cache_dir=str(tmp_path / "cache"), **settings))
@@ -213,7 +245,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-OTHER_IDS = {"rm_dup_inter": "first"}
+OTHER_IDS: dict[str, Any] = {"rm_dup_inter": "first"}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +259,7 @@ OTHER_IDS = {"rm_dup_inter": "first"}
     ],
 )
 def test_a_user_is_asked_with_the_whole_training_sequence(
-    folder: Path, tmp_path: Path, model: str, kind: type, more: dict[str, Any]
+    folder: Path, tmp_path: Path, model: str, kind: type[Scores], more: dict[str, Any]
 ) -> None:
     student, own = built(folder, "BPR"), built(folder, model, **more)
     with torch.no_grad():
@@ -257,7 +289,7 @@ def test_a_user_is_asked_with_the_whole_training_sequence(
     ],
 )
 def test_a_row_is_asked_with_its_own_sequence(
-    folder: Path, tmp_path: Path, model: str, kind: type, more: dict[str, Any]
+    folder: Path, tmp_path: Path, model: str, kind: type[Scores], more: dict[str, Any]
 ) -> None:
     student, own = built(folder, "GRU4Rec"), built(folder, model, **more)
     if more == OTHER_IDS:

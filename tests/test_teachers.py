@@ -110,7 +110,8 @@ def everybody(bundle: Bundle) -> Interaction:
 
 def asked(bundle: Bundle, teacher: Any) -> Tensor:
     """The teacher's full rows, as evaluation gets them."""
-    return teacher.score_rows(everybody(bundle))
+    rows: Tensor = teacher.score_rows(everybody(bundle))
+    return rows
 
 
 # --- opening ----------------------------------------------------------------------------------------------------
@@ -320,7 +321,7 @@ def test_the_ranking_stays(make: Callable[[], TeacherScores], how: Any) -> None:
 
 def test_of_whom_nothing_is_said_nothing_is_taught() -> None:
     for how in ("raw", "standardised"):
-        scores = rescaled(listed(), how, 2.0)  # type: ignore[arg-type]
+        scores = rescaled(listed(), how, 2.0)
         assert scores.score_all(torch.tensor([2])).isneginf().all()
         assert scores.score(torch.tensor([2]), torch.tensor([[1, 2]])).isneginf().all()
 
@@ -358,7 +359,9 @@ def test_a_temperature_in_training_is_a_division_of_the_scores(folder: Path, tmp
 
     def divided(by: float) -> Callable[[Bundle], TeacherScores]:
         def make(bundle: Bundle) -> TeacherScores:
-            users, items = read_teacher(folder / "BPR.pth", bundle.train).factors() or ()
+            factors = read_teacher(folder / "BPR.pth", bundle.train).factors()
+            assert factors is not None
+            users, items = factors
             # Large, so that a temperature matters; a power of 2 changes no rounding.
             return FactorScores(2**8 * users / by, items, training_interactions(bundle.train._dataset))
 
@@ -402,12 +405,12 @@ def test_the_diagnostics_know_what_a_file_lists(student: Bundle, tmp_path: Path)
 
 
 def _as_listed(scores: TeacherScores, users: Tensor) -> Tensor:
-    rows = torch.zeros(len(users), scores.n_items)
-    rows[:, 0] = -torch.inf
+    """Listed items first, in their order; the rest as it comes."""
+    rows = torch.rand(len(users), scores.n_items, generator=torch.Generator().manual_seed(0))
     lists = scores.top_k(users, scores.n_items - 1, False)
-    return rows.scatter(1, lists, torch.arange(lists.shape[1], 0, -1.0).expand(lists.shape)).index_fill(
-        1, torch.tensor([0]), -torch.inf
-    )
+    rows = rows.scatter(1, lists, torch.arange(lists.shape[1] + 1, 1, -1.0).expand(lists.shape))
+    rows[:, 0] = -torch.inf
+    return rows
 
 
 # --- the whole command ------------------------------------------------------------------------------------------
