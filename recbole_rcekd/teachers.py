@@ -38,9 +38,9 @@ class ScoreFile:
     def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
         self.source = path
         self.name = Path(path).name
+        self.for_rows = is_sequential(student_dataset)
         self.scores: ListedScores = read_scores(path, student_dataset, settings)
         self.seen = self.scores.seen
-        self.for_rows = is_sequential(student_dataset)
         self._user_field = student_dataset.uid_field
         self._made_by = (split_hash(student_dataset), settings)
 
@@ -54,6 +54,12 @@ class ScoreFile:
     def score_rows(self, rows: Any) -> Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
         return self.scores.score_all(rows[self._user_field])
+
+    def listed_rows(self, rows: Any) -> Tensor:
+        """The same, with −inf at what the file does not list."""
+        scores, users = self.score_rows(rows), rows[self._user_field]
+        listed = self.scores.top_k(users, scores.shape[1] - 1)  # 0 in short lists, the padding item, of score −inf
+        return torch.full_like(scores, -torch.inf).scatter_(1, listed, scores.gather(1, listed))
 
 
 class Teachers:
@@ -91,7 +97,12 @@ class Teachers:
 
     def score_rows(self, rows: Any) -> Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
-        return combined_rows([part.score_rows(rows) for part in self.parts], self.weights, self.how)
+        only_listed = self.how == "reciprocal_rank"  # which ranks a list, and nothing beyond it
+        scores = [
+            part.listed_rows(rows) if only_listed and isinstance(part, ScoreFile) else part.score_rows(rows)
+            for part in self.parts
+        ]
+        return combined_rows(scores, self.weights, self.how)
 
 
 LoadedTeacher = Teacher | ScoreFile | Teachers
