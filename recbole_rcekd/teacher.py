@@ -17,7 +17,7 @@ import numpy as np
 import recbole.data.dataset
 import scipy.sparse
 import torch
-from recbole.utils import ModelType, get_model, init_seed
+from recbole.utils import InputType, ModelType, get_model, init_seed
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
@@ -311,6 +311,8 @@ def _hash_value(digest: Any, value: Any) -> None:
 
 def _same_split_by_settings(teacher: Any, student: Any) -> bool:
     """Equal settings of data and split give equal interactions; then nothing has to be read again."""
+    if _draws_negatives(student) and not _draws_negatives(teacher):
+        return False  # the student's loader names more columns, which a model of features would take for its own
     keys = [k for k in dataset_arguments if k != "data_path"]
     ready_split = teacher["benchmark_filename"] is not None
     if not ready_split:
@@ -319,6 +321,11 @@ def _same_split_by_settings(teacher: Any, student: Any) -> bool:
         if any(teacher["eval_args"].get(p) != student["eval_args"].get(p) for p in parts):
             return False
     return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
+
+
+def _draws_negatives(config: Any) -> bool:
+    """Whether each row is loaded with the columns of a negative beside it."""
+    return bool(config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE)
 
 
 def _dataset_class(config: Any) -> tuple[str, ...]:
