@@ -122,8 +122,10 @@ class Teacher:
     def model(self) -> Any:
         """The RecBole model in evaluation mode, without gradients; built on first use, so not at all on a cache hit."""
         self.config["device"] = self.device
-        # Building it draws random numbers, which must not shift the student's.
+        # Building it draws random numbers, which must not shift the student's; and those that a checkpoint does not hold
+        # (weights of FwFM) must be drawn as they were in training, which RecBole seeds so, too.
         with preserved_random_state():
+            init_seed(self.config["seed"], self.config["reproducibility"])
             model = get_model(self.config["model"])(self.config, self._dataset).to(self.device)
         try:
             model.load_state_dict(self._content()["state_dict"])
