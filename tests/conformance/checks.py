@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -250,6 +251,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
             sets.append(_first_sets(distiller))
             found.kd.append(_kd_loss(distiller, sets[0]))
 
+    shutil.rmtree(folder / "saved" / "teacher_scores", ignore_errors=True)  # of other sources, perhaps
     with (
         inside(folder),
         mock.patch.object(trainer_module, "open_scores", open_scores),
