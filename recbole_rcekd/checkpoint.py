@@ -43,8 +43,9 @@ _BUILDABLE: dict[str, frozenset[str]] = {
     "_codecs": frozenset({"encode"}),
 }
 
-# Modules whose classes are only ever mentioned in a Config.
-_MENTIONED = ("recbole.model.", "recbole_rcekd.models.", "yaml.")
+# Modules whose classes are only ever mentioned in a Config, or belong to a part of the model that some models of features
+# (SASRecF and DIN, for example) save whole, with the dataset in it: such a part comes back as an inert thing.
+_MENTIONED = ("recbole.model.", "recbole_rcekd.models.", "yaml.", "torch.nn.modules.", "recbole.data.", "recbole.sampler.")
 
 
 class _Refused(pickle.UnpicklingError):
@@ -74,12 +75,18 @@ def _enum_member(cls: Any, name: str) -> Any:
     return cls[name]
 
 
+def _no_logger(name: str = "") -> None:
+    """What a dataset's logger becomes."""
+
+
 class _AllowListUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):
             return _enum_member
         if (module, name) == (Config.__module__, Config.__qualname__):
             return _EmptyConfig
+        if (module, name) == ("logging", "getLogger"):
+            return _no_logger
         if name in _BUILDABLE.get(module, ()):
             return super().find_class(module, name)
         if module.startswith(_MENTIONED):
@@ -107,7 +114,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         trust: run whatever the file contains (``teacher_trust: True``); for files of your own making only.
 
     Returns:
-        RecBole's dict: ``config``, ``state_dict``, ``other_parameter``, …
+        RecBole's dict: ``config``, ``state_dict``, ``other_parameter``, …; without ``trust``, other parameters that are
+        parts of the model are left out: their weights are in the ``state_dict``.
 
     Raises:
         TeacherError: there is no such file, it is damaged, not a RecBole checkpoint, or needs something that is not on
@@ -139,4 +147,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         raise TeacherError(f"[{path}] is not a RecBole checkpoint: it lacks [config] or [state_dict].")
     if not isinstance(content["state_dict"], (dict, OrderedDict)):
         raise TeacherError(f"[{path}] is not a RecBole checkpoint: its [state_dict] is no dict of tensors.")
+    other = content.get("other_parameter")
+    if isinstance(other, dict):
+        content["other_parameter"] = {name: part for name, part in other.items() if type(type(part)) is not _Named}
     return content

@@ -115,6 +115,10 @@ class TranslatedRows:
                 column = self._ids[field].to(column.device)[column.long()]
             columns[name] = _ends(column, lengths, width) if name != field else column
         columns[other.item_list_length_field] = lengths.clamp(max=width)
+        for name in other.inter_feat:
+            if name.startswith(other.config["NEG_PREFIX"]):  # drawn for DIEN's loss; its scores do not depend on them
+                like = other.inter_feat[name]
+                columns[name] = like.new_zeros(len(lengths), *like.shape[1:], device=lengths.device)
         return self._prepare(other, other.join(Interaction(columns)))
 
 

@@ -313,7 +313,7 @@ def _appended(lists: Tensor, values: Tensor, lengths: Tensor, width: int) -> Ten
     """``lists [n, w, …]`` with one more of ``values [n, …]`` at each end; the oldest goes where there is no place."""
     grown = lists.new_zeros(len(lists), width + 1, *lists.shape[2:])
     grown[:, : lists.shape[1]] = lists
-    grown[torch.arange(len(lists)), lengths] = values
+    grown[torch.arange(len(lists)), lengths] = values.to(lists.dtype)
     full = lengths == width
     grown[full, :-1] = grown[full, 1:]
     return grown[:, :width]
@@ -345,10 +345,18 @@ def _stable_order(keys: dict[str, Tensor]) -> Tensor:
 
 
 def _list_fields(dataset: Any) -> dict[str, str]:
-    """``{"item_id": "item_id_list", …}`` of a sequential dataset that has its lists; empty for others."""
+    """``{"item_id": "item_id_list", …}`` of a sequential dataset that has its lists; empty for others.
+
+    Without lists of negatives (DIEN), to which no column belongs.
+    """
     end = "_list_field"
     found = {name.removesuffix(end): value for name, value in vars(dataset).items() if name.endswith(end)}
-    return {field: list_field for field, list_field in found.items() if list_field in dataset.inter_feat}
+    negative = dataset.config["NEG_PREFIX"]
+    return {
+        field: list_field
+        for field, list_field in found.items()
+        if list_field in dataset.inter_feat and not list_field.startswith(negative)
+    }
 
 
 def _split_by_interactions(config: Any) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import recbole.data.dataset
 import scipy.sparse
 import torch
-from recbole.utils import ModelType, get_model, init_seed
+from recbole.utils import InputType, ModelType, get_model, init_seed
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
@@ -122,8 +122,10 @@ class Teacher:
     def model(self) -> Any:
         """The RecBole model in evaluation mode, without gradients; built on first use, so not at all on a cache hit."""
         self.config["device"] = self.device
-        # Building it draws random numbers, which must not shift the student's.
+        # Building it draws random numbers, which must not shift the student's; and those that a checkpoint does not hold
+        # (weights of FwFM) must be drawn as they were in training, which RecBole seeds so, too.
         with preserved_random_state():
+            init_seed(self.config["seed"], self.config["reproducibility"])
             model = get_model(self.config["model"])(self.config, self._dataset).to(self.device)
         try:
             model.load_state_dict(self._content()["state_dict"])
@@ -311,6 +313,8 @@ def _hash_value(digest: Any, value: Any) -> None:
 
 def _same_split_by_settings(teacher: Any, student: Any) -> bool:
     """Equal settings of data and split give equal interactions; then nothing has to be read again."""
+    if _draws_negatives(student) and not _draws_negatives(teacher):
+        return False  # the student's loader names more columns, which a model of features would take for its own
     keys = [k for k in dataset_arguments if k != "data_path"]
     ready_split = teacher["benchmark_filename"] is not None
     if not ready_split:
@@ -319,6 +323,11 @@ def _same_split_by_settings(teacher: Any, student: Any) -> bool:
         if any(teacher["eval_args"].get(p) != student["eval_args"].get(p) for p in parts):
             return False
     return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
+
+
+def _draws_negatives(config: Any) -> bool:
+    """Whether each row is loaded with the columns of a negative beside it."""
+    return bool(config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE)
 
 
 def _dataset_class(config: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,9 +24,12 @@ from torch import Tensor
 
 from recbole_rcekd import KDError, distill_trainer, load_teacher
 from recbole_rcekd import trainer as trainer_module
-from recbole_rcekd.cache import open_teacher_scores as open_original
+from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.models import MODELS
+from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.scoring import preserved_random_state
+from recbole_rcekd.teachers import open_scores as open_original
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
 from tests.conformance.models import STUDENT_OF, TEACHER_OF, Model, data_settings, registry, settings_of
 from tests.helpers import Bundle, build, build_model, inside, save_untrained
@@ -61,6 +65,7 @@ class Outcome:
         note: why not, in one line.
         scored: how the model is scored: ``product``, ``rows`` or ``pairs``.
         kd: the KD loss on the item sets of the first epoch, before and after training.
+        users: of a sequential teacher: what came of teaching a general student, by each user's whole sequence.
         checkpoint: of the student, to be opened by plain RecBole.
         test_result: the metrics that it must then have.
     """
@@ -69,6 +74,7 @@ class Outcome:
     note: str = ""
     scored: str = ""
     kd: list[float] = field(default_factory=list)
+    users: str = ""
     checkpoint: str = ""
     test_result: dict[str, float] = field(default_factory=dict)
 
@@ -110,6 +116,38 @@ def as_teacher(model: Model, folder: Path) -> Outcome:
         _, used = _distil(found, taught, teacher, folder)
         found.scored = teacher.scorer.kind
         _require_same_scores(found, bundle, _plain_model(bundle, path), taught, used)
+
+    return _outcome(attempt)
+
+
+def as_teacher_of_users(model: Model, folder: Path) -> Outcome:
+    """Let a sequential model teach a general one. It is asked once for each user, with the whole training sequence."""
+
+    def attempt(found: Outcome) -> None:
+        bundle, path = _plain_teacher(model, prepare_or_give_up(model, folder), folder)
+        taught = build(folder, "BPR", **_for_pair(registry()["BPR"], model), epochs=EPOCHS, **KD)
+        teacher = load_teacher(path, taught.train)
+        _, used = _distil(found, taught, teacher, folder)
+        found.scored = teacher.scorer.kind
+        # With one item left out for validation, that item's row holds the whole training sequence in plain RecBole.
+        plain, rows = _plain_model(bundle, path), bundle.valid._dataset
+        users = _translated(rows, taught.train._dataset, rows.uid_field, rows.inter_feat[rows.uid_field])
+        wanted = _scores_of_rows(bundle, plain, _as_loaded(bundle, rows, torch.arange(len(rows))))
+        _require_same_as(found, bundle, plain, taught, used, users, wanted)
+
+    return _outcome(attempt)
+
+
+def as_student_of_users(model: Model, folder: Path) -> Outcome:
+    """Let a general model, which knows users only, teach a sequential one."""
+
+    def attempt(found: Outcome) -> None:
+        general = registry()["BPR"]
+        own = prepare_or_give_up(model, folder)
+        path = _stubborn_teacher(general, _for_pair(general, model), folder)
+        taught = build(folder, model.name, **{**own, "epochs": EPOCHS, "checkpoint_dir": str(folder / "saved"), **KD})
+        trainer, _ = _distil(found, taught, load_teacher(path, taught.train), folder)
+        found.scored = trainer.distiller._scorer.kind
 
     return _outcome(attempt)
 
@@ -201,29 +239,31 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     """
     used: list[Any] = []
     sets: list[Any] = []
-    begin_original = Distiller.begin_epoch
+    originals = {kind: kind.begin_epoch for kind in (Distiller, RowDistiller)}
 
-    def open_teacher_scores(*args: Any, **kwargs: Any) -> Any:
+    def open_scores(*args: Any, **kwargs: Any) -> Any:
         used.append(open_original(*args, **kwargs))
         return used[-1]
 
-    def begin_epoch(distiller: Distiller, epoch: int, n_steps: int) -> None:
-        begin_original(distiller, epoch, n_steps)
+    def begin_epoch(distiller: Any, epoch: int, n_steps: int) -> None:
+        originals[type(distiller)](distiller, epoch, n_steps)
         if not sets:
-            side: Any = distiller._sides[0]
-            sets.append(side.sets.rows(torch.arange(len(side.contexts))))
+            sets.append(_first_sets(distiller))
             found.kd.append(_kd_loss(distiller, sets[0]))
 
+    shutil.rmtree(folder / "saved" / "teacher_scores", ignore_errors=True)  # of other sources, perhaps
     with (
         inside(folder),
-        mock.patch.object(trainer_module, "open_teacher_scores", open_teacher_scores),
+        mock.patch.object(trainer_module, "open_scores", open_scores),
         mock.patch.object(Distiller, "begin_epoch", begin_epoch),
+        mock.patch.object(RowDistiller, "begin_epoch", begin_epoch),
     ):
         trainer: Any = distill_trainer(bundle.config)(bundle.config, _astray(build_model(bundle)), teacher)
         trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
     found.kd.append(_kd_loss(trainer.distiller, sets[0]))
-    by_epoch = [float(row["kd_loss"]) for row in trainer.history.rows]
-    if len(by_epoch) != EPOCHS or not all(math.isfinite(value) for value in (*by_epoch, *found.kd)):
+    # KTUP spends every other few epochs on its knowledge graph alone.
+    by_epoch = [float(row["kd_loss"]) for row in trainer.history.rows if "kd_loss" in row]
+    if len(by_epoch) < EPOCHS / 2 or not all(math.isfinite(value) for value in (*by_epoch, *found.kd)):
         raise WrongError(f"KD losses are {by_epoch}")
     before, after = found.kd
     if not after < before:
@@ -231,36 +271,60 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     return trainer, used[0]
 
 
-def _kd_loss(distiller: Distiller, sets: Any) -> float:
-    side = distiller._sides[0]
+def _first_sets(distiller: Any) -> Any:
+    """Item sets of all users, or of all rows."""
+    if isinstance(distiller, Distiller):
+        side: Any = distiller._sides[0]
+        return side.sets.rows(torch.arange(len(side.contexts)))
+    with preserved_random_state(), distiller._scorer.evaluating():
+        rows = torch.arange(distiller._rows.n)
+        batch = distiller._rows.inputs(rows)
+        lists = distiller._lists(batch, rows, distiller._scorer.score_batch(batch, []).ranking)
+        return distiller.loss.select(lists)
+
+
+def _kd_loss(distiller: Any, sets: Any) -> float:
     with preserved_random_state(), distiller._scorer.evaluating():
         torch.manual_seed(7)
-        loss = side.loss.forward(side.score(side.contexts, sets.items), sets).mean()
-    return round(float(loss), 6)
+        if isinstance(distiller, Distiller):
+            side: Any = distiller._sides[0]
+            scores = side.score(side.contexts, sets.items)
+        else:
+            batch = distiller._rows.inputs(torch.arange(distiller._rows.n))
+            scores = distiller._scorer.score_batch(batch, []).score(sets.items)
+        return round(float(distiller.loss.forward(scores, sets).mean()), 6)
 
 
 def _inputs(bundle: Bundle, contexts: Tensor) -> Any:
     """What RecBole's evaluation would hand to the model: rows of a sequential training set, users of any other."""
     dataset = bundle.train._dataset
-    if hasattr(dataset, "item_list_length_field"):
-        return construct_transform(bundle.config)(dataset, dataset[contexts])
+    if is_sequential(dataset):
+        return _as_loaded(bundle, dataset, contexts)
     return dataset.join(Interaction({dataset.uid_field: contexts}))
 
 
-def _own_scores(bundle: Bundle, model: Any, contexts: Tensor, seed: int = 7) -> Tensor:
+def _as_loaded(bundle: Bundle, dataset: Any, rows: Tensor) -> Any:
+    return construct_transform(bundle.config)(dataset, dataset[rows])
+
+
+def _scores_of_rows(bundle: Bundle, model: Any, rows: Any, seed: int = 7) -> Tensor:
     """What the model itself says, without any of our code."""
     forget(model)
     torch.manual_seed(seed)  # for the models that draw in evaluation
     with torch.no_grad():
-        scores, _ = rank_all(model.eval(), _inputs(bundle, contexts), bundle.train._dataset)
+        scores, _ = rank_all(model.eval(), rows, bundle.train._dataset)
     forget(model)
     return scores
+
+
+def _own_scores(bundle: Bundle, model: Any, contexts: Tensor, seed: int = 7) -> Tensor:
+    return _scores_of_rows(bundle, model, _inputs(bundle, contexts), seed)
 
 
 def _contexts(bundle: Bundle) -> Tensor:
     """All that can be asked: every row of a sequential training set, every user of any other."""
     dataset = bundle.train._dataset
-    if hasattr(dataset, "item_list_length_field"):
+    if is_sequential(dataset):
         return torch.arange(len(dataset))
     return torch.arange(1, int(dataset.user_num))
 
@@ -275,24 +339,42 @@ def _require_same_scores(found: Outcome, bundle: Bundle, model: Any, taught: Bun
     """What the student learned from, against the teacher in plain RecBole, every cell."""
     own, other = taught.train._dataset, bundle.train._dataset
     contexts = _contexts(taught)
-    items = torch.arange(int(own.item_num))
-    if hasattr(own, "item_list_length_field"):
-        theirs = contexts  # the same rows in the same order, which is looked at here
+    if not is_sequential(own):
+        rows = _inputs(bundle, _translated(own, other, own.uid_field, contexts))
+    elif _same_rows(own, other):
+        rows = _inputs(bundle, contexts)
+    else:  # HSTU has one row per user; the others' rows are read with the same ids then, which is looked at here
+        rows = _as_loaded(bundle, own, contexts)
         for name in (own.uid_field, own.iid_field):
-            if list(own.id2token(name, own.inter_feat[name])) != list(other.id2token(name, other.inter_feat[name])):
-                raise WrongError("teacher and student have other rows")
-    else:
-        theirs = _translated(own, other, own.uid_field, contexts)
-    wanted = _own_scores(bundle, model, theirs)[:, _translated(own, other, own.iid_field, items)]
+            if list(own.field2id_token[name]) != list(other.field2id_token[name]):
+                raise WrongError("teacher and student have other rows and other ids")
+    _require_same_as(found, bundle, model, taught, used, contexts, _scores_of_rows(bundle, model, rows))
+
+
+def _same_rows(one: Any, other: Any) -> bool:
+    """The same users and targets, in the same order."""
+    return len(one) == len(other) and all(
+        list(one.id2token(name, one.inter_feat[name])) == list(other.id2token(name, other.inter_feat[name]))
+        for name in (one.uid_field, one.iid_field)
+    )
+
+
+def _require_same_as(
+    found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any, contexts: Tensor, wanted: Tensor
+) -> None:
+    """Teacher scores ``used`` of ``contexts``, and ``wanted`` ones in the teacher's own ids."""
+    own = taught.train._dataset
+    items = torch.arange(int(own.item_num))
+    wanted = wanted[:, _translated(own, bundle.train._dataset, own.iid_field, items)]
     torch.manual_seed(7)
     got = used.score(contexts, items[1:].expand(len(contexts), -1))
-    if _draws(found, bundle, model, theirs):
-        return
-    _require_close(got, wanted[:, 1:], "teacher scores")
+    if not _draws(found, bundle, model):
+        _require_close(got, wanted[:, 1:], "teacher scores")
 
 
-def _draws(found: Outcome, bundle: Bundle, model: Any, contexts: Tensor) -> bool:
+def _draws(found: Outcome, bundle: Bundle, model: Any) -> bool:
     """Whether a model has other scores each time it is asked, so that there is nothing to compare; noted then."""
+    contexts = _contexts(bundle)
     first, second = _own_scores(bundle, model, contexts), _own_scores(bundle, model, contexts, seed=8)
     draws = not torch.allclose(first, second, rtol=1e-4, atol=1e-4)
     if draws:
@@ -305,15 +387,18 @@ def _require_scorer_is_the_model(found: Outcome, taught: Bundle, trainer: Any) -
     contexts = _contexts(taught)
     wanted = _own_scores(taught, trainer.model, contexts)[:, 1:]
     items = torch.arange(1, wanted.shape[1] + 1).expand(len(contexts), -1)
-    with scorer.evaluating():
-        torch.manual_seed(7)
-        got = scorer.score(contexts, items)
-        torch.manual_seed(7)
-        everything = scorer.score_all(contexts)[:, 1:]
-    if _draws(found, taught, trainer.model, contexts):
+    answers: dict[str, Callable[[], Tensor]] = {
+        "scores of chosen items": lambda: scorer.score(contexts, items),
+        "scores of all items": lambda: scorer.score_all(contexts)[:, 1:],
+    }
+    if is_sequential(taught.train._dataset):
+        answers["scores of a batch"] = lambda: scorer.score_batch(_inputs(taught, contexts), []).score(items)
+    if _draws(found, taught, trainer.model):
         return
-    _require_close(got, wanted, "scores of chosen items")
-    _require_close(everything, wanted, "scores of all items")
+    for what, answer in answers.items():
+        with scorer.evaluating():
+            torch.manual_seed(7)
+            _require_close(answer(), wanted, what)
 
 
 def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
@@ -326,9 +411,13 @@ def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
 
 PLAIN = """
 import json, sys
-sys.modules["recbole_rcekd"] = None  # importing it is an error now
+if sys.argv.pop(1) == "plain":
+    sys.modules["recbole_rcekd"] = None  # importing it is an error now
+else:
+    import recbole_rcekd  # HSTU and VBPR
 import numpy as np, torch
-for name, value in {"float": float, "int": int, "bool": bool, "object": object, "str": str, "complex": complex}.items():
+kinds = {"float": float, "int": int, "long": int, "bool": bool, "object": object, "str": str, "complex": complex}
+for name, value in kinds.items():
     setattr(np, name, value)
 load = torch.load
 torch.load = lambda *args, **kwargs: load(*args, **{"weights_only": False, **kwargs})
@@ -347,9 +436,22 @@ for file in files:
 """
 
 
-def open_in_plain_recbole(checkpoints: list[str], place: Path) -> dict[str, Any]:
-    """Test metrics of checkpoints, or what went wrong, from one process with RecBole alone."""
-    command = [sys.executable, "-W", "ignore", "-c", PLAIN, *checkpoints]
+def open_in_plain_recbole(checkpoints: dict[str, str], place: Path) -> dict[str, Any]:
+    """Test metrics of the models' checkpoints, or what went wrong, by model.
+
+    Of models of RecBole, from a process with RecBole alone; of our own, with this package imported first.
+    """
+    found = {}
+    for way in ("plain", "own"):
+        names = [name for name in checkpoints if (name in MODELS) == (way == "own")]
+        if names:
+            opened = _open([checkpoints[name] for name in names], way, place)
+            found |= {name: opened[checkpoints[name]] for name in names}
+    return found
+
+
+def _open(checkpoints: list[str], way: str, place: Path) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-c", PLAIN, way, *checkpoints]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)
     found: dict[str, Any] = dict(
         json.loads(line.removeprefix("PLAIN ")) for line in done.stdout.splitlines() if line.startswith("PLAIN ")

@@ -68,6 +68,9 @@ def run_model(model: Model, work: Path, key: str) -> None:
     started = time.perf_counter()
     found: dict[str, Any] = {"key": key, "facts": find_facts(model, work).as_dict()}
     found["teacher"] = checks.as_teacher(model, work).as_dict()
+    if model.package == "sequential" and found["teacher"]["status"] == checks.WORKS:
+        of_users = checks.as_teacher_of_users(model, work)
+        found["teacher"]["users"] = ": ".join(filter(None, (of_users.status, of_users.note)))
     found["student"] = checks.as_student(model, work).as_dict()
     found["seconds"] = round(time.perf_counter() - started, 1)
     write(work, model, found)
@@ -115,11 +118,11 @@ def run_all(models: list[Model], work: Path) -> dict[str, dict[str, Any]]:
         print(f"{model.name}: teacher {found['teacher']['status']}, student {found['student']['status']}", flush=True)
     outcomes = {model.name: kept(work, model, key) or {} for model in models}
     fresh = [name for name, found in outcomes.items() if found["student"]["checkpoint"] and "plain" not in found]
-    opened = checks.open_in_plain_recbole([outcomes[name]["student"]["checkpoint"] for name in fresh], work)
+    opened = checks.open_in_plain_recbole({name: outcomes[name]["student"]["checkpoint"] for name in fresh}, work)
     for model in models:
         found = outcomes[model.name]
         if model.name in fresh:
-            found["plain"] = opened[found["student"]["checkpoint"]]
+            found["plain"] = opened[model.name]
             student = checks.Outcome(**found["student"])
             checks.judge_plain(student, found["plain"])
             found["student"] = student.as_dict()

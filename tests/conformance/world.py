@@ -54,6 +54,8 @@ def write_world(folder: Path) -> Path:
     entities = [(f"ei{i}", vector(i % N_BLOCKS)) for i in range(N_ITEMS)]
     entities += [(f"genre{block}", vector(block)) for block in range(N_BLOCKS)]
     write_atomic_file(place / f"{NAME}.ent", ("ent_id:token", "ent_vec:float_seq"), entities)
+    texts = [(f"i{i}", vector(i % N_BLOCKS)) for i in range(N_ITEMS)]
+    write_atomic_file(place / f"{NAME}.text", ("tid:token", "text_vec:float_seq"), texts)
     relations = [(name, vector(n)) for n, name in enumerate(("of_genre", "next_to"))]
     write_atomic_file(place / f"{NAME}.rel", ("rel_id:token", "rel_vec:float_seq"), relations)
     return folder
