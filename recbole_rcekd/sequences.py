@@ -351,6 +351,8 @@ def _list_fields(dataset: Any) -> dict[str, str]:
     """
     end = "_list_field"
     found = {name.removesuffix(end): value for name, value in vars(dataset).items() if name.endswith(end)}
+    if not found:
+        return {}
     negative = dataset.config["NEG_PREFIX"]
     return {
         field: list_field
