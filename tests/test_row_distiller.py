@@ -19,11 +19,13 @@ from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
+from recbole_rcekd.processes import Ranks
 from recbole_rcekd.row_distiller import RowDistiller, _first_places
 from recbole_rcekd.row_lists import RowLists, teaching_of
 from recbole_rcekd.scoring import ModelScorer
-from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.settings import KDSettings, TeacherSettings
 from recbole_rcekd.teacher import read_teacher, training_interactions
+from recbole_rcekd.teachers import ScoreFile, Teachers, open_scores
 from recbole_rcekd.types import Seen
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_dataset
 from tests.tables import Table, ranking_of
@@ -110,10 +112,15 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
 
 def taught_step(distiller: RowDistiller, model: Any, batch: Any) -> tuple[Tensor, Tensor, int]:
     """Base loss and KD loss as the trainer gets them, and how often the model ran."""
-    torch.manual_seed(3)
-    calls = []
+    calls: list[int] = []
     forward = model.forward
-    model.forward = lambda *args, **kwargs: (calls.append(1), forward(*args, **kwargs))[1]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    torch.manual_seed(3)
     try:
         scorer = distiller._scorer
         with scorer.shared_forward() as forget:
@@ -434,3 +441,27 @@ def test_the_teacher_does_not_run_in_a_step(folder: Path, monkeypatch: pytest.Mo
             assert torch.isfinite(model.calculate_loss(batch))
         distiller.diagnostics()
     assert calls == []
+
+
+@pytest.mark.parametrize("how", ["standardised", "reciprocal_rank"])
+def test_every_process_has_the_lists_of_all_users(folder: Path, how: Any) -> None:
+    """A rank owns some users, but its batches have rows of any."""
+    bundle, _ = student_of(folder, "GRU4Rec")
+    dataset = bundle.train._dataset
+    tokens = {field: dataset.field2id_token[field] for field in ("user_id", "item_id")}
+    parts = []
+    for number in (1, 2):
+        file = Path.cwd() / f"{number}.csv"
+        lines = [
+            f"{tokens['user_id'][user]},{tokens['item_id'][item]},{(user * 7 + item * number * 3) % 31}"
+            for user in range(1, N_USERS + 1)
+            for item in range(1, N_ITEMS + 1)
+        ]
+        file.write_text("\n".join(["user_id,item_id,score", *lines]), encoding="utf-8")
+        parts.append(ScoreFile(str(file), dataset, TeacherSettings()))
+    several = Teachers(parts, [1.0, 1.0], TeacherSettings(teacher_ensemble=how))
+    settings, users = KDSettings(kd_cache_dir=str(Path.cwd() / "scores")), torch.arange(1, N_USERS + 1)
+    alone = open_scores(several, settings, torch.device("cpu")).top_k(users, 5, True)
+    second = open_scores(several, settings, torch.device("cpu"), ranks=Ranks(rank=1, world=2)).top_k(users, 5, True)
+    assert torch.equal(second, alone)
+    assert alone.all()
