@@ -76,45 +76,6 @@ COMMAND = {"quick_start", "report", "command"}
 TEACHERS = {"teacher", "teachers", "outside", "ensemble", "cache", "store"}
 RUN = {"config", "row_lists", "distiller", "row_distiller", "trainer", *COMMAND}
 ABOVE = [
-<<<<<<< HEAD
-    ("scoring", {"teacher", "cache", "store", "config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("teacher", {"cache", "store", "config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("store", {"teacher", "scoring", "cache", "config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("cache", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("config", {"teacher", "cache", "scoring", "distiller", "trainer", "quick_start", "report", "command"}),
-    (
-        "sequences",
-        {"teacher", "scoring", "cache", "store", "config", "distiller", "trainer", "quick_start", "report", "command"},
-    ),
-    ("outside", {"cache", "ensemble", "config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("ensemble", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
-    ("teachers", {"config", "distiller", "trainer", "quick_start", "report", "command"}),
-    (
-        "distiller",
-        {
-            "config",
-            "teacher",
-            "teachers",
-            "outside",
-            "ensemble",
-            "cache",
-            "trainer",
-            "quick_start",
-            "report",
-            "command",
-        },
-    ),
-    ("trainer", {"quick_start", "report", "command"}),
-    ("report", {"distiller", "trainer", "quick_start", "command"}),
-    ("quick_start", {"command"}),
-    ("processes", {name.split(".")[1] for name in MODULES if "." in name} - {"processes", "errors"}),
-    (
-        "models",
-        {name.split(".")[1] for name in MODULES if "." in name}
-        - {"models", "compat", "errors", "settings", "sequences"},
-    ),
-    ("compat", {name.split(".")[1] for name in MODULES if "." in name} - {"compat"}),
-=======
     ("sequences", {"contexts", "scoring"} | TEACHERS | RUN),
     ("contexts", {"scoring"} | TEACHERS | RUN),
     ("scoring", TEACHERS | RUN),
@@ -135,7 +96,6 @@ ABOVE = [
     # HSTU has data of its own.
     ("models", ALL - {"models", "compat", "errors", "settings", "sequences"}),
     ("compat", ALL - {"compat"}),
->>>>>>> t1
 ]
 
 
