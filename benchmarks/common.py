@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import torch
 from recbole.config import Config
-from recbole.data import create_dataset, data_preparation
+from recbole.data import data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
-from recbole_rcekd.teacher import Teacher, load_teacher
+from recbole_rcekd.sequences import create_dataset
+from recbole_rcekd.teacher import Teacher, read_teacher
 from recbole_rcekd.trainer import distill_trainer, recording_trainer, update_in_one_pass
 
 READY_SPLIT = Path(__file__).parent.parent / "properties" / "dataset" / "ready_split.yaml"
@@ -93,13 +94,15 @@ def make_trainer(name: str, options: argparse.Namespace, data: Data, teacher: Te
         trainer = recording_trainer(config)(config, model)
         update_in_one_pass(trainer.optimizer)
         return trainer
+    if teacher is None:
+        raise ValueError(f"{name} needs a teacher")
     return distill_trainer(config)(config, model, teacher)
 
 
 def teacher_for(options: argparse.Namespace, data: Data, names: list[str]) -> Teacher | None:
     """The teacher, if any of the methods needs one."""
     wanted = any(name not in (PLAIN, PLAIN_FASTER) for name in names)
-    return load_teacher(options.teacher, data.train) if wanted else None
+    return read_teacher(options.teacher, data.train) if wanted else None
 
 
 def peak_of_this_process() -> float:

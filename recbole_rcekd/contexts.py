@@ -166,6 +166,9 @@ def is_sequential(dataset: Any) -> bool:
 def numbered_rows(dataset: Any) -> Iterator[None]:
     """While this lasts, the rows of a training set carry their numbers in the column ``kd_row``, also out of the loader."""
     features = dataset.inter_feat
+    if ROW_FIELD in features:  # two trainers may take turns on the same data
+        yield
+        return
     features.update(Interaction({ROW_FIELD: torch.arange(len(features))}))
     try:
         yield

@@ -20,12 +20,17 @@ def distance_to_teacher(rows: Tensor, teacher_top: Tensor) -> dict[str, float]:
 
     Args:
         rows: the student's scores of every item, ``[n, n_items]``.
-        teacher_top: the teacher's best items, ``[n, k]``, k at most 50.
+        teacher_top: the teacher's best items, ``[n, k]``, k at most 50; 0 in short lists, which are compared as far as they
+            go. Rows without any are left out; nothing is returned if no row has any.
     """  # noqa: D205
     k = teacher_top.shape[1]
-    student_top = top_k(rows, k)
+    said = (teacher_top != 0).any(1)
+    if not said.any():
+        return {}
+    teacher_top, student_top = teacher_top[said], top_k(rows[said], k)
+    listed = teacher_top != 0
     return {
-        f"overlap@{k}": float(is_member(teacher_top, student_top).float().mean()),
+        f"overlap@{k}": float(is_member(teacher_top, student_top)[listed].float().mean()),
         f"ndcg@{NDCG_AT}_to_teacher": float(ndcg_against(student_top[:, :NDCG_AT], teacher_top[:, :NDCG_AT]).mean()),
     }
 

@@ -213,6 +213,9 @@ class Distiller:
         watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
         if n:
             k = min(OVERLAP_AT, side.teacher.n_items - 1)
-            rows = side.teacher.score_all(side.contexts[watched])
-            self._teacher_top = top_k(rows, k)
+            contexts = side.contexts[watched]
+            if getattr(side.teacher, "partial", False):
+                self._teacher_top = side.teacher.top_k(contexts, k, False)
+            else:  # not by top_k, which would make lists of this length for everybody
+                self._teacher_top = top_k(side.teacher.score_all(contexts), k)
         return watched

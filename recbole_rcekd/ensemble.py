@@ -116,30 +116,31 @@ class EnsembleScores(Scores):
 
 
 class RescaledScores:
-    """A teacher's scores, moved and scaled per context: (score − μ)·a. Its lists are the teacher's own.
+    """A teacher's scores, moved and scaled per context: (score − μ)·a, and −inf as before. Its lists are the teacher's own.
 
     Args:
         scores: of the teacher.
         shift: μ, ``[n_contexts]``.
-        scale: a, above 0, or 0 for contexts of whom the teacher has no opinion, ``[n_contexts]``.
+        scale: a, above 0, or 0 for contexts whose scores are all the same, ``[n_contexts]``.
         by_item: shifts and scales belong to the items, as after :meth:`transposed`.
     """
 
     def __init__(self, scores: TeacherScores, shift: Tensor, scale: Tensor, by_item: bool = False) -> None:
         self.n_contexts, self.n_items = scores.n_contexts, scores.n_items
+        self.partial = getattr(scores, "partial", False)
         self._scores, self._shift, self._scale, self._by_item = scores, shift, scale, by_item
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
-        place = items.long() if self._by_item else contexts.unsqueeze(1)
-        return _moved(self._scores.score(contexts, items), self._shift[place], self._scale[place])
+        return self._rescaled(self._scores.score(contexts, items), items.long() if self._by_item else contexts[:, None])
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
-        place = slice(None) if self._by_item else contexts.unsqueeze(1)
-        scores = _moved(self._scores.score_all(contexts), self._shift[place], self._scale[place])
-        scores[:, 0] = -torch.inf
-        return scores
+        return self._rescaled(self._scores.score_all(contexts), slice(None) if self._by_item else contexts[:, None])
+
+    def _rescaled(self, scores: Tensor, place: Tensor | slice) -> Tensor:
+        moved = _moved(scores, self._shift[place], self._scale[place])
+        return moved.masked_fill(scores == -torch.inf, -torch.inf)
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
@@ -223,7 +224,8 @@ def combined_rows(
     for part, weight in zip(rows, weights, strict=True):
         scores = part[:, 1:].double()
         if how == "reciprocal_rank":
-            best, items = scores.topk(min(_RANKED, scores.shape[1]), dim=1)
+            # Equal scores by ascending id, as score files list them.
+            best, items = (each[:, :_RANKED] for each in scores.sort(dim=1, descending=True, stable=True))
             reward = weight / (_RANK_OFFSET + torch.arange(1, best.shape[1] + 1, device=part.device))
             total[:, 1:].scatter_add_(1, items, reward.masked_fill(best == -torch.inf, 0.0).to(total.dtype))
         else:

@@ -292,11 +292,13 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
 
     Args:
         student_top: the student's best k items, best first, ``[n, k]``.
-        teacher_top: the teacher's best k items, ``[n, k]``.
+        teacher_top: the teacher's best k items, best first, ``[n, k]``; 0 where it lists fewer, but one at least.
     """
     k = student_top.shape[-1]
     discount = 1.0 / torch.log2(torch.arange(2, k + 2, dtype=torch.float32, device=student_top.device))
-    return (is_member(student_top, teacher_top).float() * discount).sum(-1) / discount.sum()
+    ideal = ((teacher_top != 0) * discount).sum(-1)
+    shared = is_member(student_top, teacher_top) & (student_top != 0)
+    return (shared.float() * discount).sum(-1) / ideal
 
 
 def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool = False) -> Tensor:

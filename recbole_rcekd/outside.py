@@ -38,6 +38,9 @@ class ListedScores:
 
     Implements :class:`~recbole_rcekd.types.TeacherScores`. Equal scores are listed by ascending id.
 
+    Attributes:
+        partial: the best of full rows are not the best lists, which hold listed items only.
+
     Args:
         contexts: ``[R]``, whose score it is; each (context, item) once.
         items: ``[R]``, of what.
@@ -47,6 +50,8 @@ class ListedScores:
         seen: the training interactions, for lists of unseen items.
         floor_of_items: the floor belongs to the items, as after :meth:`transposed`.
     """
+
+    partial = True
 
     def __init__(
         self, contexts: Tensor, items: Tensor, scores: Tensor, floor: Tensor, seen: Seen, floor_of_items: bool = False

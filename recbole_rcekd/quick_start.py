@@ -80,7 +80,7 @@ def run_recbole_kd(
         TeacherError: the teacher cannot be used for this student.
     """
     extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
-    given = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in extra.items() if v is not None}
+    given = {key: _plain(value) for key, value in extra.items() if value is not None}
     joined_before = dist.is_initialized()
     try:
         config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
@@ -94,6 +94,13 @@ def run_recbole_kd(
         dist.barrier()  # the first process keeps the connections for all
         dist.destroy_process_group()
     return result
+
+
+def _plain(value: Any) -> Any:
+    """Paths as text: the Config goes into checkpoints, which hold no other objects."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 @dataclass
@@ -185,6 +192,12 @@ class _Experiment:
                 require_rankable(model_class)
                 return teacher_config(sources[0], self.config)
         self.teacher_settings.weights_of(sources)
+        missing = [source for source in sources if not os.path.exists(source)]
+        if len(sources) > 1 and missing:
+            raise SettingsError(
+                f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: several teachers are files "
+                "(checkpoints or files of scores), so train a model by its name first."
+            )
         known = {"teacher_trust", *TeacherSettings.keys()}
         stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k not in known]
         stray = [k for k in stray if self.config[k] is not None]
@@ -195,7 +208,7 @@ class _Experiment:
     def _prepare_teacher(self, data: _Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
-            source, trained = self._train_teacher(str(source), self.teacher_config, data)
+            source, trained = self._train_teacher(self.teacher_config["model"], self.teacher_config, data)
         teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
         return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
 

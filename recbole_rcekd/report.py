@@ -31,6 +31,7 @@ from recbole_rcekd.config import SCRATCH
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.teacher import Teacher
 from recbole_rcekd.teachers import LoadedTeacher
 
@@ -226,7 +227,7 @@ class Report:
                 "name": self.config["dataset"],
                 "users": int(self.dataset.user_num) - 1,
                 "items": int(self.dataset.item_num) - 1,
-                "training_interactions": len(self.dataset),
+                "training_interactions": len(training_pairs(self.dataset)[0]),
                 "split": self.split,
             },
             "student": self.config["model"],

@@ -103,7 +103,7 @@ class RowDistiller:
             return self.loss.forward(student.score(sets.items), sets)
         if self.loss.teaches_all_items:
             sets = ItemSets(sets.items, lists.teacher_scores_of_all())
-        return self.loss.forward(student.score_all(), sets)
+        return self.loss.forward(lists.without_hidden(student.score_all()), sets)
 
     def diagnostics(self) -> dict[str, float]:
         """How far the student is: as :meth:`Distiller.diagnostics`, on the same few rows in every epoch."""

@@ -145,8 +145,9 @@ class RowLists(Lists):
         return rows
 
     def _with_target(self, lists: Tensor) -> Tensor:
-        """Put the target where its score belongs."""
+        """Put the target where its score belongs; nowhere if the teacher says nothing of the user."""
         items = torch.cat([self._target.unsqueeze(1), lists], dim=1)
         scores = self.teacher_scores(items).masked_fill(items == 0, -torch.inf)
+        items = items.masked_fill(scores == -torch.inf, 0)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : lists.shape[1]]
         return items.gather(1, order)

@@ -464,13 +464,8 @@ class ModelScorer:
         if self.kind != "product" or self._scale_and_bias is not None or not isinstance(self.contexts, Users):
             return None
         probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
-        was_training = self.model.training
-        self._set_training(True)
-        try:
-            with torch.enable_grad():
-                rows, item_table = self.operands(probe)
-        finally:
-            self._set_training(was_training)
+        with self._probing():
+            rows, item_table = self.operands(probe)
         lookup = rows.grad_fn
         if lookup is None or lookup.name() != "EmbeddingBackward0":
             return None
@@ -488,15 +483,24 @@ class ModelScorer:
             return None
         return users, items
 
-    def _require_gradient(self) -> None:
+    @contextmanager
+    def _probing(self) -> Iterator[None]:
+        """As in training, but batch normalisation, which DIN has, takes no note of what it sees."""
         was_training = self.model.training
         self._set_training(True)
-        with torch.enable_grad():
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            self._set_training(was_training)
+
+    def _require_gradient(self) -> None:
+        with self._probing():
             probe = torch.arange(1, min(3, self.n_contexts), device=self.device)
-            try:
-                scores = self.score(probe, torch.ones((len(probe), 1), dtype=torch.int64, device=self.device))
-            finally:
-                self._set_training(was_training)
+            scores = self.score(probe, torch.ones((len(probe), 1), dtype=torch.int64, device=self.device))
         if not scores.requires_grad:
             raise ScoringError(
                 f"{self.name} has no gradient through its scores, so it cannot be a student (it can be a teacher)."

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import combined_rows, ensemble
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
@@ -37,6 +38,7 @@ class ScoreFile:
     def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
         self.source = path
         self.name = Path(path).name
+        self.for_rows = is_sequential(student_dataset)
         self.scores: ListedScores = read_scores(path, student_dataset, settings)
         self.seen = self.scores.seen
         self._user_field = student_dataset.uid_field
@@ -52,6 +54,12 @@ class ScoreFile:
     def score_rows(self, rows: Any) -> Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
         return self.scores.score_all(rows[self._user_field])
+
+    def listed_rows(self, rows: Any) -> Tensor:
+        """The same, with −inf at what the file does not list."""
+        scores, users = self.score_rows(rows), rows[self._user_field]
+        listed = self.scores.top_k(users, scores.shape[1] - 1)  # 0 in short lists, the padding item, of score −inf
+        return torch.full_like(scores, -torch.inf).scatter_(1, listed, scores.gather(1, listed))
 
 
 class Teachers:
@@ -79,7 +87,7 @@ class Teachers:
         self.how = settings.teacher_ensemble
         self.name = " + ".join(part.name for part in parts)
         self.source = ",".join(part.source for part in parts)
-        self.seen, self.scores_rows = parts[0].seen, parts[0].scores_rows
+        self.seen, self.scores_rows, self.for_rows = parts[0].seen, parts[0].scores_rows, parts[0].for_rows
 
     @cached_property
     def fingerprint(self) -> str:
@@ -89,7 +97,12 @@ class Teachers:
 
     def score_rows(self, rows: Any) -> Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
-        return combined_rows([part.score_rows(rows) for part in self.parts], self.weights, self.how)
+        only_listed = self.how == "reciprocal_rank"  # which ranks a list, and nothing beyond it
+        scores = [
+            part.listed_rows(rows) if only_listed and isinstance(part, ScoreFile) else part.score_rows(rows)
+            for part in self.parts
+        ]
+        return combined_rows(scores, self.weights, self.how)
 
 
 LoadedTeacher = Teacher | ScoreFile | Teachers
@@ -158,5 +171,6 @@ def open_scores(
         return open_teacher_scores(teacher, settings, show_progress, ranks)
     parts = [open_scores(part, settings, device, show_progress, ranks) for part in teacher.parts]
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
-    by_users = None if teacher.scores_rows else ranks
-    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, by_users, device)
+    # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
+    owners = None if teacher.for_rows else ranks
+    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, owners, device)

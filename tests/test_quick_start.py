@@ -369,9 +369,13 @@ def test_settings_are_refused_before_data_are_read(
 
 
 @pytest.mark.usefixtures("no_data")
-def test_a_teacher_of_another_kind_is_refused_before_it_is_trained(folder: Path) -> None:
-    with pytest.raises(ScoringError, match="SASRec is a SEQUENTIAL model"):
-        run(folder, teacher="SASRec")
+def test_a_sequential_teacher_in_random_order_is_refused_before_it_is_trained(folder: Path, tmp_path: Path) -> None:
+    settings = without_teacher_keys(load_col={"inter": ["user_id", "item_id", "timestamp"]})
+    with pytest.raises(
+        SettingsError, match=r"SASRec learns sequences, but \[eval_args\] has order 'RO'.* set order: TO"
+    ):
+        run(folder, settings, teacher="SASRec")
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_lists_longer_than_the_catalogue_are_refused_before_a_teacher_is_trained(folder: Path, tmp_path: Path) -> None:

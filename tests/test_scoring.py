@@ -369,18 +369,6 @@ def test_item_side_is_the_transposed_user_side(data_path: Path, name: str) -> No
     assert scorer.score_by_item(items, users).requires_grad
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("FM", "CONTEXT"), ("DeepFM", "CONTEXT"), ("SASRec", "SEQUENTIAL"), ("GRU4Rec", "SEQUENTIAL")]
-)
-def test_models_not_scored_by_user_are_refused(data_path: Path, name: str, words: str) -> None:
-    sequential: dict[str, Any] = (
-        {"MAX_ITEM_LIST_LENGTH": 5, "train_neg_sample_args": None} if words == "SEQUENTIAL" else {}
-    )
-    bundle = build(data_path, name, load_col={"inter": ["user_id", "item_id", "timestamp"]}, **sequential)
-    with pytest.raises(ScoringError, match=f"^{name} is a {words} model; so far only general and knowledge-aware"):
-        scorer_of(build_model(bundle), bundle)
-
-
 class FakeData:
     """Just enough of a Dataset."""
 

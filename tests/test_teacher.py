@@ -345,11 +345,13 @@ def test_config_of_another_kind_is_refused(folder: Path, student: Bundle, tmp_pa
         read_teacher(path, student.train)
 
 
-@pytest.mark.parametrize("name", ["FM", "GRU4Rec"])
-def test_model_not_scored_by_user_is_refused(folder: Path, student: Bundle, tmp_path: Path, name: str) -> None:
-    path = with_settings(folder / "BPR.pth", tmp_path / "x.pth", model=name)
-    with pytest.raises(ScoringError, match=f"^{name} is a .* model; so far only"):
-        read_teacher(path, student.train)
+def test_model_that_is_no_torch_model_is_refused(
+    folder: Path, student: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trees = type("LightGBM", (), {"type": ModelType.DECISIONTREE})
+    monkeypatch.setattr("recbole_rcekd.teacher.get_model", lambda name: trees)
+    with pytest.raises(ScoringError, match=r"^LightGBM is a DECISIONTREE model, which RecBole trains and scores"):
+        read_teacher(folder / "BPR.pth", student.train)
 
 
 @pytest.mark.parametrize("reason", ["no such file", "not trusted"])
@@ -481,7 +483,7 @@ def test_fingerprint_is_the_same_in_another_process(folder: Path, student: Bundl
         "import sys; sys.argv = ['x']\n"
         "from pathlib import Path\n"
         "from tests.helpers import build\n"
-        "from recbole_rcekd import read_teacher\n"
+        "from recbole_rcekd.teacher import read_teacher\n"
         f"folder = Path({str(folder)!r})\n"
         "print(read_teacher(folder / 'BPR.pth', build(folder, 'BPR').train).fingerprint)\n"
     )

@@ -128,6 +128,28 @@ def test_the_recording_trainer_is_plain_recbole(folder: Path, tmp_path: Path) ->
     }
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_no_anomaly_detection_while_an_epoch_runs(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool
+) -> None:
+    """RecBole's SINE turns it on for the whole process, as soon as it is imported."""
+    bundle = bundle_of(folder, tmp_path, epochs=1)
+    trainer = recording_trainer(bundle.config)(bundle.config, build_model(bundle))
+    modes: list[bool] = []
+    original = trainer.model.calculate_loss
+
+    def noted(interaction: Any) -> Any:
+        modes.append(torch.is_anomaly_enabled())
+        return original(interaction)
+
+    monkeypatch.setattr(trainer.model, "calculate_loss", noted)
+    with torch.autograd.set_detect_anomaly(before):
+        trainer.fit(bundle.train, bundle.valid, saved=False)
+        assert torch.is_anomaly_enabled() is before
+    assert modes
+    assert not any(modes)
+
+
 # --- caches -------------------------------------------------------------------------------------------------
 
 

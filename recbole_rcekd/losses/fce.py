@@ -69,9 +69,9 @@ class FCELoss(KDLoss):
         tau = self.settings.fce_temperature
         catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
-            taught = sets.teacher_scores[:, 1:2] != -torch.inf
-            keep = None if taught.all() else taught.expand_as(catalogue)
-            return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], keep, tau)
+            # −inf: hidden from a row, or a whole row of whom the teacher says nothing.
+            taught = sets.teacher_scores[:, 1:] != -torch.inf
+            return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], None if taught.all() else taught, tau)
         keep = sets.items != 0
         target = (sets.teacher_scores.detach() / tau).masked_fill(~keep, torch.finfo(sets.teacher_scores.dtype).min)
         listed = at_least_float32(student_scores).gather(1, sets.items.long()).masked_fill(~keep, 0.0) / tau
