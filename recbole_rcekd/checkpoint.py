@@ -45,7 +45,14 @@ _BUILDABLE: dict[str, frozenset[str]] = {
 
 # Modules whose classes are only ever mentioned in a Config, or belong to a part of the model that some models of features
 # (SASRecF and DIN, for example) save whole, with the dataset in it: such a part comes back as an inert thing.
-_MENTIONED = ("recbole.model.", "recbole_rcekd.models.", "yaml.", "torch.nn.modules.", "recbole.data.", "recbole.sampler.")
+_MENTIONED = (
+    "recbole.model.",
+    "recbole_rcekd.models.",
+    "yaml.",
+    "torch.nn.modules.",
+    "recbole.data.",
+    "recbole.sampler.",
+)
 
 
 class _Refused(pickle.UnpicklingError):
