@@ -49,10 +49,13 @@ _NEUTRAL = {
     "save_dataloaders": False,
     "use_pretrain": False,  # NeuMF
 }
+# Likewise, while the model is built.
 _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
     "ConvNCF": {"train_method": "no_pretrain"},
+    "KD_DAGFM": {"phase": "teacher_training"},
     "NAIS": {"pretrain_path": None},
     "RaCT": {"train_stage": "actor_pretrain"},
+    "S3Rec": {"train_stage": "pretrain"},
 }
 _MACHINE_KEYS = PLACE_KEYS | {
     *("device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank", "world_size"),
@@ -126,7 +129,7 @@ class Teacher:
         # (weights of FwFM) must be drawn as they were in training, which RecBole seeds so, too.
         with preserved_random_state():
             init_seed(self.config["seed"], self.config["reproducibility"])
-            model = get_model(self.config["model"])(self.config, self._dataset).to(self.device)
+            model = self._build()
         try:
             model.load_state_dict(self._content()["state_dict"])
         except RuntimeError as error:
@@ -138,6 +141,20 @@ class Teacher:
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        return model
+
+    def _build(self) -> Any:
+        neutral = _NEUTRAL_FOR.get(self.name, {})
+        own = {key: self.config[key] for key in neutral}
+        try:
+            for key, value in neutral.items():
+                self.config[key] = value
+            model = get_model(self.name)(self.config, self._dataset).to(self.device)
+        finally:
+            for key, value in own.items():
+                self.config[key] = value
+        for key in own.keys() & vars(model).keys():
+            setattr(model, key, own[key])  # KD_DAGFM's phase says which of its two networks scores
         return model
 
     @cached_property
@@ -254,7 +271,6 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
         )
     for key, value in {
         **_NEUTRAL,
-        **_NEUTRAL_FOR.get(config["model"], {}),
         "data_path": student_config["data_path"],
         "checkpoint_dir": student_config["checkpoint_dir"],
         "single_spec": True,

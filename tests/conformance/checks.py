@@ -13,7 +13,8 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,12 +110,14 @@ def as_teacher(model: Model, folder: Path) -> Outcome:
     """Train the model in plain RecBole; let it teach a small student of its own kind."""
 
     def attempt(found: Outcome) -> None:
-        bundle, path = _plain_teacher(model, prepare_or_give_up(model, folder), folder)
+        settings = prepare_or_give_up(model, folder)
+        bundle, path = _plain_teacher(model, settings, folder)
         student = registry()[STUDENT_OF[model.package]]
         taught = build(folder, student.name, **_for_pair(student, model), epochs=EPOCHS, **KD)
-        teacher = load_teacher(path, taught.train)
-        _, used = _distil(found, taught, teacher, folder)
-        found.scored = teacher.scorer.kind
+        teacher: Any = load_teacher(path, taught.train)
+        with _hidden(settings.get("pre_model_path")):  # what it started from is not opened again
+            _, used = _distil(found, taught, teacher, folder)
+            found.scored = teacher.scorer.kind
         _require_same_scores(found, bundle, _plain_model(bundle, path), taught, used)
 
     return _outcome(attempt)
@@ -126,7 +129,7 @@ def as_teacher_of_users(model: Model, folder: Path) -> Outcome:
     def attempt(found: Outcome) -> None:
         bundle, path = _plain_teacher(model, prepare_or_give_up(model, folder), folder)
         taught = build(folder, "BPR", **_for_pair(registry()["BPR"], model), epochs=EPOCHS, **KD)
-        teacher = load_teacher(path, taught.train)
+        teacher: Any = load_teacher(path, taught.train)
         _, used = _distil(found, taught, teacher, folder)
         found.scored = teacher.scorer.kind
         # With one item left out for validation, that item's row holds the whole training sequence in plain RecBole.
@@ -166,7 +169,13 @@ def as_student(model: Model, folder: Path) -> Outcome:
         except (Exception, SystemExit) as error:
             raise ImpossibleError(reason(error)) from error
         teacher = load_teacher(path, taught.train)
-        trainer, _ = _distil(found, taught, teacher, folder)
+        try:
+            trainer, _ = _distil(found, taught, teacher, folder)
+        except KDError:
+            raise
+        except Exception:
+            _plain_teacher(model, own, folder)  # if plain RecBole cannot train it either, this says so
+            raise
         found.scored = trainer.distiller._scorer.kind
         _require_scorer_is_the_model(found, taught, trainer)
         with inside(folder):
@@ -182,6 +191,19 @@ def prepare_or_give_up(model: Model, folder: Path) -> dict[str, Any]:
         return prepare(model, folder)
     except (Exception, SystemExit) as error:
         raise ImpossibleError(reason(error)) from error
+
+
+@contextmanager
+def _hidden(path: str | None) -> Iterator[None]:
+    """While this lasts, there is no such file."""
+    if path is None:
+        yield
+        return
+    away = Path(path).rename(f"{path}.away")
+    try:
+        yield
+    finally:
+        away.rename(path)
 
 
 def _for_pair(model: Model, other: Model) -> dict[str, Any]:
@@ -441,7 +463,7 @@ def open_in_plain_recbole(checkpoints: dict[str, str], place: Path) -> dict[str,
 
     Of models of RecBole, from a process with RecBole alone; of our own, with this package imported first.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for way in ("plain", "own"):
         names = [name for name in checkpoints if (name in MODELS) == (way == "own")]
         if names:

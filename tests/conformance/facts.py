@@ -80,7 +80,7 @@ def reason(error: BaseException) -> str:
 
 
 def prepare(model: Model, folder: Path, **overrides: Any) -> Settings:
-    """The settings of a model; its stages before the last one are trained (S3Rec, RaCT)."""
+    """The settings of a model; its stages before the last one are trained (S3Rec, RaCT, KD_DAGFM)."""
     settings = {**settings_of(model), **overrides}
     for stage in STAGES.get(model.name, []):
         place = folder / "stages" / "-".join(map(str, stage.values()))
@@ -88,7 +88,7 @@ def prepare(model: Model, folder: Path, **overrides: Any) -> Settings:
         with inside(folder):
             trainer = get_trainer(bundle.config["MODEL_TYPE"], model.name)(bundle.config, build_model(bundle))
             trainer.fit(bundle.train, bundle.valid, show_progress=False)
-        settings["pre_model_path"] = str(trainer.saved_model_file)
+        settings["pre_model_path"] = settings["warm_up"] = str(trainer.saved_model_file)
     return settings
 
 

@@ -9,12 +9,13 @@ import ast
 import importlib.util
 import pkgutil
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from recbole_rcekd import properties  # (mends RecBole before it is imported)
+import recbole_rcekd  # noqa: F401  (mends RecBole before it is imported)
 from recbole_rcekd.models import MODELS
 from tests.conformance.world import CONTEXT_COLUMNS, GENERAL_COLUMNS, KNOWLEDGE_COLUMNS, NAME, SEQUENCE_COLUMNS, VECTOR
 
@@ -110,6 +111,7 @@ _SPECIAL: dict[str, Settings] = {
     "RaCT": {**_NO_NEGATIVES, "train_stage": "finetune"},
     "MacridVAE": {**_NO_NEGATIVES, "kfac": 2},
     "ConvNCF": {"embedding_size": 64},  # its convolutions are cut to this size
+    "KD_DAGFM": {"phase": "finetuning"},
     "HSTU": {**_NO_NEGATIVES, "attention_dim": 4, "linear_dim": 4, "n_negatives": 20},
     "KTUP": {"use_st_gumbel": False},  # with it, even its evaluation draws noise
     **dict.fromkeys(("SASRecF", "FDSA", "GRU4RecF"), _ITEM_CLASS),
@@ -118,8 +120,10 @@ _SPECIAL: dict[str, Settings] = {
     "DIN": _WITH_FEATURES,
     "DIEN": _WITH_FEATURES,
 }
-# Stages that are trained before, with these settings; a checkpoint's path is the next stage's `pre_model_path`.
+# Stages that are trained before, with these settings; the next stage starts from the checkpoint at `pre_model_path` or,
+# in KD_DAGFM, `warm_up`.
 STAGES: dict[str, list[Settings]] = {
+    "KD_DAGFM": [{"phase": "teacher_training"}],
     "S3Rec": [{"train_stage": "pretrain"}],
     "RaCT": [{"train_stage": "actor_pretrain"}, {"train_stage": "critic_pretrain"}],
 }
@@ -155,12 +159,11 @@ def registry() -> dict[str, Model]:
 
 def shipped(name: str) -> Settings:
     """The settings that come with a model."""
-    folders = (Path(recbole.model.__path__[0]).parent, Path(next(iter(properties.__path__))).parent)
     files = [
         file
-        for folder in folders
-        for file in (folder / "properties" / "model").glob("*.yaml")
-        if file.stem.lower() == name.lower()
+        for package in ("recbole.properties", "recbole_rcekd.properties")
+        for file in resources.files(package).joinpath("model").iterdir()
+        if file.name.lower() == f"{name}.yaml".lower()
     ]
     return yaml.safe_load(files[0].read_text(encoding="utf-8")) or {} if files else {}
 

@@ -34,16 +34,17 @@ def write_world(folder: Path) -> Path:
     write_dataset(folder, NAME, pairs)
     write_knowledge(folder, NAME, pairs)
     draw = random.Random(1)
+    # Numbers between 0 and 1: models of features multiply by them as they are, and end in a sigmoid.
     place = folder / NAME
     write_atomic_file(
         place / f"{NAME}.user",
         ("user_id:token", "age:float", "gender:token", "tags:token_seq"),
-        [(f"u{u}", 20 + u % N_BLOCKS, "fm"[u % 2], f"t{u % N_BLOCKS} t{4 + u % 3}") for u in range(N_USERS)],
+        [(f"u{u}", (u % N_BLOCKS) / N_BLOCKS, "fm"[u % 2], f"t{u % N_BLOCKS} t{4 + u % 3}") for u in range(N_USERS)],
     )
     write_atomic_file(
         place / f"{NAME}.item",
         ("item_id:token", "price:float", "brand:token", "class:token_seq"),
-        [(f"i{i}", 1 + i % N_BLOCKS, f"b{i % 5}", f"c{i % N_BLOCKS} c{4 + i % 3}") for i in range(N_ITEMS)],
+        [(f"i{i}", (i % N_BLOCKS) / N_BLOCKS, f"b{i % 5}", f"c{i % N_BLOCKS} c{4 + i % 3}") for i in range(N_ITEMS)],
     )
 
     def vector(block: int) -> str:
