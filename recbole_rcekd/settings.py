@@ -126,9 +126,9 @@ class KDSettings(Settings):
 
     kd_schedule: typing.Literal["users", "interactions"] = "users"
     kd_refresh_epochs: int = setting(8, low=1)
-    kd_cache_dir: str = "saved/teacher_scores"
     kd_teacher_scores: typing.Literal["raw", "standardised"] = "raw"
     kd_teacher_temperature: float = setting(1.0, above=0.0)
+    kd_cache_dir: str = "saved/teacher_scores"
     kd_cache_dtype: typing.Literal["float16", "float32"] = "float32"
     kd_diagnostic_users: int = setting(8, low=0)
     kd_sequence_split: typing.Literal["rows", "interactions"] = "rows"
