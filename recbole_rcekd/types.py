@@ -123,7 +123,8 @@ class TeacherScores(Protocol):
     """The frozen teacher as a table that can be asked for any cell; ids are the *student's*.
 
     Implemented by :class:`recbole_rcekd.cache.FactorScores`, :class:`recbole_rcekd.cache.DenseScores`,
-    :class:`recbole_rcekd.outside.ListedScores` and :class:`recbole_rcekd.ensemble.EnsembleScores`.
+    :class:`recbole_rcekd.outside.ListedScores`, :class:`recbole_rcekd.ensemble.EnsembleScores` and
+    :class:`recbole_rcekd.ensemble.RescaledScores`.
     """
 
     n_contexts: int

@@ -21,6 +21,7 @@ from recbole_rcekd.ensemble import RescaledScores, combined_rows, ensemble, resc
 from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.outside import ListedScores
+from recbole_rcekd.processes import Ranks
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings, TeacherSettings
 from recbole_rcekd.teacher import Teacher, read_teacher, training_interactions
@@ -235,6 +236,18 @@ def test_evaluation_of_rows_sees_what_is_taught(folder: Path, sequential_student
     scores = open_scores(teacher, KDSettings(), CPU)
     assert scores.n_contexts == len(dataset)
     assert_close(teacher.score_rows(dataset.inter_feat), scores.score_all(torch.arange(len(dataset))))
+
+
+def test_rows_of_several_processes_may_ask_for_any_user(
+    folder: Path, student: Bundle, sequential_student: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users belong to a process each, but the rows of a batch are of any user."""
+    given: list[Any] = []
+    monkeypatch.setattr("recbole_rcekd.teachers.ensemble", lambda *args: given.append(args[5]))
+    ranks = Ranks(1, 2)
+    for bundle in (student, sequential_student):
+        open_scores(load_teacher([folder / "a.csv"] * 2, bundle.train), KDSettings(), CPU, ranks=ranks)
+    assert given == [ranks, None]
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
