@@ -187,10 +187,10 @@ class DistillMixin(RecordingMixin):
             try:
                 yield self.distiller
             finally:
-                del self.model.calculate_loss
+                delattr(self.model, self._loss_name)
 
     def _wrap_loss(self, distiller: Distiller | RowDistiller, watched: Any, step: Any, forget: Any) -> None:
-        original, weight = self.model.calculate_loss, self.kd_loss.weight
+        original, weight = getattr(self.model, self._loss_name), self.kd_loss.weight
 
         def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
             forget()
@@ -209,7 +209,12 @@ class DistillMixin(RecordingMixin):
                 return (base[0] + weight * kd, *base[1:])
             return base + weight * kd
 
-        self.model.calculate_loss = calculate_loss
+        setattr(self.model, self._loss_name, calculate_loss)
+
+    @property
+    def _loss_name(self) -> str:
+        """The method with the loss of recommending: MKR's trainer does not call ``calculate_loss``."""
+        return "calculate_rs_loss" if hasattr(self.model, "calculate_rs_loss") else "calculate_loss"
 
     def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
         if self.distiller is None:
