@@ -32,7 +32,7 @@ from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.row_lists import teaching_of
-from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.scoring import ModelScorer, require_rankable
 from recbole_rcekd.teacher import Teacher, training_interactions
 from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Teachers, open_scores
 from recbole_rcekd.types import TeacherScores
@@ -134,7 +134,8 @@ class DistillMixin(RecordingMixin):
         self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
     ) -> None:
         self.kd_settings, self.kd_loss = read_kd_settings(config)
-        if config["MODEL_TYPE"] in (ModelType.TRADITIONAL, ModelType.DECISIONTREE):
+        require_rankable(type(model))
+        if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(f"{config['model']} is not trained by gradient: it can teach, but not learn.")
         (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
