@@ -153,7 +153,9 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"config", "state_dict"} <= content.keys():
         raise TeacherError(f"[{path}] is not a RecBole checkpoint: it lacks [config] or [state_dict].")
     if not isinstance(content["state_dict"], (dict, OrderedDict)):
-        raise TeacherError(f"[{path}] is not a RecBole checkpoint: its [state_dict] is no dict of tensors.")
+        raise TeacherError(
+            f"[{path}] is not a RecBole checkpoint: its [state_dict] is no dict of tensors (nor is a decision tree's)."
+        )
     other = content.get("other_parameter")
     if isinstance(other, dict):
         content["other_parameter"] = {name: part for name, part in other.items() if type(type(part)) is not _Named}

@@ -32,7 +32,7 @@ from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.row_lists import teaching_of
-from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.scoring import ModelScorer, require_rankable
 from recbole_rcekd.teacher import Teacher, training_interactions
 from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Teachers, open_scores
 from recbole_rcekd.types import TeacherScores
@@ -134,7 +134,8 @@ class DistillMixin(RecordingMixin):
         self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
     ) -> None:
         self.kd_settings, self.kd_loss = read_kd_settings(config)
-        if config["MODEL_TYPE"] in (ModelType.TRADITIONAL, ModelType.DECISIONTREE):
+        require_rankable(type(model))
+        if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(f"{config['model']} is not trained by gradient: it can teach, but not learn.")
         (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
@@ -187,10 +188,10 @@ class DistillMixin(RecordingMixin):
             try:
                 yield self.distiller
             finally:
-                del self.model.calculate_loss
+                delattr(self.model, self._loss_name)
 
     def _wrap_loss(self, distiller: Distiller | RowDistiller, watched: Any, step: Any, forget: Any) -> None:
-        original, weight = self.model.calculate_loss, self.kd_loss.weight
+        original, weight = getattr(self.model, self._loss_name), self.kd_loss.weight
 
         def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
             forget()
@@ -209,7 +210,12 @@ class DistillMixin(RecordingMixin):
                 return (base[0] + weight * kd, *base[1:])
             return base + weight * kd
 
-        self.model.calculate_loss = calculate_loss
+        setattr(self.model, self._loss_name, calculate_loss)
+
+    @property
+    def _loss_name(self) -> str:
+        """The method with the loss of recommending: MKR's trainer does not call ``calculate_loss``."""
+        return "calculate_rs_loss" if hasattr(self.model, "calculate_rs_loss") else "calculate_loss"
 
     def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
         if self.distiller is None:

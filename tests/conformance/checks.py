@@ -99,7 +99,7 @@ def _outcome(attempt: Callable[[Outcome], None]) -> Outcome:
         found.status, found.note = "refused", str(error)
         if "\n" in found.note:
             found.status, found.note = "failed", f"an error of more than one line: {found.note!r}"
-        elif "has no gradient through its scores" in found.note:
+        elif "has no gradient through its scores" in found.note or "can teach, but not learn" in found.note:
             found.status = "teacher only"
     except (Exception, SystemExit) as error:
         found.status, found.note = "failed", f"{type(error).__name__}: {error}"
@@ -245,6 +245,8 @@ def _plain_model(bundle: Bundle, path: Path) -> Any:
 
 
 def _astray(model: Any, size: float = ASTRAY) -> Any:
+    if not isinstance(model, torch.nn.Module):
+        return model  # a tree
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():

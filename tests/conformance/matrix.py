@@ -147,15 +147,22 @@ def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
         "a student learned from it with RCE-KD (its loss on fixed item sets fell), and all scores it learned from were the "
         "model's own `full_sort_predict` (or `predict`, where RecBole's evaluation takes that); for a student: the same "
         "of its own scores, the loss fell, and plain RecBole, in a process without this package, opens the checkpoint and gets the "
-        "same test metrics. *scored* is how: from two tables (`product`), by full rows, or pair by pair.",
+        "same test metrics (of HSTU and VBPR, which are models of this package: a process that imports it). A sequential "
+        "model teaches sequential students its scores of their own rows, and general students (BPR) those of each user's "
+        "whole training sequence; both were tried. *scored* is how: from two tables (`product`), by full rows, or pair by "
+        "pair. *loss* is RecBole's: the values of `loss_type` that train, or what a batch holds.",
         "",
-        "| model | type | teacher | student | scored | note |",
-        "|---|---|---|---|---|---|",
+        "| model | type | teacher | student | scored | loss | note |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model in models:
         found = outcomes[model.name]
         teacher, student = found["teacher"], found["student"]
+        facts = found["facts"]
+        loss = ", ".join(facts.get("loss_types") or [facts.get("input_type", "").lower()])
         notes = [teacher["note"]] if teacher["note"] else []
+        if teacher["users"] not in ("", checks.WORKS):
+            notes.append(f"with BPR as student: {teacher['users']}")
         if student["note"] not in ("", *notes) and student["status"] != "teacher only":
             notes.append(f"as student: {student['note']}")
         # Where a checkpoint lay is no news, and a bar would end the cell.
@@ -163,7 +170,7 @@ def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
         scored = student["scored"] or teacher["scored"]
         lines.append(
             f"| {model.name} | {model.package.replace('_', '-')} | {teacher['status']} | {student['status']} | {scored} "
-            f"| {note} |"
+            f"| {loss} | {note} |"
         )
     return "\n".join(lines) + "\n"
 

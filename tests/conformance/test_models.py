@@ -6,6 +6,7 @@ The few must work.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +17,17 @@ from tests.conformance.models import Model, registry
 from tests.conformance.world import write_world
 
 MODELS = registry()
-# One for each way to be scored, trained or refused.
-TEACH = ("BPR", "EASE", "NeuMF", "RaCT", "CKE")
-LEARN = ("LightGCN", "MacridVAE", "RecVAE", "CFKG")
+# One for each way to be scored, trained or saved.
+TEACH = ("BPR", "EASE", "NeuMF", "RaCT", "CKE", "FwFM", "SASRecF", "BERT4Rec", "CORE", "HSTU")
+LEARN = ("LightGCN", "MacridVAE", "RecVAE", "CFKG", "MKR", "FM", "SASRec", "FPMC", "BERT4Rec", "DIN")
+TEACH_USERS = ("SASRec",)
+LEARN_FROM_USERS = ("GRU4Rec",)
+SEQUENTIAL = [name for name, model in MODELS.items() if model.package == "sequential"]
 
 
-def some(names: tuple[str, ...]) -> list[object]:
+def some(names: tuple[str, ...], of: Iterable[str] = MODELS) -> list[object]:
     """All models; those not named are marked slow."""
-    return [
-        pytest.param(model, id=name, marks=() if name in names else pytest.mark.slow) for name, model in MODELS.items()
-    ]
+    return [pytest.param(MODELS[name], id=name, marks=() if name in names else pytest.mark.slow) for name in of]
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,22 @@ def test_learns_or_says_why_not(
     assert found.status != "failed", found.note
     if model.name in LEARN:
         assert found.status == checks.WORKS, found.note
+
+
+@pytest.mark.parametrize("model", some(TEACH_USERS, of=SEQUENTIAL))
+def test_teaches_general_models(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = checks.as_teacher_of_users(model, world)
+    assert found.status in (checks.WORKS, "not possible"), found.note
+
+
+@pytest.mark.parametrize("model", some(LEARN_FROM_USERS, of=LEARN_FROM_USERS))
+def test_learns_from_a_general_model(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Model
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = checks.as_student_of_users(model, world)
+    assert found.status == checks.WORKS, found.note
 
 
 def test_plain_recbole_opens_what_they_left(world: Path, students: dict[str, checks.Outcome]) -> None:
