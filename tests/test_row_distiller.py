@@ -168,11 +168,10 @@ def slow_ce(scores: Tensor, dataset: Any, batch: Any, general: bool, k: int, who
         user, target = int(batch["user_id"][row]), int(batch["item_id"][row])
         opinion = teacher[user if general else int(batch[ROW_FIELD][row])]
         hidden = taken[user] - {target} if general else set()
-        listed = sorted((i for i in range(1, dataset.item_num) if i not in hidden), key=lambda i: -float(opinion[i]))[
-            :k
-        ]
+        shown = [i for i in range(1, dataset.item_num) if i not in hidden]
+        listed = sorted(shown, key=lambda i: -float(opinion[i]))[:k]
         q = opinion[listed].softmax(0)
-        normaliser = scores[row, 1:] if whole else scores[row, listed]
+        normaliser = scores[row, shown if whole else listed]
         total = total + (q * (normaliser.logsumexp(0) - scores[row, listed])).sum()
     return total / len(batch)
 

@@ -220,7 +220,7 @@ def test_a_row_from_which_the_first_item_is_hidden_is_taught_all_the_same() -> N
     row, own = scene.teacher_row(place, True), scene.student[place].tolist()
     allowed = [i for i in range(1, N_ITEMS) if i not in (1, 4)]
     mass = sum(math.exp(row[i]) for i in allowed)
-    normaliser = math.log(sum(math.exp(x) for x in own[1:]))
+    normaliser = math.log(sum(math.exp(own[i]) for i in allowed))
     expected = sum(math.exp(row[i]) / mass * (normaliser - own[i]) for i in allowed)
     assert float(found[place]) == pytest.approx(expected)
 
@@ -231,7 +231,7 @@ def test_a_row_from_which_the_first_item_is_hidden_is_taught_all_the_same() -> N
 class FakeData:
     """Three rows of two users."""
 
-    config = {"LIST_SUFFIX": "_list"}  # noqa: RUF012
+    config = {"LIST_SUFFIX": "_list", "NEG_PREFIX": "neg_"}  # noqa: RUF012
     uid_field, iid_field, item_num = "user_id", "item_id", 9
 
     def __init__(self, user_num: int = 5) -> None:
