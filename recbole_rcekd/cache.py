@@ -85,6 +85,7 @@ class Scores(ABC):
 
     def _make_lists(self, k: int, unseen: bool) -> Tensor:
         own = self._ranks.own(torch.arange(self.n_contexts))
+        getLogger().info(f"Teacher lists: the best {k} items of {len(own)} users or sequences, made once")
         return self._ranking().top_k(own, k, self._seen if unseen else None).int().cpu()
 
     def _ranking(self) -> Ranking:
