@@ -20,6 +20,7 @@ from recbole_rcekd.diagnostics import OVERLAP_AT, distance_to_teacher, mean_clos
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
+from recbole_rcekd.products import Product
 from recbole_rcekd.row_lists import RowLists, Teaching
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
@@ -75,7 +76,7 @@ class RowDistiller:
         self.steps = 0
         self._sums.clear()
 
-    def step(self, batch: Interaction, products: list[tuple[Tensor, Tensor, Tensor | None]]) -> Tensor:
+    def step(self, batch: Interaction, products: list[Product]) -> Tensor:
         """The KD loss of one step, the mean over the batch's rows, with gradient.
 
         Args:

@@ -23,12 +23,12 @@ import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from recbole_rcekd.batch_scores import BatchScores, FullRows, Products
 from recbole_rcekd.contexts import Contexts, Users, of_training
 from recbole_rcekd.errors import ScoringError
 from recbole_rcekd.functional import picked_products
+from recbole_rcekd.products import Enough, Product, ProductRecorder, same_memory
 from recbole_rcekd.ranking import ProductRanking, Ranking, RowRanking
 
 Kind = Literal["product", "rows", "pairs"]
@@ -44,15 +44,6 @@ _RANKABLE = (
     ModelType.SEQUENTIAL,
     ModelType.CONTEXT,
 )
-
-_PRODUCTS = {
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.mm,
-    torch.Tensor.mm,
-    torch.nn.functional.linear,
-}
 
 
 @contextmanager
@@ -103,55 +94,11 @@ def _make_dense(parameter: Tensor) -> None:
         parameter.grad = parameter.grad.to_dense()
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether these are the same numbers in the same places: a square table and its transpose are not."""
-    return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
-
-
 def _is_plain(lookup: Any) -> bool:
     """Whether the gradient of a lookup is a plain sum for every id but 0 (no other padding, no scaling by frequency)."""
     padding = lookup._saved_padding_idx
     no_padding = padding in (-1, 2**64 - 1)
     return (no_padding or padding == 0) and not lookup._saved_scale_grad_by_freq
-
-
-class _Enough(Exception):
-    """Both operands are known: the product itself need not be computed."""
-
-
-class _ProductRecorder(TorchFunctionMode):
-    """Watches for products ``[n_contexts, d] × [d, n_items]``.
-
-    Args:
-        n_contexts: rows of the left operand.
-        n_items: columns of the right one.
-        stop_at: when so many were met, stop with :class:`_Enough` before the last one is computed.
-
-    Attributes:
-        products: (left, right transposed, result) of each, in order; of the one stopped at without a result.
-    """
-
-    def __init__(self, n_contexts: int, n_items: int, stop_at: int | None = None) -> None:
-        super().__init__()
-        self.shape = (n_contexts, n_items)
-        self.stop_at = stop_at
-        self.products: list[tuple[Tensor, Tensor, Tensor | None]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS and len(args) >= 2 and not kwargs:
-            left, right = args[0], args[1]
-            if func is torch.nn.functional.linear:
-                right = right.t()
-            # What a bias adds would be missing from the operands.
-            biased = len(args) > 2 and args[2] is not None
-            if not biased and left.dim() == right.dim() == 2 and (left.shape[0], right.shape[1]) == self.shape:
-                if len(self.products) + 1 == self.stop_at:
-                    self.products.append((left, right.t(), None))
-                    raise _Enough
-                result = func(left, args[1])
-                self.products.append((left, right.t(), result))
-                return result
-        return func(*args, **(kwargs or {}))
 
 
 class ModelScorer:
@@ -258,12 +205,12 @@ class ModelScorer:
         return self._operands_of(self.contexts.inputs(contexts), len(contexts))
 
     def _operands_of(self, inputs: Interaction, n: int) -> tuple[Tensor, Tensor]:
-        recorder = _ProductRecorder(n, self.n_items, stop_at=self._product_index)
+        recorder = ProductRecorder(n, self.n_items, stop_at=self._product_index)
         with self._fresh_caches():
             try:
                 with recorder:
                     self.model.full_sort_predict(inputs)
-            except _Enough:
+            except Enough:
                 pass
         if len(recorder.products) < self._product_index:
             raise ScoringError(f"{self.name} no longer ends in a product of two tables; please report this model.")
@@ -341,12 +288,12 @@ class ModelScorer:
             del self.model.forward
 
     @contextmanager
-    def watched_products(self, batch: Interaction) -> Iterator[list[tuple[Tensor, Tensor, Tensor | None]]]:
+    def watched_products(self, batch: Interaction) -> Iterator[list[Product]]:
         """The products of a batch's rows and an item table that are computed inside: CE scores the whole catalogue."""
-        with _ProductRecorder(len(batch), self.n_items) as recorder:
+        with ProductRecorder(len(batch), self.n_items) as recorder:
             yield recorder.products
 
-    def score_batch(self, batch: Interaction, known: list[tuple[Tensor, Tensor, Tensor | None]]) -> BatchScores:
+    def score_batch(self, batch: Interaction, known: list[Product]) -> BatchScores:
         """What the model says of the rows of a training batch.
 
         Args:
@@ -364,7 +311,7 @@ class ModelScorer:
         finally:
             self._replaying = False
         for left, right, product in known:
-            if product is not None and _same_memory(left, rows) and _same_memory(right, table):
+            if product is not None and same_memory(left, rows) and same_memory(right, table):
                 return Products(rows, table, product)
         return Products(rows, table)
 
@@ -407,7 +354,7 @@ class ModelScorer:
 
     def _find_kind(self) -> Kind:
         probe = torch.arange(1, min(4, self.n_contexts), device=self.device)
-        recorder = _ProductRecorder(len(probe), self.n_items)
+        recorder = ProductRecorder(len(probe), self.n_items)
         try:
             with recorder:
                 own = self._full_sort(probe)
@@ -472,14 +419,14 @@ class ModelScorer:
         users, items = _parameter_behind(lookup.next_functions[0][0]), _parameter_behind(item_table.grad_fn)
         if users is None or items is None or len(users) != self.n_contexts:
             return None
-        if not _same_memory(items, item_table) or not _is_plain(lookup):
+        if not same_memory(items, item_table) or not _is_plain(lookup):
             return None
         version = users._version
         everyone = torch.arange(self.n_contexts, device=self.device)
         with self.evaluating():
             rows, item_table = self.operands(everyone)
         # A lookup with a largest norm changes its table.
-        if users._version != version or not torch.equal(rows, users) or not _same_memory(items, item_table):
+        if users._version != version or not torch.equal(rows, users) or not same_memory(items, item_table):
             return None
         return users, items
 

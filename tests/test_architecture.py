@@ -22,7 +22,7 @@ PACKAGE = Path(recbole_rcekd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 PURE = {
     *("losses", "functional", "item_sets", "ranking", "types", "settings", "errors"),
-    *("batch_scores", "diagnostics"),
+    *("batch_scores", "diagnostics", "products"),
 }
 
 
