@@ -24,7 +24,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", "-m", help="the student, a RecBole model name")
     parser.add_argument("--dataset", "-d", help="RecBole dataset name")
     parser.add_argument("--config_files", help='RecBole property files: "a.yaml b.yaml"')
-    parser.add_argument("--teacher", "-t", help="a model name (trained now), a RecBole checkpoint, a file of scores, or several: a.pth,b.csv")
+    parser.add_argument(
+        "--teacher",
+        "-t",
+        help="a model name (trained now), a RecBole checkpoint, a file of scores, or several: a.pth,b.csv",
+    )
     parser.add_argument("--kd_loss", "-l", help=f"one or more of scratch,{','.join(LOSSES)}")
     parser.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
     parser.add_argument("--output_dir", help="folder for result.json and the histories")
