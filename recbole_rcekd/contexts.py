@@ -56,7 +56,7 @@ class Users:
         """User ids, and features where the model reads them."""
         users = ids.long() if self._user_ids is None else self._user_ids.to(ids.device)[ids.long()]
         users_only = Interaction({self._dataset.uid_field: users})
-        return _moved(self._dataset.join(users_only), users.device) if self._with_features else users_only
+        return self._dataset.join(users_only).to(users.device) if self._with_features else users_only
 
 
 class Rows:
@@ -74,7 +74,11 @@ class Rows:
 
     def inputs(self, ids: Tensor) -> Interaction:
         """Rows ``ids``, joined with features."""
-        return _moved(self._prepare(self._dataset, self._dataset.join(_taken(self._dataset, ids))), ids.device)
+        return self.translated(self._dataset.join(_taken(self._dataset, ids))).to(ids.device)
+
+    def translated(self, rows: Interaction) -> Interaction:
+        """Joined rows of the same data, also of its validation and test data, as the model's loader would give them."""
+        return self._prepare(self._dataset, rows)
 
 
 class TranslatedRows:
@@ -100,7 +104,7 @@ class TranslatedRows:
 
     def inputs(self, ids: Tensor) -> Interaction:
         """Rows ``ids``, as the other model's loader would give them."""
-        return _moved(self.translated(_taken(self._dataset, ids)), ids.device)
+        return self.translated(_taken(self._dataset, ids)).to(ids.device)
 
     def translated(self, rows: Interaction) -> Interaction:
         """Rows of the student's data, also of its validation and test data."""
@@ -149,7 +153,7 @@ class WholeSequences:
         """The sequences of ``ids``."""
         sequences = self._sequences
         rows = Interaction({name: sequences[name][ids.long().cpu()] for name in sequences})
-        return _moved(self._prepare(self._dataset, self._dataset.join(rows)), ids.device)
+        return self._prepare(self._dataset, self._dataset.join(rows)).to(ids.device)
 
 
 def of_training(dataset: Any) -> Contexts:
@@ -201,7 +205,3 @@ def _ends(lists: Tensor, lengths: Tensor, width: int) -> Tensor:
     inside = (place < lengths.unsqueeze(1)).view(len(lists), width, *[1] * (lists.dim() - 2))
     index = (start + place).clamp(max=lists.shape[1] - 1)
     return lists[torch.arange(len(lists), device=lists.device).unsqueeze(1), index].where(inside, 0)
-
-
-def _moved(interaction: Interaction, device: torch.device) -> Interaction:
-    return interaction.to(device)

@@ -7,7 +7,6 @@ from the scores that the base loss needs anyway. Each row learns once per epoch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,14 +89,14 @@ class RowDistiller:
             rows, batch = distinct, batch[first]
         student = self._scorer.score_batch(batch, products)
         with torch.no_grad():
-            lists = self._lists(batch, rows, student.ranking)
+            lists = self._lists(batch, rows, student)
             sets = self.loss.select(lists)
             if sets.gamma is not None:
                 self._sums["gamma"] += float(sets.gamma.mean())
         return self._losses(student, sets, lists).mean()
 
-    def _lists(self, batch: Interaction, rows: Tensor, ranking: Callable[[], Any]) -> RowLists:
-        return RowLists(rows, self._teaching, batch, ranking(), self.generator)
+    def _lists(self, batch: Interaction, rows: Tensor, student: BatchScores) -> RowLists:
+        return RowLists(rows, self._teaching, batch, student.ranking(), self.generator)
 
     def _losses(self, student: BatchScores, sets: ItemSets, lists: RowLists) -> Tensor:
         if not self.loss.scores_all_items:
@@ -115,7 +114,7 @@ class RowDistiller:
             batch = self._rows.inputs(self._watched)
             student = self._scorer.score_batch(batch, [])
             scores = student.score_all().float()
-            lists = self._lists(batch, self._watched, student.ranking)
+            lists = self._lists(batch, self._watched, student)
             scores = lists.without_hidden(scores)
             k = min(OVERLAP_AT, self._teaching.n_items - 1)
             found |= distance_to_teacher(scores, lists.teacher_top(k))

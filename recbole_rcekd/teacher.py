@@ -29,7 +29,7 @@ from recbole_rcekd.contexts import (
     TranslatedRows,
     Users,
     WholeSequences,
-    as_loaded,
+    ids_of_tokens,
     is_sequential,
 )
 from recbole_rcekd.errors import TeacherError
@@ -220,12 +220,9 @@ class Teacher:
 
         A teacher that scores users is asked for the rows' users.
         """
-        if not self.scores_rows:
+        if not isinstance(self.contexts, (Rows, TranslatedRows)):
             return self.score_all(rows[self._student_dataset.uid_field])
-        if isinstance(self.contexts, TranslatedRows):
-            rows = self.contexts.translated(rows)
-        else:
-            rows = as_loaded(self.config)(self._dataset, rows)
+        rows = self.contexts.translated(rows)
         with preserved_random_state(), self.scorer.evaluating():
             return self._in_student_ids(self.scorer.score_batch(rows, []).score_all())
 
@@ -409,4 +406,4 @@ def _translate(student_dataset: Any, teacher_dataset: Any, field: str, source: s
             f"The teacher in [{source}] does not know {len(missing)} of the student's {len(tokens) - 1} values of "
             f"[{field}]: {shown}. Use the same filters for both."
         )
-    return torch.tensor([ids[token] for token in tokens], dtype=torch.int64)
+    return ids_of_tokens(tokens, ids)

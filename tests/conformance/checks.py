@@ -303,7 +303,7 @@ def _first_sets(distiller: Any) -> Any:
     with preserved_random_state(), distiller._scorer.evaluating():
         rows = torch.arange(distiller._rows.n)
         batch = distiller._rows.inputs(rows)
-        lists = distiller._lists(batch, rows, distiller._scorer.score_batch(batch, []).ranking)
+        lists = distiller._lists(batch, rows, distiller._scorer.score_batch(batch, []))
         return distiller.loss.select(lists)
 
 
