@@ -29,6 +29,10 @@ class BatchScores(ABC):
     def score_all(self) -> Tensor:
         """Scores of every item, ``[B, n_items]``; −inf at the padding item."""
 
+    @abstractmethod
+    def part(self, places: Tensor) -> BatchScores:
+        """Of the rows at ``places`` alone."""
+
 
 class FullRows(BatchScores):
     """From full rows of scores.
@@ -61,6 +65,10 @@ class FullRows(BatchScores):
         padding[0] = True
         return self._scores.masked_fill(padding, -torch.inf)
 
+    def part(self, places: Tensor) -> FullRows:
+        """See :class:`BatchScores`."""
+        return FullRows(self._scores[places])
+
 
 class Products(BatchScores):
     """From the operands of a product, and the product itself where the base loss has it already.
@@ -90,3 +98,7 @@ class Products(BatchScores):
     def score_all(self) -> Tensor:
         """See :class:`BatchScores`."""
         return (self._known or FullRows(self._rows @ self._table.t())).score_all()
+
+    def part(self, places: Tensor) -> BatchScores:
+        """See :class:`BatchScores`."""
+        return Products(self._rows[places], self._table) if self._known is None else self._known.part(places)

@@ -22,7 +22,8 @@ from recbole.utils.argument_list import (
 )
 
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
+from recbole_rcekd.losses import LOSSES, get_loss
+from recbole_rcekd.losses.base import Loss
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.settings import KDSettings, TeacherSettings, nearest, read_settings
 
@@ -39,26 +40,38 @@ PER_LOSS_KEYS = frozenset({"learning_rate", "weight_decay", "learner", "epochs",
 
 
 def loss_names(value: Any) -> list[str]:
-    """``kd_loss`` as a list of known names: ``"scratch,rce"``, ``[scratch, rce]`` or one name.
+    """``kd_loss`` as a list of methods: ``"scratch,rce,rce+freqd"``, ``[scratch, rce]`` or one name.
 
     Raises:
         SettingsError: a name is unknown or stands there twice.
     """
     given = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    names = [str(name).strip() for name in given]
+    names = ["+".join(part.strip() for part in str(name).split("+")) for name in given]
     for name in names:
         if name != SCRATCH:
-            get_loss(name)
+            parts = parts_of(name)
+            for part in parts:
+                get_loss(part)
+            if len(set(parts)) < len(parts):
+                raise SettingsError(f"[kd_loss] is {value!r}, but a sum names each of its methods once: rce+freqd.")
     if not names or len(set(names)) < len(names):
         raise SettingsError(f"[kd_loss] is {value!r}, but must name each method once, as in scratch,rce.")
     return names
 
 
-def read_kd_settings(config: Any) -> tuple[KDSettings, KDLoss]:
+def parts_of(name: str) -> list[str]:
+    """The losses that a method sums: ``rce+freqd`` → ``[rce, freqd]``."""
+    return name.split("+")
+
+
+def read_kd_settings(config: Any) -> tuple[KDSettings, dict[str, Loss]]:
     """The settings of one distillation, from a Config with RecBole's own precedence.
 
     Args:
-        config: RecBole's Config (or any mapping); ``kd_loss`` names one loss, default ``rce``.
+        config: RecBole's Config (or any mapping); ``kd_loss`` names one method, default ``rce``.
+
+    Returns:
+        What is common, and the method's losses by name.
 
     Raises:
         SettingsError: an unknown key (with the nearest known one), a wrong type, or a value out of range.
@@ -67,10 +80,28 @@ def read_kd_settings(config: Any) -> tuple[KDSettings, KDLoss]:
     given = _plain(config)
     names = loss_names(given.get("kd_loss") or "rce")
     if len(names) != 1 or names == [SCRATCH]:
-        raise SettingsError(f"One trainer distils with one loss, but [kd_loss] is {given.get('kd_loss')!r}.")
-    loss_type = get_loss(names[0])
-    settings = read_settings(loss_type.settings_type, f"loss/{names[0]}", given)
-    return read_settings(KDSettings, "kd", given), loss_type(settings)
+        raise SettingsError(f"One trainer distils with one method, but [kd_loss] is {given.get('kd_loss')!r}.")
+    losses: dict[str, Loss] = {}
+    for name in parts_of(names[0]):
+        loss_type = get_loss(name)
+        losses[name] = loss_type(read_settings(loss_type.settings_type, f"loss/{name}", given))
+    settings = read_settings(KDSettings, "kd", given)
+    if settings.kd_base_weight == 0.0 and all(loss.weight == 0.0 for loss in losses.values()):
+        raise SettingsError(
+            f"[kd_base_weight] and [{names[0]}_weight] are both 0, so there is nothing to learn from: raise one of them."
+        )
+    return settings, losses
+
+
+def needs_teacher(name: str) -> bool:
+    """Whether a method of ``kd_loss`` learns from a teacher."""
+    return name != SCRATCH and any(get_loss(part).needs_teacher for part in parts_of(name))
+
+
+def owner(key: str) -> str | None:
+    """The loss whose prefix a key carries: ``dcd_port_top_k`` → ``dcd_port``, though there is a ``dcd`` too."""
+    names = [name for name in (*LOSSES, SCRATCH) if key.startswith(f"{name}_")]
+    return max(names, key=len) if names else None
 
 
 def check_keys(config: Any) -> None:
@@ -87,9 +118,9 @@ def check_keys(config: Any) -> None:
     prefixes[SCRATCH] = {f"{SCRATCH}_{key}" for key in PER_LOSS_KEYS}
     known = _known_to_recbole(config)
     for key in _plain(config):
-        prefix = key.split("_", 1)[0]
-        if prefix in prefixes and "_" in key:
-            if key not in prefixes[prefix]:
+        prefix = "kd" if key.startswith("kd_") else owner(key)
+        if prefix is not None:
+            if key not in prefixes[prefix] and key not in known:
                 raise SettingsError(f"[{key}] is not a setting of distillation. {nearest(key, prefixes[prefix])}")
         elif known and key not in known and key not in ours and not key.startswith("teacher_"):
             close = difflib.get_close_matches(key, ours, n=1, cutoff=0.8)
@@ -98,9 +129,17 @@ def check_keys(config: Any) -> None:
 
 
 def overrides_for(name: str, config: Any) -> dict[str, Any]:
-    """RecBole keys that the user set for one method: ``rce_weight_decay: 1e-5`` → ``{"weight_decay": 1e-5}``."""
+    """RecBole keys that the user set for one method: ``rce_weight_decay: 1e-5`` → ``{"weight_decay": 1e-5}``.
+
+    Of a sum, the first of its losses for which a key is set decides.
+    """
     given = _plain(config)
-    return {key: given[f"{name}_{key}"] for key in sorted(PER_LOSS_KEYS) if f"{name}_{key}" in given}
+    return {
+        key: given[f"{part}_{key}"]
+        for part in reversed(parts_of(name))
+        for key in sorted(PER_LOSS_KEYS)
+        if f"{part}_{key}" in given
+    }
 
 
 def teacher_config(name: str, student: Any) -> Any:

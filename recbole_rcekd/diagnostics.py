@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from recbole_rcekd.functional import closure_gap, count_above, is_member, masked_log_softmax, ndcg_against
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.ranking import top_k
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, TeacherScores
 
 # The list lengths: the same for every method, so that histories can be laid side by side.
 OVERLAP_AT = 50
 NDCG_AT = 10
+
+
+class Watched:
+    """A few contexts that are compared with the teacher in full after every epoch, always the same.
+
+    Args:
+        n: how many.
+        contexts: those who learn, ``[m]``.
+        teacher: the teacher's scores.
+        generator: chooses them.
+
+    Attributes:
+        places: theirs in ``contexts``, ``[n]``.
+        contexts: their ids.
+    """
+
+    def __init__(self, n: int, contexts: Tensor, teacher: TeacherScores, generator: torch.Generator) -> None:
+        n = min(n, len(contexts))
+        self.places = torch.randperm(len(contexts), generator=generator, device=contexts.device)[:n]
+        self.contexts = contexts[self.places]
+        if n:
+            k = min(OVERLAP_AT, teacher.n_items - 1)
+            if getattr(teacher, "partial", False):
+                self._teacher_top = teacher.top_k(self.contexts, k, False)
+            else:  # not by top_k, which would make lists of this length for everybody
+                self._teacher_top = top_k(teacher.score_all(self.contexts), k)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.places)
+
+    def distance(self, rows: Tensor) -> dict[str, float]:
+        """How far the student is, by its scores ``rows [n, n_items]`` of these contexts (:func:`distance_to_teacher`)."""
+        return distance_to_teacher(rows, self._teacher_top)
 
 
 def distance_to_teacher(rows: Tensor, teacher_top: Tensor) -> dict[str, float]:

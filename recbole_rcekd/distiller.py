@@ -5,23 +5,28 @@ This is where teacher, student, item sets and loss meet; RecBole's trainer only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from recbole_rcekd.diagnostics import OVERLAP_AT, distance_to_teacher, mean_closure_gap
+from recbole_rcekd.diagnostics import Watched, mean_closure_gap
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
-from recbole_rcekd.ranking import top_k
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 
 # Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a full row.
 _REFRESHED_AT_A_TIME = 1024
+# Full rows of scores with a gradient: 128 MB of float32.
+_SCORED_AT_A_TIME = 32_000_000
+# So many contexts are looked at in full where a loss tunes itself once per epoch.
+_TUNED_ON = 64
 
 
 @dataclass
@@ -39,8 +44,11 @@ class _Side:
     sets: ItemSets | None = None
     row_of: Tensor = field(init=False)
     group: Tensor = field(init=False)
+    popularity: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.popularity = torch.bincount(self.seen.ids, minlength=self.seen.n_ids)
+        self.loss.prepare(len(self.seen.starts) - 1, self.contexts.device)
         self.row_of = torch.full((len(self.seen.starts) - 1,), -1, dtype=torch.int64, device=self.contexts.device)
         self.row_of[self.contexts] = torch.arange(len(self.contexts), device=self.contexts.device)
 
@@ -59,6 +67,7 @@ class Distiller:
         seen: the training interactions.
         seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
         ranks: this process among those that train the student.
+        trajectories: earlier states of each teacher, for losses that use them (``teacher`` itself is the last of each).
     """
 
     def __init__(
@@ -70,9 +79,11 @@ class Distiller:
         seen: Seen,
         seed: int,
         ranks: Ranks | None = None,
+        trajectories: Sequence[Sequence[TeacherScores]] = (),
     ) -> None:
         loss.settings.check_catalogue(teacher.n_items - 1)
         self.loss = loss
+        self._trajectories = trajectories
         self.settings = settings
         self._scorer = scorer
         self._ranks = ranks = ranks or Ranks()
@@ -99,7 +110,8 @@ class Distiller:
             order = torch.randperm(len(side.contexts), generator=self.generator, device=scorer.device)
             side.group = order % settings.kd_refresh_epochs
         self._plans: list[Iterator[tuple[Tensor, float]]] = []
-        self._watched = self._choose_watched()
+        n_watched = -(-settings.kd_diagnostic_users // ranks.world)
+        self._watched = Watched(n_watched, own, teacher, self.generator)
         self.steps = 0
 
     # -- once per epoch ------------------------------------------------------------------------------------------
@@ -109,6 +121,8 @@ class Distiller:
         # DiffRec, for example, draws noise in evaluation too; RecBole's random stream stays where it was.
         with preserved_random_state(), self._scorer.evaluating():
             for side in self._sides:
+                if side.loss.tuned:
+                    side.loss.tune(self._lists(side, self._some_of(side), epoch))
                 self._refresh(side, epoch)
         self._plans = [self._partition(side, n_steps) for side in self._sides]
         self.steps = 0
@@ -120,13 +134,32 @@ class Distiller:
             due = (side.group == epoch % self.settings.kd_refresh_epochs).nonzero().squeeze(1)
         else:
             return
-        ranking = self._scorer.ranking()
-        for part in torch.split(due, _REFRESHED_AT_A_TIME):
-            lists = Lists(side.contexts[part], side.teacher, ranking, side.seen, self.generator)
-            block = side.loss.select(lists)
+        whole = self._lists(side, due, epoch)
+        for part in torch.split(torch.arange(len(due), device=due.device), _REFRESHED_AT_A_TIME):
+            block = side.loss.select(whole.part(part))
+            part = due[part]
             if side.sets is None:
                 side.sets = block.empty_like(len(side.contexts))
             side.sets.put(part, block)
+
+    def _lists(self, side: _Side, rows: Tensor, epoch: int) -> Lists:
+        return Lists(
+            side.contexts[rows],
+            side.teacher,
+            self._scorer.ranking(),
+            side.seen,
+            self.generator,
+            score=side.score,
+            score_all=side.score_all,
+            popularity=side.popularity,
+            trajectories=self._trajectories if side is self._sides[0] else (),
+            epoch=epoch,
+        )
+
+    def _some_of(self, side: _Side) -> Tensor:
+        """A few random rows, others in each epoch."""
+        device = self.generator.device
+        return torch.randperm(len(side.contexts), generator=self.generator, device=device)[:_TUNED_ON]
 
     def _partition(self, side: _Side, n_steps: int) -> Iterator[tuple[Tensor, float]]:
         """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps.
@@ -179,8 +212,22 @@ class Distiller:
         contexts, sets = side.contexts[rows], side.sets.rows(rows)
         if not side.loss.scores_all_items:
             return side.loss.forward(side.score(contexts, sets.items), sets)
+        at_a_time = max(1, _SCORED_AT_A_TIME // side.teacher.n_items)
+        if len(contexts) <= at_a_time:
+            return self._losses_of_all_items(side, contexts, sets)
+        # Full rows of one block at a time, in the gradient too: they are computed a second time there.
+        places = torch.split(torch.arange(len(contexts), device=contexts.device), at_a_time)
+        blocks = (
+            checkpoint(self._losses_of_all_items, side, contexts[part], sets.rows(part), use_reentrant=False)
+            for part in places
+        )
+        return torch.cat(list(blocks))
+
+    def _losses_of_all_items(self, side: _Side, contexts: Tensor, sets: ItemSets) -> Tensor:
         if side.loss.teaches_all_items:
-            sets = ItemSets(sets.items, side.teacher.score_all(contexts))
+            sets = dataclasses.replace(sets, teacher_scores=side.teacher.score_all(contexts))
+        if side.loss.masks_seen:
+            sets = dataclasses.replace(sets, seen=side.seen.among(contexts))
         return side.loss.forward(side.score_all(contexts), sets)
 
     # -- diagnostics ---------------------------------------------------------------------------------------------
@@ -200,22 +247,9 @@ class Distiller:
         if len(self._watched) == 0:
             return found
         with preserved_random_state(), self._scorer.evaluating():
-            rows = side.score_all(side.contexts[self._watched])
-        found |= distance_to_teacher(rows, self._teacher_top)
-        gap = mean_closure_gap(side.loss, side.sets.rows(self._watched), rows) if side.sets is not None else None
+            rows = side.score_all(self._watched.contexts)
+        found |= self._watched.distance(rows)
+        gap = mean_closure_gap(side.loss, side.sets.rows(self._watched.places), rows) if side.sets is not None else None
         if gap is not None:
             found["closure_gap"] = gap
         return found
-
-    def _choose_watched(self) -> Tensor:
-        side = self._sides[0]
-        n = min(-(-self.settings.kd_diagnostic_users // self._ranks.world), len(side.contexts))
-        watched = torch.randperm(len(side.contexts), generator=self.generator, device=side.contexts.device)[:n]
-        if n:
-            k = min(OVERLAP_AT, side.teacher.n_items - 1)
-            contexts = side.contexts[watched]
-            if getattr(side.teacher, "partial", False):
-                self._teacher_top = side.teacher.top_k(contexts, k, False)
-            else:  # not by top_k, which would make lists of this length for everybody
-                self._teacher_top = top_k(side.teacher.score_all(contexts), k)
-        return watched

@@ -23,6 +23,7 @@ from recbole_rcekd.config import (
     SCRATCH,
     check_keys,
     loss_names,
+    needs_teacher,
     overrides_for,
     read_kd_settings,
     teacher_config,
@@ -128,7 +129,7 @@ class _Experiment:
             config["log_wandb"] = False
         # Every setting of every method is read now: a typing error in the last one must not cost hours.
         self.run_configs = {name: self._run_config(name) for name in self.losses}
-        if not config["teacher"] and self.losses != [SCRATCH]:
+        if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
         if self.losses != [SCRATCH]:
             require_rankable(config.model_class)
@@ -159,8 +160,8 @@ class _Experiment:
             raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
         for name in self.losses:
             if name != SCRATCH:
-                _, loss = read_kd_settings(self.run_configs[name])
-                loss.settings.check_catalogue(int(dataset.item_num) - 1)
+                for loss in read_kd_settings(self.run_configs[name])[1].values():
+                    loss.settings.check_catalogue(int(dataset.item_num) - 1)
 
         teacher = None
         report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
@@ -264,9 +265,8 @@ class _Experiment:
         for key, value in overrides_for(name, self.config).items():
             config[key] = value
         if name != SCRATCH:
-            settings, loss = read_kd_settings(config)
             # Written back, so that log, tensorboard and checkpoint say what was used.
-            for key, value in {**settings.as_dict(), **loss.settings.as_dict()}.items():
+            for key, value in _settings_of(config).items():
                 config[key] = value
         return config
 
@@ -289,7 +289,7 @@ class _Experiment:
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
         logger.info(model)
         trainer: Any
-        if name == SCRATCH or teacher is None:
+        if name == SCRATCH:
             trainer = recording_trainer(config)(config, model)
         else:
             trainer = distill_trainer(config)(config, model, teacher, seed)
@@ -350,8 +350,15 @@ def _kd_settings_of(config: Any, name: str) -> dict[str, Any]:
     }
     if name == SCRATCH:
         return used
-    settings, loss = read_kd_settings(config)
-    return {**used, **settings.as_dict(), **loss.settings.as_dict()}
+    return {**used, **_settings_of(config)}
+
+
+def _settings_of(config: Any) -> dict[str, Any]:
+    settings, losses = read_kd_settings(config)
+    found = settings.as_dict()
+    for loss in losses.values():
+        found |= loss.settings.as_dict()
+    return found
 
 
 def _seeds(config: Any) -> list[int]:

@@ -27,8 +27,7 @@ from scipy.stats import ttest_rel
 from tabulate import tabulate
 
 from recbole_rcekd.cache import blocks
-from recbole_rcekd.config import SCRATCH
-from recbole_rcekd.losses import LOSSES
+from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.sequences import training_pairs
@@ -190,14 +189,14 @@ class Report:
     def fingerprint(self, config: Any, teacher: LoadedTeacher | None) -> str:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
-        foreign = [f"{name}_" for name in (*LOSSES, SCRATCH) if name != method]
-        if method == SCRATCH:
-            foreign += ["kd_", "teacher"]
+        own = parts_of(method)
+        foreign = ("kd_", "teacher") if method == SCRATCH else ()
+        if not needs_teacher(method):
             teacher = None
         settings = {
             k: repr(v)
             for k, v in sorted(config.final_config_dict.items())
-            if k not in _UNIMPORTANT and not k.startswith(tuple(foreign))
+            if k not in _UNIMPORTANT and not k.startswith(foreign) and owner(k) in (None, *own)
         }
         parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

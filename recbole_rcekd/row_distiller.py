@@ -6,7 +6,9 @@ from the scores that the base loss needs anyway. Each row learns once per epoch.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +24,12 @@ from recbole_rcekd.processes import Ranks
 from recbole_rcekd.products import Product
 from recbole_rcekd.row_lists import RowLists, Teaching
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, TeacherScores
+
+# As in the distiller of users.
+_TUNED_ON = 64
 
 
 class RowDistiller:
@@ -38,6 +44,7 @@ class RowDistiller:
         dataset: the training set; its rows carry their numbers in the column ``kd_row`` while training lasts.
         seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
         ranks: this process among those that train the student.
+        trajectories: earlier states of each teacher, for losses that use them (the teacher itself is the last of each).
 
     Raises:
         SettingsError: the loss teaches the item side (IR-RRD), which takes users that can be scored.
@@ -52,11 +59,13 @@ class RowDistiller:
         dataset: Any,
         seed: int,
         ranks: Ranks | None = None,
+        trajectories: Sequence[Sequence[TeacherScores]] = (),
     ) -> None:
         loss.settings.check_catalogue(teaching.n_items - 1)
         if loss.item_side() is not None:
+            prefix = type(loss).settings_type.keys()[0].removesuffix("_weight")
             raise SettingsError(
-                f"[rrd_item_weight] teaches which users an item should go to, but {scorer.name} scores sequences, not "
+                f"[{prefix}_item_weight] teaches which users an item should go to, but {scorer.name} scores sequences, not "
                 "users: set it to 0."
             )
         self.loss = loss
@@ -66,6 +75,12 @@ class RowDistiller:
         self._ranks = ranks = ranks or Ranks()
         self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
         self._rows = Rows(dataset)
+        items = training_pairs(dataset)[1]
+        self._popularity = torch.bincount(items, minlength=teaching.n_items).to(scorer.device)
+        self._trajectories = trajectories
+        self._epoch = 0
+        self._untuned = loss.tuned
+        loss.prepare(self._rows.n, scorer.device)
         self._watched = self._choose_watched()
         self._sums: dict[str, float] = defaultdict(float)
         self.steps = 0
@@ -73,6 +88,8 @@ class RowDistiller:
     def begin_epoch(self, epoch: int, n_steps: int) -> None:
         """Begin to count anew; there is nothing to prepare."""
         self.steps = 0
+        self._epoch = epoch
+        self._untuned = self.loss.tuned
         self._sums.clear()
 
     def step(self, batch: Interaction, products: list[Product]) -> Tensor:
@@ -90,19 +107,35 @@ class RowDistiller:
         student = self._scorer.score_batch(batch, products)
         with torch.no_grad():
             lists = self._lists(batch, rows, student)
+            if self._untuned:
+                self.loss.tune(lists.part(lists.contexts[:_TUNED_ON]))
+                self._untuned = False
             sets = self.loss.select(lists)
             if sets.gamma is not None:
                 self._sums["gamma"] += float(sets.gamma.mean())
         return self._losses(student, sets, lists).mean()
 
     def _lists(self, batch: Interaction, rows: Tensor, student: BatchScores) -> RowLists:
-        return RowLists(rows, self._teaching, batch, student.ranking(), self.generator)
+        return RowLists(
+            rows,
+            self._teaching,
+            batch,
+            student.ranking(),
+            self.generator,
+            score=lambda places, items: student.part(places).score(items),
+            score_all=lambda places: student.part(places).score_all().float(),
+            popularity=self._popularity,
+            trajectories=self._trajectories,
+            epoch=self._epoch,
+        )
 
     def _losses(self, student: BatchScores, sets: ItemSets, lists: RowLists) -> Tensor:
         if not self.loss.scores_all_items:
             return self.loss.forward(student.score(sets.items), sets)
         if self.loss.teaches_all_items:
-            sets = ItemSets(sets.items, lists.teacher_scores_of_all())
+            sets = dataclasses.replace(sets, teacher_scores=lists.teacher_scores_of_all())
+        if self.loss.masks_seen:
+            sets = dataclasses.replace(sets, seen=lists.seen())
         return self.loss.forward(lists.without_hidden(student.score_all()), sets)
 
     def diagnostics(self) -> dict[str, float]:

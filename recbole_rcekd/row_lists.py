@@ -81,23 +81,40 @@ class RowLists(Lists):
         batch: the rows.
         student: ranks of the places.
         generator: the source of all draws.
+        more: further arguments of :class:`~recbole_rcekd.item_sets.Lists`.
+
+    Attributes:
+        ids: numbers of the rows.
     """
 
     def __init__(
-        self, rows: Tensor, teaching: Teaching, batch: Interaction, student: Ranking, generator: torch.Generator
+        self,
+        rows: Tensor,
+        teaching: Teaching,
+        batch: Interaction,
+        student: Ranking,
+        generator: torch.Generator,
+        **more: Any,
     ) -> None:
-        super().__init__(torch.arange(len(rows), device=rows.device), teaching.scores, student, None, generator)
+        places = torch.arange(len(rows), device=rows.device)
+        super().__init__(places, teaching.scores, student, None, generator, **more)
+        self.ids = rows
         self._teaching = teaching
         self._batch = batch
-        self._target = batch[teaching.item_field].long()
-        self._asked = rows if teaching.users is None else teaching.users.to(rows.device)[rows]
+        self._targets = batch[teaching.item_field].long()
+        self._asked_of_batch = rows if teaching.users is None else teaching.users.to(rows.device)[rows]
+
+    @property
+    def _asked(self) -> Tensor:
+        """Whom the teacher is asked about."""
+        return self._asked_of_batch[self.contexts]
 
     @cached_property
     def _seen(self) -> Seen:  # type: ignore[override]
         """The row's sequence and target, or all that its user took."""
         if self._teaching.taken is not None:
-            return self._local(*self._teaching.taken.cells(self._asked))
-        listed = torch.cat([self._batch[self._teaching.list_field].long(), self._target.unsqueeze(1)], dim=1)
+            return self._local(*self._teaching.taken.cells(self._asked_of_batch))
+        listed = torch.cat([self._batch[self._teaching.list_field].long(), self._targets.unsqueeze(1)], dim=1)
         places, columns = listed.nonzero(as_tuple=True)
         return self._local(places, listed[places, columns])
 
@@ -106,12 +123,16 @@ class RowLists(Lists):
         """What the row must not hear of: its user's training items but the target."""
         if self._teaching.taken is None:
             return None
-        places, ids = self._teaching.taken.cells(self._asked)
-        others = ids != self._target[places]
+        places, ids = self._teaching.taken.cells(self._asked_of_batch)
+        others = ids != self._targets[places]
         return self._local(places[others], ids[others])
 
+    def seen(self) -> Seen:
+        """What the places of the batch have: see :attr:`ItemSets.seen <recbole_rcekd.types.ItemSets>`."""
+        return self._seen
+
     def _local(self, places: Tensor, ids: Tensor) -> Seen:
-        return Seen.from_pairs(places, ids, len(self.contexts), self._teaching.n_items)
+        return Seen.from_pairs(places, ids, len(self._targets), self._teaching.n_items)
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
         """The student's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
@@ -119,22 +140,30 @@ class RowLists(Lists):
 
     def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
         """The teacher's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
-        scores = self._teaching.scores
+        scores = self._teacher
         if self._hidden is None:
             if not unseen:
                 return scores.top_k(self._asked, k, unseen=False)
-            by_place = RowRanking(lambda places: scores.score_all(self._asked[places]), self._teaching.n_items)
+            by_place = RowRanking(lambda places: scores.score_all(self._asked_of_batch[places]), self.n_items)
             return by_place.top_k(self.contexts, k, self._seen)
         lists = scores.top_k(self._asked, k, unseen=True)
         return lists if unseen else self._with_target(lists)
 
     def teacher_scores(self, items: Tensor) -> Tensor:
         """The teacher's scores of ``items [n, T]``."""
-        return self._teaching.scores.score(self._asked, items)
+        return self._teacher.score(self._asked, items)
 
     def teacher_scores_of_all(self) -> Tensor:
         """The teacher's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
-        return self.without_hidden(self._teaching.scores.score_all(self._asked))
+        return self.without_hidden(self._teacher.score_all(self._asked))
+
+    def student_scores_of_all(self) -> Tensor:
+        """The student's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
+        return self.without_hidden(super().student_scores_of_all())
+
+    def positives(self, n: int) -> Tensor:
+        """The target, ``[n_contexts, n]``; 0 after it."""
+        return torch.nn.functional.pad(self._targets[self.contexts].unsqueeze(1), (0, n - 1))
 
     def without_hidden(self, rows: Tensor) -> Tensor:
         """Full rows of scores with −inf at the hidden items."""
@@ -146,7 +175,7 @@ class RowLists(Lists):
 
     def _with_target(self, lists: Tensor) -> Tensor:
         """Put the target where its score belongs; nowhere if the teacher says nothing of the user."""
-        items = torch.cat([self._target.unsqueeze(1), lists], dim=1)
+        items = torch.cat([self._targets[self.contexts].unsqueeze(1), lists], dim=1)
         scores = self.teacher_scores(items).masked_fill(items == 0, -torch.inf)
         items = items.masked_fill(scores == -torch.inf, 0)
         order = scores.argsort(dim=1, descending=True, stable=True)[:, : lists.shape[1]]

@@ -151,6 +151,11 @@ class ModelScorer:
             if trainable:
                 self._require_gradient()
 
+    @property
+    def scores_users(self) -> bool:
+        """Whether contexts are users, and not sequences."""
+        return isinstance(self.contexts, Users)
+
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """Scores of ``items [n, T]`` for ``contexts [n]``: ``[n, T]``."""
         items = items.long()

@@ -112,6 +112,7 @@ class KDSettings(Settings):
     """What is common to all losses; ``properties/kd.yaml`` documents each line.
 
     Attributes:
+        kd_base_weight: of the model's own loss; 0 learns from the teacher alone.
         kd_schedule: ``users`` visits every user once per epoch (mean over users, as in the paper); ``interactions``
             visits the users of each batch's rows, once per row (as the authors' code).
         kd_refresh_epochs: every user's lists are renewed once in so many epochs, a rotating share each epoch.
@@ -124,6 +125,7 @@ class KDSettings(Settings):
             each, as RecBole; ``interactions``, as a general model's split does, so that the two kinds learn from the same.
     """
 
+    kd_base_weight: float = setting(1.0, low=0.0)
     kd_schedule: typing.Literal["users", "interactions"] = "users"
     kd_refresh_epochs: int = setting(8, low=1)
     kd_teacher_scores: typing.Literal["raw", "standardised"] = "raw"

@@ -112,6 +112,11 @@ class Teacher:
         self.n_contexts = self.contexts.n
         self.seen = Seen.nothing(self.n_contexts, self.n_items) if self.scores_rows else self.taken
 
+    @property
+    def scores_users(self) -> bool:
+        """Whether it has a vector for each user, and not for each sequence."""
+        return isinstance(self.contexts, Users)
+
     def _contexts(self) -> Contexts:
         if not is_sequential(self._dataset):
             return Users(self._dataset, self.user_ids, self.config)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.cache import open_teacher_scores
+from recbole_rcekd.cache import FactorScores, open_teacher_scores
 from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import combined_rows, ensemble
 from recbole_rcekd.errors import TeacherError
@@ -105,6 +105,38 @@ class Teachers:
         return combined_rows(scores, self.weights, self.how)
 
 
+class Silence:
+    """A teacher who says nothing of anybody, for methods that learn without one.
+
+    Args:
+        n_contexts: padding included.
+        n_items: padding included.
+        device: where the student is.
+    """
+
+    partial = True
+
+    def __init__(self, n_contexts: int, n_items: int, device: torch.device) -> None:
+        self.n_contexts, self.n_items = n_contexts, n_items
+        self._device = device
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return torch.full(items.shape, -torch.inf, device=self._device)
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return torch.full((len(contexts), self.n_items), -torch.inf, device=self._device)
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return torch.zeros((len(contexts), k), dtype=torch.int64, device=self._device)
+
+    def transposed(self) -> Silence:
+        """See :class:`~recbole_rcekd.types.TeacherScores`."""
+        return Silence(self.n_items, self.n_contexts, self._device)
+
+
 LoadedTeacher = Teacher | ScoreFile | Teachers
 
 
@@ -174,3 +206,39 @@ def open_scores(
     # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
     owners = None if teacher.for_rows else ranks
     return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, owners, device)
+
+
+def vectors(
+    name: str, teacher: LoadedTeacher | TeacherScores | None, scores: TeacherScores
+) -> tuple[Tensor | None, Tensor]:
+    """The teacher's rows of users (``None`` if it scores sequences) and of items, whose product its scores are.
+
+    Args:
+        name: of the method, for the message.
+        teacher: as loaded.
+        scores: its scores.
+
+    Raises:
+        TeacherError: it has none.
+    """
+    if not isinstance(scores, FactorScores):
+        who = getattr(teacher, "name", "the teacher")
+        raise TeacherError(
+            f"[kd_loss] {name} learns the teacher's vectors, but the scores of {who} are no product of user and item "
+            "vectors: choose a method of scores (rce, ce, rrd, …) or another teacher."
+        )
+    of_users = not isinstance(teacher, Teacher) or teacher.scores_users
+    return scores.context_factors if of_users else None, scores.item_factors
+
+
+def open_trajectories(
+    teacher: Any,
+    scores: TeacherScores,
+    losses: Any,
+    settings: KDSettings,
+    device: torch.device,
+    show_progress: bool = False,
+    ranks: Ranks | None = None,
+) -> list[list[TeacherScores]]:
+    """The scores of the earlier states of each teacher, the least trained first and the teacher itself last."""
+    return [[scores]]

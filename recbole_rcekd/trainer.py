@@ -23,18 +23,13 @@ from recbole.utils import ModelType, get_local_time, get_trainer, set_color
 
 from recbole_rcekd.compat import without_anomaly_detection
 from recbole_rcekd.config import loss_names, read_kd_settings
-from recbole_rcekd.contexts import is_sequential, numbered_rows
-from recbole_rcekd.distiller import Distiller
-from recbole_rcekd.ensemble import rescaled
-from recbole_rcekd.errors import KDError, ScoringError
+from recbole_rcekd.errors import KDError, ScoringError, SettingsError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
-from recbole_rcekd.row_distiller import RowDistiller
-from recbole_rcekd.row_lists import teaching_of
 from recbole_rcekd.scoring import ModelScorer, require_rankable
-from recbole_rcekd.teacher import Teacher, training_interactions
-from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Teachers, open_scores
+from recbole_rcekd.teachers import LoadedTeacher
+from recbole_rcekd.terms import AnyDistiller, Maker, Term
 from recbole_rcekd.types import TeacherScores
 
 
@@ -52,6 +47,7 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     run_label = "scratch"
     config: Any
+    optimizer: Any
 
     def __init__(self, config: Any, model: Any) -> None:
         os.makedirs(config["checkpoint_dir"], exist_ok=True)  # RecBole's own way fails if two runs do it at once
@@ -116,14 +112,18 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
 
 class DistillMixin(RecordingMixin):
-    """Adds ``λ · KD`` to the loss of whatever RecBole trainer it is mixed into.
+    """Adds ``Σ λ · KD`` to the loss of whatever RecBole trainer it is mixed into.
 
     Args:
         config: the student's stock RecBole Config; KD keys that it lacks take their shipped defaults.
         model: the student, a stock RecBole model.
         teacher: from :func:`~recbole_rcekd.teachers.load_teacher`, or any
-            :class:`~recbole_rcekd.types.TeacherScores` in the student's ids.
+            :class:`~recbole_rcekd.types.TeacherScores` in the student's ids; ``None`` for methods that need none.
         seed: of the draws; the Config's ``seed`` unless given.
+
+    Attributes:
+        kd_losses: the losses of the method, by name.
+        terms: of the total loss, while ``fit`` runs.
 
     Raises:
         SettingsError: a KD key is unknown or has a wrong value.
@@ -131,84 +131,112 @@ class DistillMixin(RecordingMixin):
     """
 
     def __init__(
-        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
+        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores | None, seed: int | None = None
     ) -> None:
-        self.kd_settings, self.kd_loss = read_kd_settings(config)
+        self.kd_settings, self.kd_losses = read_kd_settings(config)
         require_rankable(type(model))
         if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(f"{config['model']} is not trained by gradient: it can teach, but not learn.")
+        if teacher is None and any(loss.needs_teacher for loss in self.kd_losses.values()):
+            raise SettingsError(f"[teacher] is missing: {' + '.join(self.kd_losses)} learns from one.")
         (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
         self.teacher = teacher
         self.seed = int(config["seed"] if seed is None else seed)
-        self.distiller: Distiller | RowDistiller | None = None
-        self._kd_sum = self._base_sum = torch.zeros(())
+        self.terms: list[Term] = []
+        replaced = any(loss.replaces_base for loss in self.kd_losses.values())
+        self._base_weight = 0.0 if replaced else self.kd_settings.kd_base_weight
+        self._kd_sums: list[torch.Tensor] = []
+        self._base_sum = torch.zeros(())
         self._refresh_seconds = 0.0
-        if self.kd_loss.weight != 0.0:
+        if any(loss.weight != 0.0 for loss in self.kd_losses.values()):
             update_in_one_pass(self.optimizer)
 
+    @property
+    def distiller(self) -> AnyDistiller | None:
+        """Of the first term, while ``fit`` runs."""
+        return self.terms[0].distiller if self.terms else None
+
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train as RecBole does, with the KD term; arguments and result are RecBole's."""
+        """Train as RecBole does, with the KD terms; arguments and result are RecBole's."""
         with self.distilling(train_data, bool(kwargs.get("show_progress", False))):
             return super().fit(train_data, *args, **kwargs)
 
     @contextmanager
-    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller | RowDistiller]:
-        """While this lasts, the model's ``calculate_loss`` includes the KD term."""
+    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[AnyDistiller]:
+        """While this lasts, the model's ``calculate_loss`` includes the KD terms."""
         dataset = train_data._dataset
         scorer = ModelScorer(self.model, dataset, trainable=True)
-        by_rows: bool | None = None
-        if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)):
-            by_rows = self.teacher.scores_rows
-            scores = open_scores(self.teacher, self.kd_settings, self.model.device, show_progress, self.ranks)
-        else:
-            scores = self.teacher
-        how, temperature = self.kd_settings.kd_teacher_scores, self.kd_settings.kd_teacher_temperature
-        scores = rescaled(scores, how, temperature, self.model.device)
-        common = (self.kd_loss, self.kd_settings)
-        watched: Any
-        numbered: Any
-        if is_sequential(dataset):
-            teaching = teaching_of(dataset, scores, by_rows)
-            self.distiller = RowDistiller(scorer, teaching, *common, dataset, self.seed, self.ranks)
-            watched, step, numbered = scorer.watched_products, self.distiller.step, numbered_rows(dataset)
-        else:
-            users = self.distiller = Distiller(
-                scorer, scores, *common, training_interactions(dataset), self.seed, self.ranks
-            )
-
-            def step(batch: Any, products: Any) -> torch.Tensor:
-                return users.step(batch[dataset.uid_field])
-
-            watched, numbered = nullcontext, nullcontext()
+        maker = Maker(
+            scorer, dataset, self.teacher, self.kd_settings, self.seed, self.ranks, int(self.epochs), show_progress
+        )
+        self.terms = maker.terms(self.kd_losses)
+        self._kd_sums = [torch.zeros((), device=self.device) for _ in self.terms]
+        self._learn_parts_of_losses()
+        watched, numbered = maker.watching(self.terms)
         # Other processes' gradients are averaged by a code that expects dense ones.
         sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
         with sparse, numbered, scorer.shared_forward() as forget:
-            self._wrap_loss(self.distiller, watched, step, forget)
+            self._wrap_loss(watched, forget)
             try:
-                yield self.distiller
+                yield self.terms[0].distiller
             finally:
                 delattr(self.model, self._loss_name)
 
-    def _wrap_loss(self, distiller: Distiller | RowDistiller, watched: Any, step: Any, forget: Any) -> None:
-        original, weight = getattr(self.model, self._loss_name), self.kd_loss.weight
+    def _learn_parts_of_losses(self) -> None:
+        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        new = [p for term in self.terms for p in term.loss.parameters() if id(p) not in known]
+        if new:
+            self.optimizer.add_param_group({"params": new})
+
+    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
+        """As ever; what the losses learned lies beside the checkpoint, in ``<name>.kd.pth``, and never in it."""
+        learned = {term.name: part for term in self.terms if (part := term.loss.state_dict())}
+        if not learned:
+            super()._save_checkpoint(epoch, verbose, **kwargs)
+            return
+        optimizer, n_own = self.optimizer, len(list(self.model.parameters()))
+        self.optimizer = _OfModel(optimizer, n_own)
+        try:
+            super()._save_checkpoint(epoch, verbose, **kwargs)
+        finally:
+            self.optimizer = optimizer
+        if self.ranks.first:
+            file = Path(kwargs.get("saved_model_file", self.saved_model_file)).with_suffix(".kd.pth")
+            beside = file.with_suffix(".partial")
+            torch.save(learned, beside)
+            os.replace(beside, file)
+
+    def _wrap_loss(self, watched: Any, forget: Any) -> None:
+        original, base_weight, terms = getattr(self.model, self._loss_name), self._base_weight, self.terms
+        plain = base_weight == 1.0 and all(term.weight == 0.0 for term in terms)
 
         def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
             forget()
-            if weight == 0.0:
+            if plain:
                 # Nothing that could shift a random stream or a rounding: plain RecBole, bit for bit.
-                distiller.steps += 1
+                for term in terms:
+                    term.distiller.steps += 1
                 return original(interaction, *args, **kwargs)
-            with watched(interaction) as products:
-                base = original(interaction, *args, **kwargs)
-            kd = step(interaction, products)
+            base: Any = None
+            products = None
+            if base_weight != 0.0:
+                with watched(interaction) as products:
+                    base = original(interaction, *args, **kwargs)
+            parts = [term.step(interaction, products or []) for term in terms]
             forget()
-            self._kd_sum += kd.detach()
-            self._base_sum += sum(term.detach().sum() for term in (base if isinstance(base, tuple) else (base,)))
+            for place, part in enumerate(parts):
+                self._kd_sums[place] += part.detach()
+            kd = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
+            if base is None:
+                return kd
+            self._base_sum += sum(each.detach().sum() for each in (base if isinstance(base, tuple) else (base,)))
+            if base_weight != 1.0:
+                base = tuple(base_weight * each for each in base) if isinstance(base, tuple) else base_weight * base
             if isinstance(base, tuple):
                 # To the first term: NCL drops the last ones while it warms up.
-                return (base[0] + weight * kd, *base[1:])
-            return base + weight * kd
+                return (base[0] + kd, *base[1:])
+            return base + kd
 
         setattr(self.model, self._loss_name, calculate_loss)
 
@@ -218,31 +246,32 @@ class DistillMixin(RecordingMixin):
         return "calculate_rs_loss" if hasattr(self.model, "calculate_rs_loss") else "calculate_loss"
 
     def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
-        if self.distiller is None:
+        if not self.terms:
             raise KDError("Distillation begins in fit(); an epoch was started without it.")
-        self._kd_sum = torch.zeros((), device=self.device)
+        self._kd_sums = [torch.zeros((), device=self.device) for _ in self.terms]
         self._base_sum = torch.zeros((), device=self.device)
         started = perf_counter()
-        self.distiller.begin_epoch(epoch_idx, n_steps)
+        for term in self.terms:
+            term.distiller.begin_epoch(epoch_idx, n_steps)
         self._refresh_seconds = perf_counter() - started
 
     def _end_epoch(self, epoch_idx: int, n_steps: int) -> dict[str, float]:
-        distiller = self.distiller
-        if distiller is not None and distiller.steps == 0 and self._teaches_graph_only(epoch_idx):
+        steps = self.terms[0].distiller.steps if self.terms else 0
+        if steps == 0 and self._teaches_graph_only(epoch_idx):
             return {}
-        if distiller is None or distiller.steps == 0:
+        if steps == 0:
             raise KDError(
                 f"{type(self.model).__name__}'s trainer ran an epoch without one distillation step: it does not call "
                 "calculate_loss. Please report this model; its result would be an undistilled student."
             )
-        found = self.ranks.mean(
-            {
-                "base_loss": float(self._base_sum) / distiller.steps,
-                "kd_loss": float(self._kd_sum) / distiller.steps,
-                **distiller.diagnostics(),
-                "refresh_seconds": self._refresh_seconds,
-            }
-        )
+        means = [float(total) / steps for total in self._kd_sums]
+        found = {"base_loss": float(self._base_sum) / steps, "kd_loss": means[0]}
+        for term, mean in zip(self.terms[1:], means[1:], strict=True):
+            name = "kd_loss_of_vectors" if term.name == self.terms[0].name else f"kd_loss_{term.name}"
+            found[name] = mean
+        for term in reversed(self.terms):
+            found |= term.distiller.diagnostics()
+        found = self.ranks.mean({**found, "refresh_seconds": self._refresh_seconds})
         shown = ", ".join(f"{set_color(name, 'blue')}: {value:.4f}" for name, value in found.items())
         self.logger.info(set_color(f"epoch {epoch_idx} distilling", "green") + f" [{shown}]")
         for name, value in found.items():
@@ -267,6 +296,20 @@ def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
                 group.update(fused=True, foreach=False)
 
 
+class _OfModel:
+    """The optimiser as it would be without the losses' own parts: what a checkpoint holds of it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, n_own: int) -> None:
+        self._optimizer = optimizer
+        self._n_own = n_own
+
+    def state_dict(self) -> dict[str, Any]:
+        content = self._optimizer.state_dict()
+        groups = [group for group in content["param_groups"] if all(place < self._n_own for place in group["params"])]
+        state = {place: value for place, value in content["state"].items() if place < self._n_own}
+        return {"state": state, "param_groups": groups}
+
+
 class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
     """``Trainer(config, model)`` that distils: ``DistillTrainer(config, model, teacher)``.
 
@@ -282,7 +325,7 @@ class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores, seed: int | None = None
+        self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores | None, seed: int | None = None
     ) -> None:
         own = get_trainer(config["MODEL_TYPE"], config["model"])
         if own is not Trainer:

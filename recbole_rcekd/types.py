@@ -8,7 +8,7 @@ Ids are RecBole's: row 0 of users and of items is padding, so an item id of 0 me
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ class ItemSets:
         keep: ``[n, T]`` bool, which of ``items`` count (``None``: all of them).
         gamma: ``[n]``, mixing weight of a loss with two terms (``None`` for the others).
         overlap: ``[n]``, share of the teacher's top-K among the student's top-K, where the method looks at both.
+        log_tail: ``[n]``, log of the items that each drawn item of a tail stands for, where a normaliser is estimated.
+        seen: what the n contexts (places 0 to n − 1) have in the training data; only in a step, for losses that ask for it.
     """
 
     items: Tensor
@@ -31,14 +33,17 @@ class ItemSets:
     keep: Tensor | None = None
     gamma: Tensor | None = None
     overlap: Tensor | None = None
+    log_tail: Tensor | None = None
+    seen: Seen | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that are present, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """The tensors that are present, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def rows(self, index: Tensor) -> ItemSets:
         """The sets of the contexts at ``index`` (positions, not ids)."""
-        return ItemSets(**{name: value.index_select(0, index) for name, value in self.tensors().items()})
+        part: dict[str, Any] = {name: value.index_select(0, index) for name, value in self.tensors().items()}
+        return ItemSets(**part)
 
     def put(self, index: Tensor, block: ItemSets) -> None:
         """Overwrite the rows at ``index`` with those of ``block``, in place."""
@@ -50,14 +55,11 @@ class ItemSets:
         """Unfilled sets of the same widths for ``n`` contexts; ids are kept in 32 bits."""
         fields = self.tensors()
         widths = {name: (n, *value.shape[1:]) for name, value in fields.items()}
-        return ItemSets(
-            **{
-                name: torch.zeros(
-                    widths[name], dtype=torch.int32 if name == "items" else value.dtype, device=value.device
-                )
-                for name, value in fields.items()
-            }
-        )
+        empty: dict[str, Any] = {
+            name: torch.zeros(widths[name], dtype=torch.int32 if name == "items" else value.dtype, device=value.device)
+            for name, value in fields.items()
+        }
+        return ItemSets(**empty)
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,40 @@ class Seen:
         offset = torch.arange(len(rows), device=contexts.device) - (counts.cumsum(0) - counts)[rows]
         return rows, self.starts[contexts][rows] + offset
 
+    def among(self, contexts: Tensor) -> Seen:
+        """Of these contexts alone, under the places 0 to n − 1."""
+        _, ids = self.cells(contexts)
+        starts = torch.cat([self.starts.new_zeros(1), self.counts()[contexts].cumsum(0)])
+        return Seen(starts, ids, self.n_ids)
+
     def transposed(self) -> Seen:
         """Who has it, for each id."""
         n_contexts = len(self.starts) - 1
         owners = torch.repeat_interleave(torch.arange(n_contexts, device=self.ids.device), self.counts())
         return Seen.from_pairs(self.ids, owners, self.n_ids, n_contexts)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Rows of the student's and of the teacher's table for the same users, or items.
+
+    Args:
+        ids: ``[m]``, distinct; first those that stand in the batch.
+        student: ``[m, d_S]``, with gradient.
+        teacher: ``[m, d_T]``.
+        weights: ``[n]``, n ≤ m, of those in the batch: 1 for a user; for an item ½ if it is among the positives and ½ if among
+            the negatives (1 where the model has no negatives).
+    """
+
+    ids: Tensor
+    student: Tensor
+    teacher: Tensor
+    weights: Tensor
+
+    @property
+    def n(self) -> int:
+        """How many stand in the batch."""
+        return len(self.weights)
 
 
 class TeacherScores(Protocol):

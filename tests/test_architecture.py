@@ -74,7 +74,7 @@ def test_pure_code_imports_neither_recbole_nor_what_lies_above(name: str) -> Non
 ALL = {name.split(".")[1] for name in MODULES if "." in name}
 COMMAND = {"quick_start", "report", "command"}
 TEACHERS = {"teacher", "teachers", "outside", "ensemble", "cache", "store"}
-RUN = {"config", "row_lists", "distiller", "row_distiller", "trainer", *COMMAND}
+RUN = {"config", "row_lists", "distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND}
 ABOVE = [
     ("sequences", {"contexts", "scoring"} | TEACHERS | RUN),
     ("contexts", {"scoring"} | TEACHERS | RUN),
@@ -89,8 +89,10 @@ ABOVE = [
     ("row_lists", {"contexts", "scoring"} | TEACHERS | RUN - {"row_lists"}),
     ("distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"distiller"}),
     ("row_distiller", TEACHERS | RUN - {"row_distiller", "row_lists"}),
+    ("feature_distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"feature_distiller"}),
+    ("terms", {"config", "trainer", *COMMAND}),
     ("trainer", COMMAND),
-    ("report", {"distiller", "row_distiller", "trainer", "quick_start", "command"}),
+    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
     ("quick_start", {"command"}),
     ("processes", ALL - {"processes", "errors"}),
     # HSTU has data of its own.

@@ -98,7 +98,8 @@ def test_no_key_of_recbole_is_taken_for_ours(tmp_path: Path, model: str) -> None
 
 
 def test_any_mapping_will_do() -> None:
-    settings, loss = read_kd_settings({"kd_loss": "rrd", "rrd_rest": 7, "kd_schedule": "interactions", "other": 1})
+    settings, losses = read_kd_settings({"kd_loss": "rrd", "rrd_rest": 7, "kd_schedule": "interactions", "other": 1})
+    loss = losses["rrd"]
     assert isinstance(loss, RRDLoss)
     assert (loss.settings.rrd_rest, settings.kd_schedule) == (7, "interactions")
     with pytest.raises(SettingsError, match="rrd_rest"):
@@ -157,7 +158,7 @@ def test_loss_names_that_are_refused(value: Any, words: str) -> None:
 
 @pytest.mark.parametrize("value", ["scratch", "rce,ce", ["scratch", "rce"]])
 def test_one_trainer_takes_one_loss(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(SettingsError, match="One trainer distils with one loss"):
+    with pytest.raises(SettingsError, match="One trainer distils with one method"):
         read_kd_settings(build_config(tmp_path, kd_loss=value))
 
 
@@ -165,7 +166,8 @@ def test_one_trainer_takes_one_loss(tmp_path: Path, value: Any) -> None:
 
 
 def test_without_any_key_the_shipped_files_are_used(tmp_path: Path) -> None:
-    settings, loss = read_kd_settings(build_config(tmp_path))
+    settings, losses = read_kd_settings(build_config(tmp_path))
+    loss = losses["rce"]
     assert isinstance(loss, RCELoss)
     assert loss.settings.as_dict() == shipped_defaults("loss/rce")
     assert settings.as_dict() == shipped_defaults("kd")
@@ -174,8 +176,8 @@ def test_without_any_key_the_shipped_files_are_used(tmp_path: Path) -> None:
 def test_shipped_defaults_may_be_edited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edited = {"loss/rce": {**shipped_defaults("loss/rce"), "rce_beta": 2.5}, "kd": shipped_defaults("kd")}
     monkeypatch.setattr("recbole_rcekd.settings.shipped_defaults", edited.__getitem__)
-    assert read_kd_settings(build_config(tmp_path))[1].settings.as_dict()["rce_beta"] == 2.5
-    assert read_kd_settings(build_config(tmp_path, rce_beta=3.5))[1].settings.as_dict()["rce_beta"] == 3.5
+    assert read_kd_settings(build_config(tmp_path))[1]["rce"].settings.as_dict()["rce_beta"] == 2.5
+    assert read_kd_settings(build_config(tmp_path, rce_beta=3.5))[1]["rce"].settings.as_dict()["rce_beta"] == 3.5
 
 
 def test_file_then_dict_then_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,13 +187,14 @@ def test_file_then_dict_then_command_line(tmp_path: Path, monkeypatch: pytest.Mo
     cli(monkeypatch, "--rce_weight=43.0")
     given = {"rce_samples": 32, "rce_weight": 33.0}
     config = Config("BPR", "tiny", config_file_list=[str(first), str(second)], config_dict=given)
-    values = read_kd_settings(config)[1].settings.as_dict()
+    values = read_kd_settings(config)[1]["rce"].settings.as_dict()
     assert [values[f"rce_{key}"] for key in ("beta", "top_k", "samples", "weight")] == [1.0, 21, 32, 43.0]
 
 
 def test_words_of_the_command_line_become_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli(monkeypatch, "--kd_loss=rrd", "--rrd_sample=False", "--rrd_weight=1e-3", "--kd_schedule=interactions")
-    settings, loss = read_kd_settings(build_config(tmp_path))
+    settings, losses = read_kd_settings(build_config(tmp_path))
+    loss = losses["rrd"]
     assert isinstance(loss, RRDLoss)
     assert (loss.settings.rrd_sample, loss.settings.rrd_weight) == (False, 0.001)
     assert loss.weight == 0.001
@@ -200,7 +203,7 @@ def test_words_of_the_command_line_become_values(tmp_path: Path, monkeypatch: py
 
 def test_keys_of_other_losses_do_not_disturb(tmp_path: Path) -> None:
     config = build_config(tmp_path, kd_loss="ce", ce_top_k=7, rce_top_k=9)
-    assert read_kd_settings(config)[1].settings.as_dict()["ce_top_k"] == 7
+    assert read_kd_settings(config)[1]["ce"].settings.as_dict()["ce_top_k"] == 7
 
 
 # --- per loss -----------------------------------------------------------------------------------------------

@@ -239,7 +239,8 @@ def test_kd_gradients_are_those_of_one_process(
     model = build_model(bundle).double()
     model.load_state_dict(parts[0]["state"])
     scorer = ModelScorer(model, bundle.train._dataset, trainable=True)
-    settings, kd_loss = read_kd_settings(bundle.config)
+    settings, losses = read_kd_settings(bundle.config)
+    kd_loss: Any = losses[loss]
     scores = open_teacher_scores(read_teacher(teachers["factors"], bundle.train), settings)
     distiller = Distiller(scorer, scores, kd_loss, settings, training_interactions(bundle.train._dataset), seed=3)
     distiller.begin_epoch(0, parts[0]["n_steps"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
@@ -11,7 +11,7 @@ from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.settings import nearest
 
-LOSSES: dict[str, type[KDLoss]] = {
+LOSSES: dict[str, type[Loss]] = {
     "rce": RCELoss,
     "ce": CELoss,
     "fce": FCELoss,
@@ -19,10 +19,10 @@ LOSSES: dict[str, type[KDLoss]] = {
     "rrd": RRDLoss,
 }
 
-__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "KDLoss", "RCELoss", "RRDLoss", "get_loss"]
+__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
 
 
-def get_loss(name: str) -> type[KDLoss]:
+def get_loss(name: str) -> type[Loss]:
     """The loss class called ``name`` in ``kd_loss``.
 
     Raises:

@@ -11,12 +11,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd.losses import LOSSES, KDLoss, get_loss
+from recbole_rcekd.losses import LOSSES as ALL_LOSSES
+from recbole_rcekd.losses import KDLoss, get_loss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.outside import ListedScores
 from recbole_rcekd.types import ItemSets
 from tests.reference import cd, ce, fce, rce, rrd
 from tests.tables import World, make_world
+
+# Those of vectors have a contract of their own.
+LOSSES: dict[str, type[KDLoss]] = {name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, KDLoss)}
+
+
+def make_loss(name: str, **settings: Any) -> KDLoss:
+    """A loss with the settings of SMALL and these."""
+    return LOSSES[name](LOSSES[name].settings_type(**{**SMALL[name], **settings}))
+
 
 SMALL: dict[str, dict[str, Any]] = {
     "rce": {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0},
@@ -59,16 +69,15 @@ class Case:
         return value.detach(), found
 
     def double(self) -> Case:
-        sets = ItemSets(
-            **{k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()},
-        )
+        double: dict[str, Any] = {k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()}
+        sets = ItemSets(**double)
         return dataclasses.replace(self, scores=self.scores.double(), sets=sets)
 
 
 def build(name: str, settings: dict[str, Any]) -> Case:
     """Select from a random teacher and student, then strike some columns where the loss has a mask."""
     world = make_world()
-    loss = get_loss(name)(LOSSES[name].settings_type(**{**SMALL[name], **settings}))
+    loss = make_loss(name, **settings)
     sets = loss.select(world.lists())
     if loss.scores_all_items:
         if loss.teaches_all_items:
@@ -330,7 +339,7 @@ def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_of_whom_the_teacher_says_nothing_nothing_is_learned(case: tuple[str, dict[str, Any]]) -> None:
-    loss = get_loss(case[0])(LOSSES[case[0]].settings_type(**{**SMALL[case[0]], **case[1]}))
+    loss = make_loss(case[0], **case[1])
     sets, value, gradient = learned_from(loss, short_world({2: 2, 4: 30, 5: 1, 6: 30}))
     assert value.isfinite().all()
     assert gradient.isfinite().all()
@@ -378,7 +387,7 @@ def slow_value(name: str, settings: dict[str, Any], world: World, sets: ItemSets
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, Any]]) -> None:
     name, settings = case
-    loss = get_loss(name)(LOSSES[name].settings_type(**{**SMALL[name], **settings}))
+    loss = make_loss(name, **settings)
     world = short_world({1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 30})
     sets, value, _ = learned_from(loss, world)
     for user in range(1, 7):
@@ -403,7 +412,7 @@ def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_list_of_all_items_is_no_other_teacher(case: tuple[str, dict[str, Any]]) -> None:
-    loss = get_loss(case[0])(LOSSES[case[0]].settings_type(**{**SMALL[case[0]], **case[1]}))
+    loss = make_loss(case[0], **case[1])
     for found, expected in zip(
         learned_from(loss, short_world(dict.fromkeys(range(1, 7), 30))), learned_from(loss, make_world()), strict=True
     ):

@@ -1,0 +1,134 @@
+"""Distillation of vectors: the rows of the two tables of student and teacher, for the users and items of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.diagnostics import Watched
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.losses.base import FeatureLoss
+from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.types import Seen, TeacherScores, Vectors
+
+
+class FeatureDistiller:
+    """The KD term of vectors of one training run.
+
+    Args:
+        name: of the method, for messages.
+        scorer: the student.
+        tables: the teacher's rows of users and of items, ``[n_users, d]`` (``None`` if it has none), ``[n_items, d]``.
+        teacher: the teacher's scores, for the diagnostics.
+        loss: which method; its parts are made here.
+        settings: diagnostics.
+        dataset: the training set, which names the batches' columns.
+        seen: the training interactions.
+        seed: of all draws; they use a generator of their own, so RecBole's random stream is untouched.
+        n_epochs: how long the training may last.
+
+    Raises:
+        SettingsError: the student has no such vectors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scorer: ModelScorer,
+        tables: tuple[Tensor | None, Tensor],
+        teacher: TeacherScores | None,
+        loss: FeatureLoss,
+        settings: KDSettings,
+        dataset: Any,
+        seen: Seen,
+        seed: int,
+        n_epochs: int,
+    ) -> None:
+        self.loss = loss
+        self._scorer = scorer
+        self._n_epochs = n_epochs
+        self._fields = (dataset.uid_field, dataset.iid_field, dataset.config["NEG_PREFIX"] + dataset.iid_field)
+        self._label = dataset.config["LABEL_FIELD"]
+        if scorer.kind != "product":
+            raise SettingsError(
+                f"[kd_loss] {name} learns from vectors, but {scorer.name}'s scores are no product of user and item "
+                "vectors: choose a method of scores (rce, ce, rrd, …) or another student."
+            )
+        self._users, self._items = (None if table is None else table.to(scorer.device) for table in tables)
+        if "users" in loss.sides and (self._users is None or not scorer.scores_users):
+            who = scorer.name if not scorer.scores_users else "the teacher"
+            raise SettingsError(
+                f"[kd_loss] {name} learns from the vectors of users, but {who} has none: it scores sequences. Set "
+                f"{name}_sides: items."
+            )
+        self.generator = torch.Generator(scorer.device).manual_seed(seed)
+        own_rows = torch.ones(1, dtype=torch.int64, device=scorer.device)
+        with preserved_random_state(), scorer.evaluating():
+            width = scorer.operands(own_rows)[1].shape[1]
+        seen = seen.to(scorer.device)
+        with preserved_random_state():
+            torch.manual_seed(seed)
+            loss.build(width, tables[1].shape[1], seen, self.generator)
+            loss.to(scorer.device)
+        self._watched = None
+        if teacher is not None and scorer.scores_users:
+            self._watched = Watched(settings.kd_diagnostic_users, seen.contexts(), teacher, self.generator)
+        self.steps = 0
+
+    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+        """Tell the loss how far the training is."""
+        self.steps = 0
+        self.loss.begin_epoch(epoch / max(1, self._n_epochs))
+
+    def step(self, batch: Any) -> Tensor:
+        """The KD loss of one step, with gradient: the loss of the batch's distinct users and items, by its rows.
+
+        So a weight that goes with a sum over the batch beside a base loss summed likewise is right here.
+        """
+        self.steps += 1
+        user_field, item_field, negative_field = self._fields
+        users = self._vectors("users", *_distinct([batch[user_field]])) if "users" in self.loss.sides else None
+        items = None
+        if "items" in self.loss.sides:
+            kinds = [batch[item_field]]
+            if negative_field in batch:
+                kinds.append(batch[negative_field])
+            elif self._label in batch:
+                labels = batch[self._label] > 0
+                kinds = [kinds[0][labels], kinds[0][~labels]]
+            items = self._vectors("items", *_distinct(kinds))
+        return self.loss.forward(users, items) / len(batch)
+
+    def _vectors(self, side: str, ids: Tensor, weights: Tensor) -> Vectors:
+        ids = self.loss.needed(side, ids)
+        if side == "users":
+            student, _ = self._scorer.operands(ids)
+            teacher = self._users
+        else:
+            own_rows = ids.new_ones(1)
+            student = self._scorer.operands(own_rows)[1].index_select(0, ids)
+            teacher = self._items
+        if teacher is None:
+            raise RuntimeError("sides are checked when the distiller is made")
+        return Vectors(ids, student, teacher.index_select(0, ids), weights)
+
+    def diagnostics(self) -> dict[str, float]:
+        """As :meth:`Distiller.diagnostics <recbole_rcekd.distiller.Distiller.diagnostics>`: how far the student is."""
+        if self._watched is None or not len(self._watched):
+            return {}
+        with preserved_random_state(), self._scorer.evaluating():
+            rows = self._scorer.score_all(self._watched.contexts)
+        return self._watched.distance(rows)
+
+
+def _distinct(kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Distinct ids of all kinds, with 1/(number of kinds) for each kind that they are of; without the padding."""
+    ids = torch.unique(torch.cat(kinds))
+    ids = ids[ids != 0]
+    weights = torch.zeros(len(ids), device=ids.device)
+    for kind in kinds:
+        weights += torch.isin(ids, kind).float() / len(kinds)
+    return ids, weights

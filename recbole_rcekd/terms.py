@@ -1,0 +1,160 @@
+"""The KD terms of one training run: for each loss who computes it, from whatever teacher there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from recbole_rcekd.contexts import is_sequential, numbered_rows
+from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.ensemble import rescaled
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.feature_distiller import FeatureDistiller
+from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
+from recbole_rcekd.processes import Ranks
+from recbole_rcekd.row_distiller import RowDistiller
+from recbole_rcekd.row_lists import Teaching, teaching_of
+from recbole_rcekd.scoring import ModelScorer
+from recbole_rcekd.settings import KDSettings
+from recbole_rcekd.teacher import Teacher, training_interactions
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, open_trajectories, vectors
+from recbole_rcekd.types import Seen, TeacherScores
+
+AnyDistiller = Distiller | RowDistiller | FeatureDistiller
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand ``weight · KD`` of the loss.
+
+    Args:
+        name: of the method.
+        loss: which method.
+        weight: λ.
+        distiller: who computes it.
+        step: the batch, and the products met in the base loss → KD.
+    """
+
+    name: str
+    loss: Loss
+    weight: float
+    distiller: AnyDistiller
+    step: Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the terms of one run.
+
+    Args:
+        scorer: the student.
+        dataset: the training set.
+        teacher: as loaded, or scores in the student's ids, or ``None`` for methods that need none.
+        settings: what is common to all methods.
+        seed: of the draws.
+        ranks: this process among those that train the student.
+        n_epochs: how long the training may last.
+        show_progress: while the teacher's scores are computed.
+    """
+
+    scorer: ModelScorer
+    dataset: Any
+    teacher: LoadedTeacher | TeacherScores | None
+    settings: KDSettings
+    seed: int
+    ranks: Ranks
+    n_epochs: int
+    show_progress: bool = False
+
+    def terms(self, losses: Mapping[str, Loss]) -> list[Term]:
+        """A term for each loss, and for each loss of vectors that belongs to one.
+
+        Raises:
+            SettingsError: a loss cannot be used with this student, or with several processes.
+            TeacherError: nor with this teacher.
+        """
+        loaded: Any = self.teacher if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)) else None
+        sequential = is_sequential(self.dataset)
+        raw: TeacherScores
+        if loaded is not None:
+            raw = open_scores(loaded, self.settings, self.scorer.device, self.show_progress, self.ranks)
+        elif self.teacher is not None:
+            raw = self.teacher  # type: ignore[assignment]
+        else:
+            n = len(self.dataset) if sequential else int(self.dataset.user_num)
+            raw = Silence(n, int(self.dataset.item_num), self.scorer.device)
+        how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
+        scores = rescaled(raw, how, temperature, self.scorer.device)
+        trajectories: Sequence[Sequence[TeacherScores]] = ()
+        if any(isinstance(loss, KDLoss) and loss.uses_trajectory for loss in losses.values()):
+            trajectories = open_trajectories(
+                self.teacher, raw, losses, self.settings, self.scorer.device, self.show_progress, self.ranks
+            )
+        seen = training_interactions(self.dataset)
+        by_rows = None if loaded is None else loaded.scores_rows
+        teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
+        terms: list[Term] = []
+        for name, loss in losses.items():
+            parts: list[tuple[Loss, float]] = [(loss, loss.weight)]
+            more = loss.feature_side() if isinstance(loss, KDLoss) else None
+            if more is not None:
+                parts.append((more[0], loss.weight * more[1]))
+            for part, weight in parts:
+                # Each term draws from a generator of its own; the first as if it were alone.
+                seed = self.seed + 7919 * len(terms)
+                if isinstance(part, FeatureLoss):
+                    terms.append(self._of_vectors(name, part, weight, raw, scores, seen, seed))
+                elif isinstance(part, KDLoss):
+                    terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))
+        return terms
+
+    def _of_scores(
+        self,
+        name: str,
+        loss: KDLoss,
+        weight: float,
+        scores: TeacherScores,
+        trajectories: Sequence[Sequence[TeacherScores]],
+        teaching: Teaching | None,
+        seen: Seen,
+        seed: int,
+    ) -> Term:
+        common = (loss, self.settings)
+        if teaching is not None:
+            rows = RowDistiller(self.scorer, teaching, *common, self.dataset, seed, self.ranks, trajectories)
+            return Term(name, loss, weight, rows, rows.step)
+        users = Distiller(self.scorer, scores, *common, seen, seed, self.ranks, trajectories)
+        field = self.dataset.uid_field
+        return Term(name, loss, weight, users, lambda batch, products: users.step(batch[field]))
+
+    def _of_vectors(
+        self,
+        name: str,
+        loss: FeatureLoss,
+        weight: float,
+        raw: TeacherScores,
+        scores: TeacherScores,
+        seen: Seen,
+        seed: int,
+    ) -> Term:
+        if self.ranks.world > 1:
+            raise SettingsError(
+                f"[kd_loss] {name} has parts that are learned beside the student, which several processes do not share: "
+                "set nproc to 1."
+            )
+        tables = vectors(name, self.teacher, raw)
+        teacher = scores if scores.n_contexts == int(self.dataset.user_num) else None
+        distiller = FeatureDistiller(
+            name, self.scorer, tables, teacher, loss, self.settings, self.dataset, seen, seed, self.n_epochs
+        )
+        return Term(name, loss, weight, distiller, lambda batch, products: distiller.step(batch))
+
+    def watching(self, terms: Sequence[Term]) -> tuple[Any, AbstractContextManager[Any]]:
+        """What the terms need while the model trains: a watch on the products of a batch, and numbers on its rows."""
+        if any(isinstance(term.distiller, RowDistiller) for term in terms):
+            return self.scorer.watched_products, numbered_rows(self.dataset)
+        return (lambda batch: nullcontext()), nullcontext()
