@@ -67,11 +67,69 @@ class World(NamedTuple):
         """The lists of ``contexts`` (all but padding)."""
         if contexts is None:
             contexts = torch.arange(1, self.teacher.n_contexts)
-        return Lists(contexts, self.teacher, ranking_of(self.student), self.seen, torch.Generator().manual_seed(seed))
+        return Lists(
+            contexts,
+            self.teacher,
+            ranking_of(self.student),
+            self.seen,
+            torch.Generator().manual_seed(seed),
+            score=lambda asked, items: self.student[asked].gather(1, items),
+            score_all=lambda asked: self.student[asked].clone(),
+            popularity=torch.bincount(self.seen.ids, minlength=self.seen.n_ids),
+            trajectories=[[*self.earlier, self.teacher]],
+        )
+
+    @property
+    def earlier(self) -> list[TeacherScores]:
+        """Two earlier states of the teacher, which it agrees with the more the later they are."""
+        full = self.teacher.score_all(torch.arange(self.teacher.n_contexts))
+        noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
+        listed = full != -torch.inf
+        return [Table(full.where(~listed, full + times * noise), self.seen) for times in (2.0, 0.5)]
+
+    def user(self, user: int, items: list[int]) -> User:
+        """Plain lists of one user, and the columns selected for it."""
+        seen = self.seen.cells(torch.tensor([user]))[1].tolist()
+        teacher = self.teacher.score_all(torch.tensor([user]))[0].tolist()
+        return User(self.student[user].tolist(), teacher, seen, items, self, user)
 
     def transposed(self) -> World:
         """The same from the items' side."""
         return World(self.teacher.transposed(), self.student.t(), self.seen.transposed())
+
+
+@dataclass(frozen=True)
+class User:
+    """What a slow formula may look at, of one user of a :class:`World`: plain lists, item 0 is padding.
+
+    Args:
+        student: scores of all items.
+        teacher: likewise.
+        seen: training items, ascending.
+        items: the columns that were selected, 0 for none.
+        world: all of it, for what concerns other users or items.
+        id: the user's.
+    """
+
+    student: list[float]
+    teacher: list[float]
+    seen: list[int]
+    items: list[int]
+    world: World
+    id: int
+
+    @property
+    def listed(self) -> list[int]:
+        """The selected items."""
+        return [item for item in self.items if item]
+
+    def teacher_top(self, k: int, unseen: bool = False) -> list[int]:
+        """The teacher's best, as far as it lists any."""
+        return [int(i) for i in self.world.teacher.top_k(torch.tensor([self.id]), k, unseen)[0] if i]
+
+    def student_top(self, k: int) -> list[int]:
+        """The student's best."""
+        return sorted(range(1, len(self.student)), key=lambda item: -self.student[item])[:k]
 
 
 def make_world(

@@ -169,7 +169,7 @@ def test_what_is_hidden_from_a_row_is_no_negative_either(folder: Path, tmp_path:
     dataset, model = student.train._dataset, build_model(student).eval()
     saved(built(folder, "BPR"), tmp_path / "x.pth")
     _, scores = taught(tmp_path / "x.pth", student, tmp_path)
-    loss = LOSSES["fce"](LOSSES["fce"].settings_type.from_mapping({"fce_target": target, "fce_top_k": 4}))
+    loss: Any = LOSSES["fce"](LOSSES["fce"].settings_type.from_mapping({"fce_target": target, "fce_top_k": 4}))
     scorer = ModelScorer(model, dataset, trainable=True)
     distiller = RowDistiller(scorer, teaching_of(dataset, scores), loss, KDSettings(kd_diagnostic_users=0), dataset, 0)
     rows = torch.arange(0, len(dataset), 3)

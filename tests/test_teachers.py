@@ -407,7 +407,7 @@ def test_the_diagnostics_know_what_a_file_lists(student: Bundle, tmp_path: Path)
     seen = training_interactions(student.train._dataset)
     for teacher in (scores, rescaled(scores, "standardised", 2.0)):
         scorer = ModelScorer(build_model(student), student.train._dataset, trainable=True)
-        loss = LOSSES["ce"](LOSSES["ce"].settings_type.from_mapping({"ce_top_k": 5}))
+        loss: Any = LOSSES["ce"](LOSSES["ce"].settings_type.from_mapping({"ce_top_k": 5}))
         distiller = Distiller(scorer, teacher, loss, KDSettings(kd_diagnostic_users=N_USERS), seen, 0)
         for side in distiller._sides:
             # Equal scores stand as they are listed.

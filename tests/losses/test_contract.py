@@ -1,8 +1,16 @@
-"""What every loss promises, whatever its formula. A new loss needs a line in ``CASES``."""
+"""What every loss of scores promises, whatever its formula.
+
+``tests/reference/<name>.py`` has, besides the slow formula: ``SMALL``, settings that fit a catalogue of 30 items; ``CASES``, what
+to try beyond them; ``value(user, settings)``, the slow formula for one :class:`~tests.tables.User`; and where they differ from
+the defaults: ``RELATIVE`` (True: only differences of scores count), ``BLOCKS`` (first columns of blocks that are told apart by
+their place), ``ORDERED`` (so many first columns stand in an order to be learned), ``TAIL`` (the setting that says how many the
+last columns are), ``support(settings, sets)`` (bool ``[6, T]``: which columns count; default: ``sets.keep``, or all).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +21,8 @@ from torch import Tensor
 
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
 from recbole_rcekd.losses import KDLoss, get_loss
-from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.outside import ListedScores
 from recbole_rcekd.types import ItemSets
-from tests.reference import cd, ce, fce, rce, rrd
 from tests.tables import World, make_world
 
 # Those of vectors have a contract of their own.
@@ -28,25 +34,15 @@ def make_loss(name: str, **settings: Any) -> KDLoss:
     return LOSSES[name](LOSSES[name].settings_type(**{**SMALL[name], **settings}))
 
 
-SMALL: dict[str, dict[str, Any]] = {
-    "rce": {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0},
-    "ce": {"ce_top_k": 5, "ce_temperature": 1.5},
-    "fce": {"fce_top_k": 5},
-    "cd": {"cd_items": 6, "cd_pool": 12},
-    "rrd": {"rrd_top_k": 4, "rrd_rest": 5, "rrd_pool": 9},
-}
+# What tests/reference/<name>.py says of a loss besides its formula.
+REFERENCE: dict[str, Any] = {name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES}
+SMALL: dict[str, dict[str, Any]] = {name: reference.SMALL for name, reference in REFERENCE.items()}
 # name of the loss, what differs from SMALL
 CASES: list[tuple[str, dict[str, Any]]] = [
-    *(("rce", {"rce_terms": terms}) for terms in ("full", "l1", "l2", "no_split")),
-    ("rce", {"rce_gamma": "code", "rce_votes": "code", "rce_temperature": 2.0}),
-    ("rce", {"rce_gamma": "constant", "rce_samples": 0}),
-    *(("ce", {"ce_items": items}) for items in ("teacher", "student", "union")),
-    *(("fce", {"fce_target": target}) for target in ("all", "teacher")),
-    *(("cd", {"cd_guide": guide}) for guide in ("student", "teacher")),
-    *(("rrd", {"rrd_sample": sample}) for sample in (True, False)),
+    (name, settings) for name, reference in REFERENCE.items() for settings in reference.CASES
 ]
 # Losses that look only at differences of scores: cross-entropies and Plackett–Luce. CD looks at each score alone.
-RELATIVE = {"rce", "ce", "fce", "rrd"}
+RELATIVE = {name for name, reference in REFERENCE.items() if getattr(reference, "RELATIVE", True)}
 
 
 @dataclass(frozen=True)
@@ -76,24 +72,28 @@ class Case:
 
 def build(name: str, settings: dict[str, Any]) -> Case:
     """Select from a random teacher and student, then strike some columns where the loss has a mask."""
-    world = make_world()
-    loss = make_loss(name, **settings)
+    world, users = make_world(), torch.arange(1, 7)
+    loss, reference = make_loss(name, **settings), REFERENCE[name]
+    loss.prepare(7, torch.device("cpu"))
     sets = loss.select(world.lists())
+    if loss.masks_seen:
+        sets = dataclasses.replace(sets, seen=world.seen.among(users))
+    if loss.teaches_all_items:
+        sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(users))
+    elif sets.keep is not None:
+        struck = torch.rand(sets.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.25
+        sets = dataclasses.replace(sets, keep=sets.keep & ~struck)
     if loss.scores_all_items:
-        if loss.teaches_all_items:
-            sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(torch.arange(1, 7)))
         support = torch.ones(6, 31, dtype=torch.bool)
         support[:, 0] = False
+        if hasattr(reference, "support"):
+            support = reference.support(settings, sets)
         return Case(name, loss, world.student[1:], sets, support)
     support = torch.ones_like(sets.items, dtype=torch.bool)
     if sets.keep is not None:
-        struck = torch.rand(sets.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.25
-        sets = dataclasses.replace(sets, keep=sets.keep & ~struck)
-        support = sets.keep  # type: ignore[assignment]
-    if name == "rce":
-        first = torch.ones(6, 5, dtype=torch.bool)
-        terms = settings.get("rce_terms")
-        support = torch.cat([first & (terms != "l2"), support & (terms != "l1")], dim=1)
+        support[:, -sets.keep.shape[1] :] = sets.keep
+    if hasattr(reference, "support"):
+        support = reference.support(settings, sets)
     return Case(name, loss, world.student[1:].gather(1, sets.items), sets, support)
 
 
@@ -172,9 +172,10 @@ def test_masked_is_as_good_as_deleted(case: Case) -> None:
             teacher_scores=None if one.teacher_scores is None else one.teacher_scores[:, columns],
         )
         loss = case.loss
-        if isinstance(loss, RRDLoss):
-            head = case.sets.items.shape[1] - loss.settings.rrd_rest
-            loss = RRDLoss(dataclasses.replace(loss.settings, rrd_rest=int((columns >= head).sum())))
+        tail: str | None = getattr(REFERENCE[case.name], "TAIL", None)
+        if tail is not None:
+            head = case.sets.items.shape[1] - getattr(loss.settings, tail)
+            loss = type(loss)(dataclasses.replace(loss.settings, **{tail: int((columns >= head).sum())}))
         alone = dataclasses.replace(case, loss=loss, scores=case.scores[row : row + 1, columns], sets=shorter)
         alone_value, alone_gradient = alone.gradient()
         torch.testing.assert_close(alone_value[0], value[row])
@@ -218,9 +219,13 @@ def test_the_order_of_items_does_not_matter(case: Case) -> None:
         if case.loss.teaches_all_items and sets.teacher_scores is not None:
             sets = dataclasses.replace(sets, teacher_scores=sets.teacher_scores[:, order])
     else:
-        fixed = {"rce": 5, "rrd": 4}.get(case.name, 0)
-        head = torch.arange(fixed) if case.name == "rrd" else order[order < fixed]
-        order = torch.cat([head, order[order >= fixed]])
+        reference = REFERENCE[case.name]
+        ordered = getattr(reference, "ORDERED", 0)
+        starts = (ordered, *(start for start in getattr(reference, "BLOCKS", ()) if start > ordered))
+        blocks = zip(starts, (*starts[1:], width), strict=True)
+        order = torch.cat([torch.arange(ordered), *(order[(order >= a) & (order < b)] for a, b in blocks)])
+        if ordered == 0 and starts == (0,):
+            order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
         keep, teacher = case.sets.keep, case.sets.teacher_scores
         if keep is not None:
             unmasked = width - keep.shape[1]  # columns before the first that has a mask
@@ -327,8 +332,11 @@ def short_world(lengths: dict[int, int]) -> World:
 
 def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
     """What is selected, the loss of each row, and its gradient by all student scores ``[6, 31]``."""
+    loss.prepare(7, torch.device("cpu"))
     sets = loss.select(world.lists())
     student = world.student[1:].clone().requires_grad_()
+    if loss.masks_seen:
+        sets = dataclasses.replace(sets, seen=world.seen.among(torch.arange(1, 7)))
     if loss.teaches_all_items:
         sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(torch.arange(1, 7)))
     scores = student if loss.scores_all_items else student.gather(1, sets.items)
@@ -359,31 +367,6 @@ def test_of_whom_the_teacher_says_nothing_nothing_is_learned(case: tuple[str, di
         assert not part.keep[part.items == 0].any()
 
 
-def slow_value(name: str, settings: dict[str, Any], world: World, sets: ItemSets, user: int) -> float:
-    """The formula on the items that the teacher lists, for one user of :func:`short_world`."""
-    student = world.student[user].tolist()
-    teacher = world.teacher.score_all(torch.tensor([user]))[0].tolist()
-    q_t = [
-        item
-        for item in world.teacher.top_k(torch.tensor([user]), SMALL[name].get(f"{name}_top_k", 5), False)[0].tolist()
-        if item
-    ]
-    q_s = sorted(range(1, 31), key=lambda item: -student[item])[:5]
-    items = sets.items[user - 1].tolist()
-    if name == "rce":
-        samples = items[5 : 5 + settings.get("rce_samples", 4)]
-        mixing = rce.gamma(q_t, q_s, samples, settings.get("rce_gamma", "paper"), 1.0, 0.5)
-        tau, terms = settings.get("rce_temperature", 1.0), settings.get("rce_terms", "full")
-        return rce.rce(student, teacher, q_t, q_s, samples, mixing, tau, terms)
-    if name == "ce":
-        return ce.ce(student, teacher, q_t, q_s, settings["ce_items"], 1.5)
-    if name == "fce":
-        return fce.fce(student, teacher, range(1, 31) if settings["fce_target"] == "all" else q_t, 1.0)
-    if name == "cd":
-        return cd.cd(student, teacher, [item for item in items if item], 2.0, 0.0)
-    return rrd.rrd(student, [item for item in items[:4] if item], [item for item in items[4:] if item])
-
-
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, Any]]) -> None:
     name, settings = case
@@ -391,7 +374,8 @@ def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, A
     world = short_world({1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 30})
     sets, value, _ = learned_from(loss, world)
     for user in range(1, 7):
-        assert value[user - 1].item() == pytest.approx(slow_value(name, settings, world, sets, user), rel=1e-5), user
+        expected = REFERENCE[name].value(world.user(user, sets.items[user - 1].tolist()), {**SMALL[name], **settings})
+        assert value[user - 1].item() == pytest.approx(expected, rel=1e-5), user
     if sets.overlap is not None:  # of what is listed, not of K
         first = set(world.teacher.top_k(torch.tensor([2]), 5, False)[0].tolist()) - {0}
         assert sets.overlap[1] == len(first & set(world.lists().student_top(5)[1].tolist())) / 2
@@ -400,7 +384,7 @@ def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, A
 def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
     # 9 of 30 items are listed: all may be drawn as interesting, none as uninteresting, though 5 uninteresting are wanted.
     world = short_world(dict.fromkeys(range(1, 7), 9))
-    loss = RRDLoss(LOSSES["rrd"].settings_type(**SMALL["rrd"]))  # type: ignore[arg-type]
+    loss = make_loss("rrd")
     drawn: set[int] = set()
     listed = world.teacher.top_k(torch.tensor([1]), 9, True)[0].tolist()
     for seed in range(200):

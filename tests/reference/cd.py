@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tests.tables import User
 
 
 def sigmoid(x: float) -> float:
@@ -26,3 +29,13 @@ def duel_probabilities(n_pool: int, pool: int, temperature: float) -> list[float
         for b, weight_b in enumerate(weights):
             won[min(a, b)] += weight_a * weight_b
     return [w / sum(won) for w in won]
+
+
+# --- for tests/losses/test_contract.py ---
+SMALL: dict[str, Any] = {"cd_items": 6, "cd_pool": 12}
+CASES: list[dict[str, Any]] = [{"cd_guide": guide} for guide in ("student", "teacher")]
+RELATIVE = False  # each score alone
+
+
+def value(user: User, settings: Mapping[str, Any]) -> float:
+    return cd(user.student, user.teacher, user.listed, 2.0, 0.0)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from recbole_rcekd.types import ItemSets
 from tests.reference.ce import Scores, soft_ce
+from tests.tables import User
 
 
 def votes(pool: Sequence[int], q_t: Sequence[int], q_s: Sequence[int], mode: str) -> list[int]:
@@ -55,3 +61,29 @@ def rce(
     if terms == "l2":
         return l2
     return (1.0 - mixing) * l1 + mixing * l2
+
+
+# --- for tests/losses/test_contract.py ---
+SMALL: dict[str, Any] = {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0}
+CASES: list[dict[str, Any]] = [
+    *({"rce_terms": terms} for terms in ("full", "l1", "l2", "no_split")),
+    {"rce_gamma": "code", "rce_votes": "code", "rce_temperature": 2.0},
+    {"rce_gamma": "constant", "rce_samples": 0},
+]
+BLOCKS = (5,)  # the student's top-K, and the rest
+
+
+def value(user: User, settings: Mapping[str, Any]) -> float:
+    q_t, q_s = user.teacher_top(5), user.student_top(5)
+    samples = user.items[5 : 5 + settings["rce_samples"]]
+    mixing = gamma(q_t, q_s, samples, settings.get("rce_gamma", "paper"), 1.0, 0.5)
+    tau, terms = settings.get("rce_temperature", 1.0), settings.get("rce_terms", "full")
+    return rce(user.student, user.teacher, q_t, q_s, samples, mixing, tau, terms)
+
+
+def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:
+    """The first term has no mask; an ablation leaves one of the two out."""
+    terms = settings.get("rce_terms")
+    assert sets.keep is not None
+    first = torch.full((len(sets.items), 5), terms != "l2")
+    return torch.cat([first, sets.keep & (terms != "l1")], dim=1)
