@@ -60,7 +60,7 @@ class Setting:
 
 
 class Objective:
-    """What a trial is: an objective function for RecBole's ``HyperTuning``, and for ray.
+    """What a trial is: an objective function for RecBole's ``HyperTuning`` (and others, see docs/tuning.md).
 
     ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and says how it validates; the test
     data are not looked at.
