@@ -10,6 +10,7 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.settings import nearest
 
@@ -21,6 +22,7 @@ LOSSES: dict[str, type[Loss]] = {
     "rrd": RRDLoss,
     "listmle": ListMLELoss,
     "softmax": SoftmaxLoss,
+    "slk": SLKLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
