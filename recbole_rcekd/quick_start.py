@@ -383,7 +383,8 @@ class Experiment:
         if name == SCRATCH:
             trainer = recording_trainer(config)(config, model)
         else:
-            trainer = distill_trainer(config)(config, model, teacher, seed)
+            # To a control it makes no difference whether the command has a teacher.
+            trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
         self._draw_apart(config, seed)
         if history is not None:
             trainer.history.file = history

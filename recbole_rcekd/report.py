@@ -191,9 +191,9 @@ class Report:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         own = parts_of(method)
-        foreign = ("kd_", "teacher") if method == SCRATCH else ()
+        foreign: tuple[str, ...] = ("kd_",) if method == SCRATCH else ()
         if not needs_teacher(method):
-            teacher = None
+            teacher, foreign = None, (*foreign, "teacher")
         settings = {
             k: repr(v)
             for k, v in sorted(config.final_config_dict.items())

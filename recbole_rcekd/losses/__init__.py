@@ -7,8 +7,11 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.slk import SLKLoss
+from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -17,6 +20,9 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "listmle": ListMLELoss,
+    "softmax": SoftmaxLoss,
+    "slk": SLKLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
