@@ -8,6 +8,7 @@ from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.rce import RCELoss
+from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.settings import nearest
 
@@ -17,6 +18,7 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "rd": RDLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
