@@ -9,6 +9,7 @@ from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
+from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
@@ -23,6 +24,7 @@ LOSSES: dict[str, type[Loss]] = {
     "listmle": ListMLELoss,
     "softmax": SoftmaxLoss,
     "slk": SLKLoss,
+    "rd": RDLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
