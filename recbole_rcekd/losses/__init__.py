@@ -8,6 +8,7 @@ from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.listmle import ListMLELoss
+from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
@@ -25,9 +26,22 @@ LOSSES: dict[str, type[Loss]] = {
     "softmax": SoftmaxLoss,
     "slk": SLKLoss,
     "rd": RDLoss,
+    "ftd": FTDLoss,
 }
 
-__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
+__all__ = [
+    "LOSSES",
+    "CDLoss",
+    "CELoss",
+    "FCELoss",
+    "FTDLoss",
+    "FeatureLoss",
+    "KDLoss",
+    "Loss",
+    "RCELoss",
+    "RRDLoss",
+    "get_loss",
+]
 
 
 def get_loss(name: str) -> type[Loss]:
