@@ -92,7 +92,10 @@ ABOVE = [
     ("feature_distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"feature_distiller"}),
     ("terms", {"config", "trainer", *COMMAND}),
     ("trainer", COMMAND),
-    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "tuning", "command"}),
+    (
+        "report",
+        {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "tuning", "command"},
+    ),
     ("quick_start", {"tuning", "command"}),
     ("tuning", {"command"}),
     ("processes", ALL - {"processes", "errors"}),

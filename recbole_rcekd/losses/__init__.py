@@ -7,8 +7,8 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
-from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
