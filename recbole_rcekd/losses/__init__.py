@@ -6,6 +6,7 @@ from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
+from recbole_rcekd.losses.dcd import DCDLoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
@@ -27,6 +28,7 @@ LOSSES: dict[str, type[Loss]] = {
     "slk": SLKLoss,
     "rd": RDLoss,
     "ftd": FTDLoss,
+    "dcd": DCDLoss,
 }
 
 __all__ = [
