@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from logging import getLogger
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,7 @@ from recbole.utils import ModelType, get_environment, get_model, init_logger, in
 
 from recbole_rcekd.config import (
     SCRATCH,
+    assistant_config,
     check_keys,
     loss_names,
     needs_teacher,
@@ -139,6 +140,8 @@ class _Experiment:
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = self._read_teacher()
+        if self.teacher_config is not None:
+            self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
         if _may_evaluate_more(config):
             for each in (config, *self.run_configs.values()):
                 each["eval_batch_size"] = _EVAL_BATCH_SIZE
@@ -167,6 +170,8 @@ class _Experiment:
         report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
+        self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
+        self.assistants: dict[str, tuple[LoadedTeacher, dict[str, Any]]] = {}
         for seed in self.seeds:
             for name in self.losses:
                 report.add(self._run(name, seed, data, teacher, report))
@@ -256,6 +261,46 @@ class _Experiment:
         self.ranks.barrier()
         return str(file), trained
 
+    # -- assistants ----------------------------------------------------------------------------------------------
+
+    def _assistant_configs(self, teacher: Any) -> dict[str, Any]:
+        """The Config of each method's assistant, of the methods that have one; ``teacher`` is the teacher's Config."""
+        found = {name: assistant_config(self.run_configs[name], teacher) for name in self.losses if name != SCRATCH}
+        return {name: config for name, config in found.items() if config is not None}
+
+    def _prepare_assistant(
+        self, name: str, data: _Data, teacher: LoadedTeacher, report: Report
+    ) -> tuple[LoadedTeacher, dict[str, Any]]:
+        """Train the assistant of a method as its students are, or find it, and measure it as a teacher."""
+        config, logger = self.assistant_configs[name], getLogger()
+        title = set_color(f"Assistant, {name}", "pink")
+        key = report.fingerprint(config, teacher)[:10]
+        file = Path(config["checkpoint_dir"]) / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
+        file = self.ranks.broadcast(file)
+        facts = file.with_suffix(".json")
+        if self.ranks.all(file.exists() and facts.exists()):
+            logger.info(f"{title}: trained before, from [{file}]")
+            trained = json.loads(facts.read_text(encoding="utf-8"))
+        else:
+            size = config["embedding_size"]
+            logger.info(f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]")
+            trainer = self._trainer(config, int(config["seed"]), data, teacher)
+            started = perf_counter()
+            trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
+            trained = _course(trainer, perf_counter() - started)
+            # As with a teacher, the last step.
+            if self.ranks.first:
+                facts.write_text(json.dumps(trained), encoding="utf-8")
+                learned = Path(trainer.saved_model_file).with_suffix(".kd.pth")
+                if learned.exists():
+                    os.replace(learned, file.with_suffix(".kd.pth"))
+                os.replace(trainer.saved_model_file, file)
+            self.ranks.barrier()
+        assistant = load_teacher(str(file), data.train)
+        result = TeacherResult.of(assistant, self.config, data.valid, data.test, trained)
+        logger.info(f"{title}: " + set_color("test result", "yellow") + f": {result.test_result}")
+        return assistant, {"embedding_size": config["embedding_size"], **asdict(result)}
+
     # -- students ------------------------------------------------------------------------------------------------
 
     def _run_config(self, name: str) -> Any:
@@ -277,23 +322,13 @@ class _Experiment:
         if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
+        fingerprint, assistant = report.fingerprint(config, teacher), None
+        if teacher is not None and name in self.assistant_configs:
+            if name not in self.assistants:
+                self.assistants[name] = self._prepare_assistant(name, data, teacher, report)
+            teacher, assistant = self.assistants[name]
         logger.info(f"{title}: training {config['model']}")
-        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
-        init_seed(seed, config["reproducibility"])
-        # A knowledge-aware loader is two loaders in one.
-        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
-            if hasattr(loader, "generator"):
-                loader.generator.manual_seed(seed)
-                if self.ranks.world > 1:
-                    loader.sampler.seed = seed  # which orders the rows then
-        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
-        logger.info(model)
-        trainer: Any
-        if name == SCRATCH:
-            trainer = recording_trainer(config)(config, model)
-        else:
-            trainer = distill_trainer(config)(config, model, teacher, seed)
-        self._draw_apart(config, seed)
+        trainer = self._trainer(config, seed, data, teacher)
         folder = report.run_folder(name, seed)
         if folder is not None:
             trainer.history.file = folder / "history.csv"
@@ -312,13 +347,34 @@ class _Experiment:
             best_valid_score=float(best_score),
             best_valid_result={k: float(v) for k, v in (best_valid or {}).items()},
             test_result={k: float(v) for k, v in test.items()},
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
             checkpoint=trainer.saved_model_file if self.saved else "",
             checkpoint_bytes=os.path.getsize(trainer.saved_model_file) if self.saved else 0,
-            ranking_ms_per_1000_users=ranking_time(model, data.train._dataset),
-            fingerprint=report.fingerprint(config, teacher),
+            ranking_ms_per_1000_users=ranking_time(trainer.model, data.train._dataset),
+            fingerprint=fingerprint,
+            assistant=assistant,
             **_course(trainer, seconds),
         )
+
+    def _trainer(self, config: Any, seed: int, data: _Data, teacher: LoadedTeacher | None) -> Any:
+        """A model as it is before training, in its trainer."""
+        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
+        init_seed(seed, config["reproducibility"])
+        # A knowledge-aware loader is two loaders in one.
+        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
+            if hasattr(loader, "generator"):
+                loader.generator.manual_seed(seed)
+                if self.ranks.world > 1:
+                    loader.sampler.seed = seed  # which orders the rows then
+        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
+        getLogger().info(model)
+        trainer: Any
+        if config["kd_loss"] == SCRATCH:
+            trainer = recording_trainer(config)(config, model)
+        else:
+            trainer = distill_trainer(config)(config, model, teacher, seed)
+        self._draw_apart(config, seed)
+        return trainer
 
     def _draw_apart(self, config: Any, seed: int) -> None:
         """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""

@@ -9,6 +9,7 @@ from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.tarec import TARecLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -17,9 +18,22 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "tarec": TARecLoss,
 }
 
-__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
+__all__ = [
+    "LOSSES",
+    "CDLoss",
+    "CELoss",
+    "FCELoss",
+    "FeatureLoss",
+    "KDLoss",
+    "Loss",
+    "RCELoss",
+    "RRDLoss",
+    "TARecLoss",
+    "get_loss",
+]
 
 
 def get_loss(name: str) -> type[Loss]:
