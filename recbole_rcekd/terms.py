@@ -12,7 +12,7 @@ from torch import Tensor
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.ensemble import rescaled
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.feature_distiller import FeatureDistiller
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.processes import Ranks
@@ -107,7 +107,12 @@ class Maker:
                 # Each term draws from a generator of its own; the first as if it were alone.
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
-                    terms.append(self._of_vectors(name, part, weight, raw, scores, seen, seed))
+                    try:
+                        terms.append(self._of_vectors(name, part, weight, raw, scores, seen, seed))
+                    except (SettingsError, TeacherError) as error:
+                        if not part.left_out_by:
+                            raise
+                        raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
                 elif isinstance(part, KDLoss):
                     terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))
         return terms

@@ -142,7 +142,7 @@ def test_loss_names(value: Any, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("rec", r"\[kd_loss\] names 'rec'.*Did you mean \[rce\]\?"),
+        ("rcee", r"\[kd_loss\] names 'rcee'.*Did you mean \[rce\]\?"),
         (["scratch", "scrach"], r"names 'scrach'.*Did you mean \[scratch\]\?"),
         ("rce,ce,rce", r"is 'rce,ce,rce', but must name each method once"),
         (["ce", " ce"], "must name each method once"),

@@ -15,6 +15,7 @@ from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
+from recbole_rcekd.losses.tarec import TARecLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -29,6 +30,7 @@ LOSSES: dict[str, type[Loss]] = {
     "rd": RDLoss,
     "ftd": FTDLoss,
     "dcd": DCDLoss,
+    "tarec": TARecLoss,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Loss",
     "RCELoss",
     "RRDLoss",
+    "TARecLoss",
     "get_loss",
 ]
 

@@ -109,7 +109,12 @@ class FeatureLoss(Loss, ABC):
 
     Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what stands in the training
     batch, whatever ``kd_schedule`` says.
+
+    Attributes:
+        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for messages.
     """
+
+    left_out_by: ClassVar[str] = ""
 
     @property
     def sides(self) -> tuple[str, ...]:
