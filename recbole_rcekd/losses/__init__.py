@@ -7,6 +7,7 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.dcd import DCDLoss
+from recbole_rcekd.losses.dcd_port import DCDPortLoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -21,6 +22,7 @@ LOSSES: dict[str, type[Loss]] = {
     "rrd": RRDLoss,
     "rd": RDLoss,
     "dcd": DCDLoss,
+    "dcd_port": DCDPortLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
