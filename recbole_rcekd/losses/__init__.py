@@ -7,6 +7,7 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.dcd import DCDLoss
+from recbole_rcekd.losses.dcd_port import DCDPortLoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
@@ -31,6 +32,7 @@ LOSSES: dict[str, type[Loss]] = {
     "ftd": FTDLoss,
     "dcd": DCDLoss,
     "tarec": TARecLoss,
+    "dcd_port": DCDPortLoss,
 }
 
 __all__ = [
