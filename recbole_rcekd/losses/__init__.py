@@ -7,6 +7,7 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
@@ -19,6 +20,7 @@ LOSSES: dict[str, type[Loss]] = {
     "cd": CDLoss,
     "rrd": RRDLoss,
     "ftd": FTDLoss,
+    "freqd": FreqDLoss,
 }
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "FCELoss",
     "FTDLoss",
     "FeatureLoss",
+    "FreqDLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
