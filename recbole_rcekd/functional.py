@@ -158,7 +158,7 @@ def plackett_luce(
 
     Args:
         head: scores ``[..., K]`` in the order to be learned, best first.
-        tail: scores ``[..., L]`` that should all come below the head, in any order.
+        tail: scores ``[..., L]`` that should all come below the head, in any order; L may be 0.
         head_keep: bool ``[..., K]``, which of the head count.
         tail_keep: bool ``[..., L]``, which of the tail count.
 

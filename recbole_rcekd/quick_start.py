@@ -80,21 +80,43 @@ def run_recbole_kd(
         SettingsError: a setting is unknown or wrong; before data are read.
         TeacherError: the teacher cannot be used for this student.
     """
-    extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
-    given = {key: _plain(value) for key, value in extra.items() if value is not None}
+    given = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
     joined_before = dist.is_initialized()
+    config = command_config(model, dataset, config_file_list, config_dict, given)
+    result = Experiment(config, saved).run()
+    if dist.is_initialized() and not joined_before:
+        dist.barrier()  # the first process keeps the connections for all
+        dist.destroy_process_group()
+    return result
+
+
+def command_config(
+    model: str | None,
+    dataset: str | None,
+    config_file_list: list[str] | None,
+    config_dict: dict[str, Any] | None,
+    given: dict[str, Any],
+) -> Any:
+    """RecBole's Config of a command.
+
+    Args:
+        model: as of :func:`run_recbole_kd`, and so on.
+        dataset: likewise.
+        config_file_list: likewise.
+        config_dict: likewise.
+        given: keys of ours that were given as arguments; ``None`` where not.
+
+    Raises:
+        SettingsError: RecBole has no such model.
+    """
+    extra = {key: _plain(value) for key, value in given.items() if value is not None}
     try:
-        config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
+        return Config(model, dataset, config_file_list, {**(config_dict or {}), **extra})
     except ModuleNotFoundError as error:
         # RecBole looks for a name that it does not know among the models that need these.
         if error.name not in ("lightgbm", "xgboost"):
             raise
         raise SettingsError(f"[model] names no RecBole model{f': {model!r}' if model else ''}.") from error
-    result = _Experiment(config, saved).run()
-    if dist.is_initialized() and not joined_before:
-        dist.barrier()  # the first process keeps the connections for all
-        dist.destroy_process_group()
-    return result
 
 
 def _plain(value: Any) -> Any:
@@ -105,15 +127,25 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass
-class _Data:
+class Data:
+    """RecBole's dataset and its three loaders."""
+
     dataset: Any
     train: Any
     valid: Any
     test: Any
 
 
-class _Experiment:
-    """One command: a teacher, a split, and a run for each method and seed."""
+class Experiment:
+    """One command: a teacher, a split, and a run for each method and seed.
+
+    Args:
+        config: of the command.
+        saved: keep checkpoints.
+
+    Raises:
+        SettingsError: a setting of any method is unknown or wrong.
+    """
 
     def __init__(self, config: Any, saved: bool) -> None:
         self.config = config
@@ -127,8 +159,10 @@ class _Experiment:
         self.output_dir = Path(config["output_dir"]) if config["output_dir"] and self.ranks.first else None
         if not self.ranks.first:
             config["log_wandb"] = False
+        if _may_evaluate_more(config):
+            config["eval_batch_size"] = _EVAL_BATCH_SIZE
         # Every setting of every method is read now: a typing error in the last one must not cost hours.
-        self.run_configs = {name: self._run_config(name) for name in self.losses}
+        self.run_configs = {name: self.run_config(name) for name in self.losses}
         if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
         if self.losses != [SCRATCH]:
@@ -139,11 +173,20 @@ class _Experiment:
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = self._read_teacher()
-        if _may_evaluate_more(config):
-            for each in (config, *self.run_configs.values()):
-                each["eval_batch_size"] = _EVAL_BATCH_SIZE
 
     def run(self) -> dict[str, Any]:
+        """Train everything; what :func:`run_recbole_kd` returns."""
+        data, teacher, report = self.prepare()
+        for seed in self.seeds:
+            for name in self.losses:
+                report.add(self._run(name, seed, data, teacher, report))
+        logger = getLogger()
+        logger.info("The running environment of this training is as follows:\n" + get_environment(self.config).draw())
+        report.show()
+        return report.result(self.config["valid_metric_bigger"])
+
+    def prepare(self) -> tuple[Data, LoadedTeacher | None, Report]:
+        """Read the data and the teacher, which is trained if it is not there yet."""
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
         # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
@@ -155,7 +198,7 @@ class _Experiment:
         logger.info(config)
         dataset = create_dataset(config)
         logger.info(dataset)
-        data = _Data(dataset, *data_preparation(config, dataset))
+        data = Data(dataset, *data_preparation(config, dataset))
         if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
             raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
         for name in self.losses:
@@ -167,12 +210,7 @@ class _Experiment:
         report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
-        for seed in self.seeds:
-            for name in self.losses:
-                report.add(self._run(name, seed, data, teacher, report))
-        logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
-        report.show()
-        return report.result(config["valid_metric_bigger"])
+        return data, teacher, report
 
     # -- teacher -------------------------------------------------------------------------------------------------
 
@@ -206,14 +244,14 @@ class _Experiment:
             raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
         return None
 
-    def _prepare_teacher(self, data: _Data) -> tuple[LoadedTeacher, TeacherResult]:
+    def _prepare_teacher(self, data: Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
             source, trained = self._train_teacher(self.teacher_config["model"], self.teacher_config, data)
         teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
         return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
 
-    def _train_teacher(self, name: str, config: Any, data: _Data) -> tuple[str, dict[str, Any]]:
+    def _train_teacher(self, name: str, config: Any, data: Data) -> tuple[str, dict[str, Any]]:
         """Train a teacher as RecBole would, or find the one that the same settings gave before."""
         if _may_evaluate_more(config):
             config["eval_batch_size"] = _EVAL_BATCH_SIZE
@@ -258,11 +296,18 @@ class _Experiment:
 
     # -- students ------------------------------------------------------------------------------------------------
 
-    def _run_config(self, name: str) -> Any:
-        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings."""
+    def run_config(self, name: str, given: dict[str, Any] | None = None) -> Any:
+        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings.
+
+        Args:
+            name: the method.
+            given: further keys, over all others.
+        """
         config = copy.deepcopy(self.config)
         config["kd_loss"] = name
-        for key, value in overrides_for(name, self.config).items():
+        for key, value in (given or {}).items():
+            config[key] = value
+        for key, value in overrides_for(name, config).items():
             config[key] = value
         if name != SCRATCH:
             # Written back, so that log, tensorboard and checkpoint say what was used.
@@ -270,7 +315,7 @@ class _Experiment:
                 config[key] = value
         return config
 
-    def _run(self, name: str, seed: int, data: _Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
+    def _run(self, name: str, seed: int, data: Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = self.ranks.broadcast(report.finished(name, seed, config, teacher))
@@ -278,30 +323,12 @@ class _Experiment:
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
         logger.info(f"{title}: training {config['model']}")
-        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
-        init_seed(seed, config["reproducibility"])
-        # A knowledge-aware loader is two loaders in one.
-        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
-            if hasattr(loader, "generator"):
-                loader.generator.manual_seed(seed)
-                if self.ranks.world > 1:
-                    loader.sampler.seed = seed  # which orders the rows then
-        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
-        logger.info(model)
-        trainer: Any
-        if name == SCRATCH:
-            trainer = recording_trainer(config)(config, model)
-        else:
-            trainer = distill_trainer(config)(config, model, teacher, seed)
-        self._draw_apart(config, seed)
         folder = report.run_folder(name, seed)
-        if folder is not None:
-            trainer.history.file = folder / "history.csv"
+        history = None if folder is None else folder / "history.csv"
         started = perf_counter()
-        best_score, best_valid = trainer.fit(
-            data.train, data.valid, saved=self.saved, show_progress=config["show_progress"]
-        )
+        trainer, best_score, best_valid = self.fit(name, seed, config, data, teacher, self.saved, history)
         seconds = perf_counter() - started
+        model = trainer.model
         test = trainer.evaluate(data.test, load_best_model=self.saved, show_progress=config["show_progress"])
         logger.info(f"{title}: " + set_color("best valid", "yellow") + f": {best_valid}")
         logger.info(f"{title}: " + set_color("test result", "yellow") + f": {test}")
@@ -319,6 +346,50 @@ class _Experiment:
             fingerprint=report.fingerprint(config, teacher),
             **_course(trainer, seconds),
         )
+
+    def fit(
+        self,
+        name: str,
+        seed: int,
+        config: Any,
+        data: Data,
+        teacher: LoadedTeacher | None,
+        saved: bool,
+        history: Path | None = None,
+    ) -> tuple[Any, float, Any]:
+        """Train one student; returns its trainer, the best validation score and the results with it.
+
+        Args:
+            name: the method.
+            seed: of the initialisation and all draws.
+            config: of the run (:meth:`run_config`).
+            data: of :meth:`prepare`.
+            teacher: likewise.
+            saved: keep its checkpoint.
+            history: where to write the course of the training.
+        """
+        logger = getLogger()
+        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
+        init_seed(seed, config["reproducibility"])
+        # A knowledge-aware loader is two loaders in one.
+        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
+            if hasattr(loader, "generator"):
+                loader.generator.manual_seed(seed)
+                if self.ranks.world > 1:
+                    loader.sampler.seed = seed  # which orders the rows then
+        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
+        logger.info(model)
+        trainer: Any
+        if name == SCRATCH:
+            trainer = recording_trainer(config)(config, model)
+        else:
+            # To a control it makes no difference whether the command has a teacher.
+            trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
+        self._draw_apart(config, seed)
+        if history is not None:
+            trainer.history.file = history
+        best = trainer.fit(data.train, data.valid, saved=saved, show_progress=config["show_progress"])
+        return trainer, *best
 
     def _draw_apart(self, config: Any, seed: int) -> None:
         """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""

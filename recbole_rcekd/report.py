@@ -47,6 +47,7 @@ _UNIMPORTANT = frozenset(
         "seeds",
         "log_wandb",
         "kd_cache_dir",
+        *("tune", "params_file", "algo"),
     }
 )
 
@@ -180,7 +181,7 @@ class Report:
         if folder is not None and self.folder is not None:
             _write_json(folder / "run.json", asdict(run))
             _write_json(self.folder / "result.json", self.as_dict())
-            _write_whole(self.folder / "summary.md", self.table("github") + "\n")
+            write_whole(self.folder / "summary.md", self.table("github") + "\n")
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""
@@ -190,9 +191,9 @@ class Report:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         own = parts_of(method)
-        foreign = ("kd_", "teacher") if method == SCRATCH else ()
+        foreign: tuple[str, ...] = ("kd_",) if method == SCRATCH else ()
         if not needs_teacher(method):
-            teacher = None
+            teacher, foreign = None, (*foreign, "teacher")
         settings = {
             k: repr(v)
             for k, v in sorted(config.final_config_dict.items())
@@ -388,11 +389,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    _write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_whole(file: Path, text: str) -> None:
-    """Whole or not at all, also when several commands write into one folder."""
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all, also when several commands write into one folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:6]}.partial")
     beside.write_text(text, encoding="utf-8")

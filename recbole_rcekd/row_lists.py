@@ -161,6 +161,10 @@ class RowLists(Lists):
         """The student's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
         return self.without_hidden(super().student_scores_of_all())
 
+    def draw(self, n: int, outside: Tensor) -> Tensor:
+        """``n`` distinct items per row, uniform over what is neither hidden nor in ``outside``; 0 where there are fewer."""
+        return self._draw(n, outside, self._hidden)
+
     def positives(self, n: int) -> Tensor:
         """The target, ``[n_contexts, n]``; 0 after it."""
         return torch.nn.functional.pad(self._targets[self.contexts].unsqueeze(1), (0, n - 1))

@@ -22,6 +22,7 @@ from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import CDLoss, CELoss, FCELoss, KDLoss, RCELoss, RRDLoss
 from recbole_rcekd.losses.cd import CDSettings
 from recbole_rcekd.losses.ce import CESettings
+from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
@@ -283,6 +284,7 @@ SAMPLING: list[KDLoss] = [
     RCELoss(RCESettings(rce_top_k=5, rce_samples=5, rce_pool=20)),
     CDLoss(CDSettings(cd_items=5, cd_pool=30)),
     RRDLoss(RRDSettings(rrd_top_k=3, rrd_rest=5, rrd_pool=20, rrd_item_weight=0.5)),
+    DCDLoss(DCDSettings(dcd_items=3, dcd_pool=20, dcd_item_weight=0.5)),
 ]
 
 

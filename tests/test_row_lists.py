@@ -120,15 +120,17 @@ def test_lists_against_plain_python(general: bool, scene: Scene, k: int) -> None
 
 @BOTH
 @given(scene=scenes(), n=st.integers(1, 6), outside=st.integers(1, 3))
-def test_draws_and_counts_of_unseen_items(general: bool, scene: Scene, n: int, outside: int) -> None:
+def test_draws_and_counts_of_unseen_and_of_hidden_items(general: bool, scene: Scene, n: int, outside: int) -> None:
     lists = scene.lists(general)
     top = lists.student_top(outside, unseen=True)
-    drawn = lists.draw_unseen(n, top)
-    assert drawn.shape == (len(scene.batch), n)
-    for place, row in enumerate(drawn.tolist()):
-        allowed = set(range(1, N_ITEMS)) - scene.seen(place, general) - set(top[place].tolist())
-        assert set(row) - {0} <= allowed
-        assert len(set(row) - {0}) == min(n, len(allowed))
+    for draw, left_out in ((lists.draw_unseen, scene.seen), (lists.draw, scene.hidden)):
+        drawn = draw(n, top)
+        assert drawn.shape == (len(scene.batch), n)
+        for place, row in enumerate(drawn.tolist()):
+            allowed = set(range(1, N_ITEMS)) - left_out(place, general) - set(top[place].tolist())
+            assert set(row) - {0} <= allowed
+            assert len(set(row) - {0}) == min(n, len(allowed))
+    for place in range(len(scene.batch)):
         assert int(lists.n_unseen()[place]) == N_ITEMS - 1 - len(scene.seen(place, general))
 
 

@@ -6,11 +6,16 @@ from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
+from recbole_rcekd.losses.dcd import DCDLoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
+from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.slk import SLKLoss
+from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -19,8 +24,13 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "listmle": ListMLELoss,
+    "softmax": SoftmaxLoss,
+    "slk": SLKLoss,
+    "rd": RDLoss,
     "ftd": FTDLoss,
     "freqd": FreqDLoss,
+    "dcd": DCDLoss,
 }
 
 __all__ = [
