@@ -9,6 +9,7 @@ from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.dcd import DCDLoss
 from recbole_rcekd.losses.dcd_port import DCDPortLoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
@@ -30,6 +31,7 @@ LOSSES: dict[str, type[Loss]] = {
     "slk": SLKLoss,
     "rd": RDLoss,
     "ftd": FTDLoss,
+    "freqd": FreqDLoss,
     "dcd": DCDLoss,
     "tarec": TARecLoss,
     "dcd_port": DCDPortLoss,
@@ -42,6 +44,7 @@ __all__ = [
     "FCELoss",
     "FTDLoss",
     "FeatureLoss",
+    "FreqDLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
