@@ -6,9 +6,12 @@ from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
+from recbole_rcekd.losses.de import DELoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.vkd import VkDLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -17,9 +20,26 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "fitnet": FitNetLoss,
+    "vkd": VkDLoss,
+    "de": DELoss,
 }
 
-__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
+__all__ = [
+    "LOSSES",
+    "CDLoss",
+    "CELoss",
+    "DELoss",
+    "FCELoss",
+    "FeatureLoss",
+    "FitNetLoss",
+    "KDLoss",
+    "Loss",
+    "RCELoss",
+    "RRDLoss",
+    "VkDLoss",
+    "get_loss",
+]
 
 
 def get_loss(name: str) -> type[Loss]:
