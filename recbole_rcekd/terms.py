@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Term:
     """One summand ``weight · KD`` of the loss.
 
     Args:
-        name: of the method.
+        name: of the method; ``<name>_of_vectors`` for the loss of vectors that belongs to one of scores.
         loss: which method.
         weight: λ.
         distiller: who computes it.
@@ -108,11 +109,12 @@ class Maker:
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
                     try:
-                        terms.append(self._of_vectors(name, part, weight, raw, scores, seen, seed))
+                        term = self._of_vectors(name, part, weight, raw, scores, seen, seed)
                     except (SettingsError, TeacherError) as error:
                         if not part.left_out_by:
                             raise
                         raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
+                    terms.append(term if part is loss else dataclasses.replace(term, name=f"{name}_of_vectors"))
                 elif isinstance(part, KDLoss):
                     terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))
         return terms
