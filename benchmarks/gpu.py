@@ -75,7 +75,7 @@ def one(model: str, loss: str, device: str) -> tuple[float, float, float, float]
         "hidden_size": 16,
         "teacher_embedding_size": 64,
         "teacher_epochs": 8,
-        "teacher_checkpoints": 2,
+        **({"teacher_checkpoints": 2} if loss == "hetcomp" else {}),
         "epochs": EPOCHS,
         "train_batch_size": 2048,
         "show_progress": False,
