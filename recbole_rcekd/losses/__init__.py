@@ -7,6 +7,7 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
@@ -23,6 +24,7 @@ LOSSES: dict[str, type[Loss]] = {
     "listmle": ListMLELoss,
     "softmax": SoftmaxLoss,
     "slk": SLKLoss,
+    "lambdaloss": LambdaLossLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
