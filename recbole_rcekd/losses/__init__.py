@@ -13,6 +13,7 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -41,6 +42,7 @@ LOSSES: dict[str, type[Loss]] = {
     "fitnet": FitNetLoss,
     "vkd": VkDLoss,
     "de": DELoss,
+    "lambdaloss": LambdaLossLoss,
 }
 
 __all__ = [
