@@ -12,6 +12,7 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
+from recbole_rcekd.losses.unkd import UnKDLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -23,6 +24,7 @@ LOSSES: dict[str, type[Loss]] = {
     "rd": RDLoss,
     "dcd": DCDLoss,
     "dcd_port": DCDPortLoss,
+    "unkd": UnKDLoss,
 }
 
 __all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
