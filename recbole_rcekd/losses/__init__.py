@@ -22,6 +22,7 @@ from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.losses.tarec import TARecLoss
 from recbole_rcekd.losses.vkd import VkDLoss
+from recbole_rcekd.losses.unkd import UnKDLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -43,6 +44,7 @@ LOSSES: dict[str, type[Loss]] = {
     "vkd": VkDLoss,
     "de": DELoss,
     "lambdaloss": LambdaLossLoss,
+    "unkd": UnKDLoss,
 }
 
 __all__ = [
