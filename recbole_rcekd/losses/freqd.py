@@ -98,6 +98,8 @@ class Projector(nn.Module):
 class FreqDLoss(FeatureLoss):
     """Squared distance between filtered vectors: of the student, projected, and of the teacher.
 
+    In evaluation mode nothing is dropped, neither of the graph nor of the projector.
+
     Attributes:
         generator: of what is dropped.
         graphs: for each side, who is joined with whom.
@@ -157,9 +159,11 @@ class FreqDLoss(FeatureLoss):
         s, ids, n = self.settings, vectors.ids, vectors.n
         degrees = graph.counts()
         rows, near = graph.cells(ids[:n])
-        kept = torch.rand(len(rows), generator=self.generator, device=ids.device) < s.freqd_keep
-        rows, near = rows[kept], near[kept]
-        entries = s.freqd_alpha / s.freqd_keep * (degrees[ids[rows]] * degrees[near]).double().rsqrt()
+        share = s.freqd_keep if self.training else 1.0
+        if self.training:
+            kept = torch.rand(len(rows), generator=self.generator, device=ids.device) < share
+            rows, near = rows[kept], near[kept]
+        entries = s.freqd_alpha / share * (degrees[ids[rows]] * degrees[near]).double().rsqrt()
         place = torch.full_like(degrees, -1)
         place[ids] = torch.arange(len(ids), device=ids.device)
         # Each row begins with itself.
@@ -169,6 +173,8 @@ class FreqDLoss(FeatureLoss):
         return torch.searchsorted(rows, own), torch.cat([own, place[near]])[order], entries[order]
 
     def _dropped(self, hidden: Tensor) -> Tensor:
+        if not self.training:
+            return hidden
         share = 1.0 - self.settings.freqd_dropout
         kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) < share
         return hidden * (kept / share).to(hidden.dtype)
