@@ -177,6 +177,17 @@ def plackett_luce(
     return steps.sum(-1)
 
 
+def squared_error(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
+    """Σ_r weights_r ‖found_r − wanted_r‖², a scalar.
+
+    Args:
+        found: ``[n, d]``.
+        wanted: ``[n, d]``.
+        weights: ``[n]``.
+    """
+    return (weights * (found - wanted).square().sum(1)).sum()
+
+
 def is_member(query: Tensor, table: Tensor) -> Tensor:
     """For each row, which entries of ``query [n, q]`` occur in ``table [n, t]``: bool ``[n, q]``."""
     return places(query, table) >= 0

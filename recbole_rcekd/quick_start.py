@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from logging import getLogger
 from pathlib import Path
 from time import perf_counter
@@ -21,6 +21,7 @@ from recbole.utils import ModelType, get_environment, get_model, init_logger, in
 
 from recbole_rcekd.config import (
     SCRATCH,
+    assistant_config,
     check_keys,
     loss_names,
     needs_teacher,
@@ -173,6 +174,8 @@ class Experiment:
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = self._read_teacher()
+        if self.teacher_config is not None:
+            self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
 
     def run(self) -> dict[str, Any]:
         """Train everything; what :func:`run_recbole_kd` returns."""
@@ -210,6 +213,8 @@ class Experiment:
         report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
+        self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
+        self.assistants: dict[str, tuple[LoadedTeacher, dict[str, Any]]] = {}
         return data, teacher, report
 
     # -- teacher -------------------------------------------------------------------------------------------------
@@ -294,6 +299,63 @@ class Experiment:
         self.ranks.barrier()
         return str(file), trained
 
+    # -- assistants ----------------------------------------------------------------------------------------------
+
+    def _assistant_configs(self, teacher: Any) -> dict[str, Any]:
+        """The Config of each method's assistant, of the methods that have one; ``teacher`` is the teacher's Config."""
+        found = {name: assistant_config(self.run_configs[name], teacher) for name in self.losses if name != SCRATCH}
+        return {name: config for name, config in found.items() if config is not None}
+
+    def teacher_of(
+        self, name: str, data: Data, teacher: LoadedTeacher | None, report: Report
+    ) -> tuple[LoadedTeacher | None, dict[str, Any] | None]:
+        """Whom the students of a method learn from, and, if that is an assistant, its results.
+
+        Args:
+            name: the method.
+            data: of :meth:`prepare`.
+            teacher: likewise.
+            report: likewise.
+        """
+        if teacher is None or name not in self.assistant_configs:
+            return teacher, None
+        if name not in self.assistants:
+            self.assistants[name] = self._prepare_assistant(name, data, teacher, report)
+        return self.assistants[name]
+
+    def _prepare_assistant(
+        self, name: str, data: Data, teacher: LoadedTeacher, report: Report
+    ) -> tuple[LoadedTeacher, dict[str, Any]]:
+        """Train the assistant of a method as its students are, or find it, and measure it as a teacher."""
+        config, logger = self.assistant_configs[name], getLogger()
+        title = set_color(f"Assistant, {name}", "pink")
+        key = report.fingerprint(config, teacher)[:10]
+        file = Path(config["checkpoint_dir"]) / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
+        file = self.ranks.broadcast(file)
+        facts = file.with_suffix(".json")
+        if self.ranks.all(file.exists() and facts.exists()):
+            logger.info(f"{title}: trained before, from [{file}]")
+            trained = json.loads(facts.read_text(encoding="utf-8"))
+        else:
+            size = config["embedding_size"]
+            logger.info(f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]")
+            trainer = self.trainer(config, int(config["seed"]), data, teacher)
+            started = perf_counter()
+            trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
+            trained = _course(trainer, perf_counter() - started)
+            # As with a teacher, the last step.
+            if self.ranks.first:
+                facts.write_text(json.dumps(trained), encoding="utf-8")
+                learned = Path(trainer.saved_model_file).with_suffix(".kd.pth")
+                if learned.exists():
+                    os.replace(learned, file.with_suffix(".kd.pth"))
+                os.replace(trainer.saved_model_file, file)
+            self.ranks.barrier()
+        assistant = load_teacher(str(file), data.train)
+        result = TeacherResult.of(assistant, self.config, data.valid, data.test, trained)
+        logger.info(f"{title}: " + set_color("test result", "yellow") + f": {result.test_result}")
+        return assistant, {"embedding_size": config["embedding_size"], **asdict(result)}
+
     # -- students ------------------------------------------------------------------------------------------------
 
     def run_config(self, name: str, given: dict[str, Any] | None = None) -> Any:
@@ -322,13 +384,18 @@ class Experiment:
         if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
+        fingerprint = report.fingerprint(config, teacher)
+        teacher, assistant = self.teacher_of(name, data, teacher, report)
         logger.info(f"{title}: training {config['model']}")
+        trainer = self.trainer(config, seed, data, teacher)
         folder = report.run_folder(name, seed)
-        history = None if folder is None else folder / "history.csv"
+        if folder is not None:
+            trainer.history.file = folder / "history.csv"
         started = perf_counter()
-        trainer, best_score, best_valid = self.fit(name, seed, config, data, teacher, self.saved, history)
+        best_score, best_valid = trainer.fit(
+            data.train, data.valid, saved=self.saved, show_progress=config["show_progress"]
+        )
         seconds = perf_counter() - started
-        model = trainer.model
         test = trainer.evaluate(data.test, load_best_model=self.saved, show_progress=config["show_progress"])
         logger.info(f"{title}: " + set_color("best valid", "yellow") + f": {best_valid}")
         logger.info(f"{title}: " + set_color("test result", "yellow") + f": {test}")
@@ -339,36 +406,24 @@ class Experiment:
             best_valid_score=float(best_score),
             best_valid_result={k: float(v) for k, v in (best_valid or {}).items()},
             test_result={k: float(v) for k, v in test.items()},
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
             checkpoint=trainer.saved_model_file if self.saved else "",
             checkpoint_bytes=os.path.getsize(trainer.saved_model_file) if self.saved else 0,
-            ranking_ms_per_1000_users=ranking_time(model, data.train._dataset),
-            fingerprint=report.fingerprint(config, teacher),
+            ranking_ms_per_1000_users=ranking_time(trainer.model, data.train._dataset),
+            fingerprint=fingerprint,
+            assistant=assistant,
             **_course(trainer, seconds),
         )
 
-    def fit(
-        self,
-        name: str,
-        seed: int,
-        config: Any,
-        data: Data,
-        teacher: LoadedTeacher | None,
-        saved: bool,
-        history: Path | None = None,
-    ) -> tuple[Any, float, Any]:
-        """Train one student; returns its trainer, the best validation score and the results with it.
+    def trainer(self, config: Any, seed: int, data: Data, teacher: LoadedTeacher | None) -> Any:
+        """A model as it is before training, in its trainer.
 
         Args:
-            name: the method.
-            seed: of the initialisation and all draws.
             config: of the run (:meth:`run_config`).
+            seed: of the initialisation and all draws.
             data: of :meth:`prepare`.
-            teacher: likewise.
-            saved: keep its checkpoint.
-            history: where to write the course of the training.
+            teacher: the method's (:meth:`teacher_of`).
         """
-        logger = getLogger()
         # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
         init_seed(seed, config["reproducibility"])
         # A knowledge-aware loader is two loaders in one.
@@ -378,18 +433,16 @@ class Experiment:
                 if self.ranks.world > 1:
                     loader.sampler.seed = seed  # which orders the rows then
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
-        logger.info(model)
+        getLogger().info(model)
         trainer: Any
+        name = config["kd_loss"]
         if name == SCRATCH:
             trainer = recording_trainer(config)(config, model)
         else:
             # To a control it makes no difference whether the command has a teacher.
             trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
         self._draw_apart(config, seed)
-        if history is not None:
-            trainer.history.file = history
-        best = trainer.fit(data.train, data.valid, saved=saved, show_progress=config["show_progress"])
-        return trainer, *best
+        return trainer
 
     def _draw_apart(self, config: Any, seed: int) -> None:
         """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""

@@ -70,11 +70,12 @@ class RunResult:
     checkpoint_bytes: int
     ranking_ms_per_1000_users: float
     fingerprint: str
+    assistant: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """The teacher, measured on the same data; ``teacher`` in ``result.json``.
+    """The teacher (or an assistant), measured on the same data; ``teacher`` in ``result.json``.
 
     ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained elsewhere. Of several teachers
     parameters, bytes and times are added up; a file of scores has no parameters, and ranks in no time.
@@ -208,7 +209,8 @@ class Report:
         if folder is None or not (folder / "run.json").exists():
             return None
         try:
-            known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            # Files written before there were assistants know none.
+            known = {"assistant": None, **json.loads((folder / "run.json").read_text(encoding="utf-8"))}
             run = RunResult(**{f.name: known[f.name] for f in fields(RunResult)})
         except (ValueError, KeyError, TypeError):
             return None

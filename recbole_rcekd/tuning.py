@@ -106,7 +106,9 @@ class Objective:
         if file is not None and file.exists():
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return known
-        trainer, score, result = experiment.fit(self.kd_loss, seed, config, data, teacher, saved=False)
+        learns_from, _ = experiment.teacher_of(self.kd_loss, data, teacher, report)
+        trainer = experiment.trainer(config, seed, data, learns_from)
+        score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
         found = {
             "model": config["model"],
             "best_valid_score": float(score),

@@ -41,13 +41,14 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Method and λ of each student that is trained."""
     seen: list[tuple[str, float]] = []
-    fit = Experiment.fit
+    trainer = Experiment.trainer
 
-    def noted(self: Any, name: str, seed: int, config: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append((name, config[f"{name}_weight"] if name != "scratch" else config["weight_decay"]))
-        return fit(self, name, seed, config, *args, **kwargs)
+    def noted(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        name = config["kd_loss"]
+        seen.append((name, config[f"{name}_weight"] if name == "rce" else 0.0))
+        return trainer(self, config, *args, **kwargs)
 
-    monkeypatch.setattr(Experiment, "fit", noted)
+    monkeypatch.setattr(Experiment, "trainer", noted)
     return seen
 
 
