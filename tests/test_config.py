@@ -86,7 +86,7 @@ def test_of_two_losses_the_one_with_the_longer_name_owns_a_key(tmp_path: Path, k
     check_keys(build_config(tmp_path, dcd_port_weight=0.5, dcd_weight=0.5, dcd_port_epochs=3))
     with pytest.raises(SettingsError, match=rf"\[{key}\].*Did you mean \[{near}\]\?"):
         check_keys(with_keys(tmp_path, {key: 1}))
-    settings, losses = read_kd_settings({"kd_loss": "dcd+dcd_port", "dcd_port_weight": 0.5})
+    _, losses = read_kd_settings({"kd_loss": "dcd+dcd_port", "dcd_port_weight": 0.5})
     assert (losses["dcd"].weight, losses["dcd_port"].weight) == (shipped_defaults("loss/dcd")["dcd_weight"], 0.5)
 
 

@@ -8,13 +8,12 @@ from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.dcd import DCDLoss
 from recbole_rcekd.losses.dcd_port import DCDPortLoss
-from recbole_rcekd.losses.fce import FCELoss
-from recbole_rcekd.losses.freqd import FreqDLoss
-from recbole_rcekd.losses.ftd import FTDLoss
-from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.de import DELoss
 from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.fitnet import FitNetLoss
+from recbole_rcekd.losses.freqd import FreqDLoss
+from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
@@ -48,14 +47,12 @@ __all__ = [
     "LOSSES",
     "CDLoss",
     "CELoss",
+    "DELoss",
     "FCELoss",
     "FTDLoss",
     "FeatureLoss",
-    "FreqDLoss",
-    "DELoss",
-    "FCELoss",
-    "FeatureLoss",
     "FitNetLoss",
+    "FreqDLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
