@@ -21,7 +21,7 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.functional import at_least_float32, unit_rows
+from recbole_rcekd.functional import squared_error, unit_rows
 from recbole_rcekd.losses.base import FeatureLoss
 from recbole_rcekd.settings import LossSettings, setting
 from recbole_rcekd.types import Seen, Vectors
@@ -98,6 +98,8 @@ class Projector(nn.Module):
 class FreqDLoss(FeatureLoss):
     """Squared distance between filtered vectors: of the student, projected, and of the teacher.
 
+    In evaluation mode nothing is dropped, neither of the graph nor of the projector.
+
     Attributes:
         generator: of what is dropped.
         graphs: for each side, who is joined with whom.
@@ -127,39 +129,35 @@ class FreqDLoss(FeatureLoss):
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
         """Summed over what stands in the batch, with the items' weights."""
-        sides = {"users": users, "items": items}
-        parts = [self._of_side(side, vectors) for side, vectors in sides.items() if vectors is not None]
-        return torch.stack(parts).sum()
+        return self.sum_over_sides(self._of_side, users, items)
 
     def _of_side(self, side: str, vectors: Vectors) -> Tensor:
         projector: Any = self.projectors[f"of_{side}"]
-        student, teacher = at_least_float32(vectors.student), at_least_float32(vectors.teacher.detach())
-        starts, columns, drawn = self._drawn_filter(self.graphs[side], vectors)
-        entries = drawn.to(student.dtype)
+        starts, columns, entries = self._drawn_filter(self.graphs[side], vectors)
 
         def filtered(columns: Tensor, x: Tensor) -> Tensor:
             return torch.nn.functional.embedding_bag(columns, x, starts, mode="sum", per_sample_weights=entries)
 
         used, among_used = torch.unique(columns, return_inverse=True)
-        hidden = self._dropped(projector.first(student.index_select(0, used)).relu())
+        hidden = self._dropped(projector.first(vectors.student.index_select(0, used)).relu())
         # A filter and a linear map can change places: the map is taken of the batch alone, not of all its neighbours.
         total = filtered(among_used, torch.ones_like(hidden[:, :1]))
         student = filtered(among_used, hidden) @ projector.second.weight.t() + total * projector.second.bias
-        teacher = filtered(columns, teacher)
+        teacher = filtered(columns, vectors.teacher.detach())
         if self.settings.freqd_normalise:
-            distance = 1.0 - (unit_rows(student) * unit_rows(teacher)).sum(1)
-        else:
-            distance = (student - teacher).square().sum(1)
-        return (vectors.weights * distance).sum()
+            return (vectors.weights * (1.0 - (unit_rows(student) * unit_rows(teacher)).sum(1))).sum()
+        return squared_error(student, teacher, vectors.weights)
 
     def _drawn_filter(self, graph: Seen, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
         """H of the batch for one step, by rows: where each begins, places among the vectors, and entries."""
         s, ids, n = self.settings, vectors.ids, vectors.n
         degrees = graph.counts()
         rows, near = graph.cells(ids[:n])
-        kept = torch.rand(len(rows), generator=self.generator, device=ids.device) < s.freqd_keep
-        rows, near = rows[kept], near[kept]
-        entries = s.freqd_alpha / s.freqd_keep * (degrees[ids[rows]] * degrees[near]).double().rsqrt()
+        share = s.freqd_keep if self.training else 1.0
+        if self.training:
+            kept = torch.rand(len(rows), generator=self.generator, device=ids.device) < share
+            rows, near = rows[kept], near[kept]
+        entries = s.freqd_alpha / share * (degrees[ids[rows]] * degrees[near]).to(vectors.student.dtype).rsqrt()
         place = torch.full_like(degrees, -1)
         place[ids] = torch.arange(len(ids), device=ids.device)
         # Each row begins with itself.
@@ -169,6 +167,8 @@ class FreqDLoss(FeatureLoss):
         return torch.searchsorted(rows, own), torch.cat([own, place[near]])[order], entries[order]
 
     def _dropped(self, hidden: Tensor) -> Tensor:
+        if not self.training:
+            return hidden
         share = 1.0 - self.settings.freqd_dropout
         kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) < share
         return hidden * (kept / share).to(hidden.dtype)

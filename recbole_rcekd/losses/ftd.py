@@ -49,9 +49,7 @@ class FTDLoss(FeatureLoss):
         sides = [side for side in (users, items) if side is not None]
         student = unit_rows(torch.cat([side.student[: side.n] for side in sides]))
         teacher = unit_rows(torch.cat([side.teacher[: side.n] for side in sides]).detach())
-        # Three large numbers nearly cancel, which half precision does not survive.
-        with torch.autocast(student.device.type, enabled=False):
-            return _overlap(teacher, teacher) - 2.0 * _overlap(teacher, student) + _overlap(student, student)
+        return _overlap(teacher, teacher) - 2.0 * _overlap(teacher, student) + _overlap(student, student)
 
 
 def _overlap(left: Tensor, right: Tensor) -> Tensor:

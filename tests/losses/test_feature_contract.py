@@ -83,7 +83,10 @@ class Case:
         """By the tables of student or teacher."""
         for table in of.values():
             table.requires_grad_()
-        found = torch.autograd.grad(self.value(), list(of.values()), allow_unused=True, materialize_grads=False)
+        value = self.value()
+        found: tuple[Tensor | None, ...] = (None,) * len(of)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, list(of.values()), allow_unused=True, materialize_grads=False)
         for table in of.values():
             table.requires_grad_(False)
         return dict(zip(of, found, strict=True))
@@ -156,6 +159,8 @@ def test_who_gets_a_gradient(case: Case) -> None:
 
 
 def test_all_its_parts_are_learned(case: Case) -> None:
+    if not list(case.loss.parameters()):
+        pytest.skip("it has none")
     torch.autograd.backward(case.value())
     for name, part in case.loss.named_parameters():
         assert part.grad is not None, name

@@ -94,10 +94,12 @@ def test_by_hand() -> None:
     assert of([1, 2], [3.0, -3.0], [1.0, 1.0]) == pytest.approx(0.0)
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("settings", CASES, ids=str)
-def test_equals_the_slow_version(settings: dict[str, Any]) -> None:
+def test_equals_the_slow_version(settings: dict[str, Any], training: bool) -> None:
     seen = random_seen(20, 30, 60)
     loss = build(seen, freqd_neighbours=2, **settings)
+    loss.train(training)
     users = vectors(loss, "users", [3, 1, 17, 20])
     items = vectors(loss, "items", [9, 2, 30, 5, 1], torch.tensor([1.0, 0.5, 0.5, 1.0, 0.5], dtype=torch.float64))
     start = loss.generator.get_state()

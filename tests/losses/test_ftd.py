@@ -84,8 +84,6 @@ def test_float32_is_near_enough() -> None:
     student, teacher = torch.randn(3000, 8, generator=draw), torch.randn(3000, 64, generator=draw)
     exact = LOSS.forward(vectors(student.double(), teacher.double()), None)
     assert LOSS.forward(vectors(student, teacher), None).item() == pytest.approx(exact.item(), rel=1e-5)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert LOSS.forward(vectors(student, teacher), None).item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_a_vector_of_zeros_has_no_angle() -> None:

@@ -83,19 +83,22 @@ CASES: list[dict[str, Any]] = [
 
 
 def value(users: Vectors | None, items: Vectors | None, loss: FreqDLoss) -> float:
-    """Draws from the loss's generator what the loss would draw."""
+    """In training, draws from the loss's generator what the loss would draw."""
     s, total = loss.settings, 0.0
+    keep, share = (s.freqd_keep, 1.0 - s.freqd_dropout) if loss.training else (1.0, 1.0)
+
+    def drawn(share: float, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=loss.generator) < share if loss.training else torch.ones(shape) > 0
+
     for side, vectors in (("users", users), ("items", items)):
         if vectors is None:
             continue
         graph = as_sets(loss.graphs[side])
         n_entries = sum(len(graph[i]) for i in vectors.ids.tolist()[: vectors.n])
-        kept = torch.rand(n_entries, generator=loss.generator) < s.freqd_keep
-        rows = filter_rows(vectors, graph, s.freqd_alpha, kept, s.freqd_keep)
+        rows = filter_rows(vectors, graph, s.freqd_alpha, drawn(keep, n_entries), keep)
         used = sorted({column for row in rows for column in row})
         projector: Any = loss.projectors[f"of_{side}"]
-        share = 1.0 - s.freqd_dropout
-        units = torch.rand(len(used), projector.first.out_features, generator=loss.generator) < share
+        units = drawn(share, len(used), projector.first.out_features)
         projected = [[0.0] * vectors.teacher.shape[1]] * len(vectors.ids)
         for column, kept_units in zip(used, units.tolist(), strict=True):
             projected[column] = project(vectors.student[column].tolist(), projector, [k / share for k in kept_units])

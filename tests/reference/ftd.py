@@ -41,6 +41,7 @@ def ftd(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]) 
 # --- for tests/losses/test_feature_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [{}]
+WEIGHTED = False  # pairs
 
 
 def value(users: Vectors | None, items: Vectors | None, loss: FTDLoss) -> float:
