@@ -213,6 +213,8 @@ def vectors(
 ) -> tuple[Tensor | None, Tensor]:
     """The teacher's rows of users (``None`` if it scores sequences) and of items, whose product its scores are.
 
+    Those of several such teachers stand side by side, as they are averaged.
+
     Args:
         name: of the method, for the message.
         teacher: as loaded.
@@ -227,7 +229,8 @@ def vectors(
             f"[kd_loss] {name} learns the teacher's vectors, but the scores of {who} are no product of user and item "
             "vectors: choose a method of scores (rce, ce, rrd, …) or another teacher."
         )
-    of_users = not isinstance(teacher, Teacher) or teacher.scores_users
+    parts = teacher.parts if isinstance(teacher, Teachers) else [teacher]
+    of_users = all(part.scores_users for part in parts if isinstance(part, Teacher))
     return scores.context_factors if of_users else None, scores.item_factors
 
 

@@ -78,6 +78,13 @@ class Maker:
             SettingsError: a loss cannot be used with this student, or with several processes.
             TeacherError: nor with this teacher.
         """
+        feature_sides = {name: loss.feature_side() for name, loss in losses.items() if isinstance(loss, KDLoss)}
+        for name, loss in losses.items():
+            if self.ranks.world > 1 and (isinstance(loss, FeatureLoss) or feature_sides[name] is not None):
+                raise SettingsError(
+                    f"[kd_loss] {name} learns from vectors, with parts of its own beside the student that several processes do "
+                    "not share: set nproc to 1."
+                )
         loaded: Any = self.teacher if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)) else None
         sequential = is_sequential(self.dataset)
         raw: TeacherScores
@@ -101,7 +108,7 @@ class Maker:
         terms: list[Term] = []
         for name, loss in losses.items():
             parts: list[tuple[Loss, float]] = [(loss, loss.weight)]
-            more = loss.feature_side() if isinstance(loss, KDLoss) else None
+            more = feature_sides.get(name)
             if more is not None:
                 parts.append((more[0], loss.weight * more[1]))
             for part, weight in parts:
@@ -148,11 +155,6 @@ class Maker:
         seen: Seen,
         seed: int,
     ) -> Term:
-        if self.ranks.world > 1:
-            raise SettingsError(
-                f"[kd_loss] {name} has parts that are learned beside the student, which several processes do not share: "
-                "set nproc to 1."
-            )
         tables = vectors(name, self.teacher, raw)
         teacher = scores if scores.n_contexts == int(self.dataset.user_num) else None
         distiller = FeatureDistiller(
