@@ -21,7 +21,8 @@ from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.teacher import Teacher, training_interactions
-from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, open_trajectories, vectors
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, vectors
+from recbole_rcekd.trajectory import open_trajectories
 from recbole_rcekd.types import Seen, TeacherScores
 
 AnyDistiller = Distiller | RowDistiller | FeatureDistiller
@@ -90,19 +91,19 @@ class Maker:
         how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
         scores = rescaled(raw, how, temperature, self.scorer.device)
         trajectories: Sequence[Sequence[TeacherScores]] = ()
-        if any(isinstance(loss, KDLoss) and loss.uses_trajectory for loss in losses.values()):
-            trajectories = open_trajectories(
-                self.teacher, raw, losses, self.settings, self.scorer.device, self.show_progress, self.ranks
-            )
+        for loss in losses.values():
+            if isinstance(loss, KDLoss) and loss.uses_trajectory:
+                more = (self.settings, self.scorer.device, self.show_progress, self.ranks)
+                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *more)
         seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
         terms: list[Term] = []
         for name, loss in losses.items():
             parts: list[tuple[Loss, float]] = [(loss, loss.weight)]
-            more = loss.feature_side() if isinstance(loss, KDLoss) else None
-            if more is not None:
-                parts.append((more[0], loss.weight * more[1]))
+            of_vectors = loss.feature_side() if isinstance(loss, KDLoss) else None
+            if of_vectors is not None:
+                parts.append((of_vectors[0], loss.weight * of_vectors[1]))
             for part, weight in parts:
                 # Each term draws from a generator of its own; the first as if it were alone.
                 seed = self.seed + 7919 * len(terms)

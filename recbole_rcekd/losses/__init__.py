@@ -7,6 +7,7 @@ from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.fce import FCELoss
+from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.settings import nearest
@@ -17,9 +18,22 @@ LOSSES: dict[str, type[Loss]] = {
     "fce": FCELoss,
     "cd": CDLoss,
     "rrd": RRDLoss,
+    "hetcomp": HetCompLoss,
 }
 
-__all__ = ["LOSSES", "CDLoss", "CELoss", "FCELoss", "FeatureLoss", "KDLoss", "Loss", "RCELoss", "RRDLoss", "get_loss"]
+__all__ = [
+    "LOSSES",
+    "CDLoss",
+    "CELoss",
+    "FCELoss",
+    "FeatureLoss",
+    "HetCompLoss",
+    "KDLoss",
+    "Loss",
+    "RCELoss",
+    "RRDLoss",
+    "get_loss",
+]
 
 
 def get_loss(name: str) -> type[Loss]:
