@@ -27,12 +27,13 @@ from scipy.stats import ttest_rel
 from tabulate import tabulate
 
 from recbole_rcekd.cache import blocks
-from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of
+from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of, trajectory_losses
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.teacher import Teacher
-from recbole_rcekd.teachers import LoadedTeacher
+from recbole_rcekd.teachers import LoadedTeacher, source_list
+from recbole_rcekd.trajectory import state_files
 
 RESULT_FORMAT = 1
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
@@ -48,6 +49,7 @@ _UNIMPORTANT = frozenset(
         "log_wandb",
         "kd_cache_dir",
         *("tune", "params_file", "algo"),
+        "teacher_checkpoints",
     }
 )
 
@@ -200,7 +202,12 @@ class Report:
             for k, v in sorted(config.final_config_dict.items())
             if k not in _UNIMPORTANT and not k.startswith(foreign) and owner(k) in (None, *own)
         }
-        parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
+        parts: list[Any] = [method, settings, self.split, teacher.fingerprint if teacher else ""]
+        if teacher is not None:
+            # Of one teacher's training: the numbers of the epochs say which states they are.
+            for loss in trajectory_losses(config):
+                files = state_files(loss, source_list(teacher.source))
+                parts.append([[file.name for file in states] for states in files])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def finished(self, loss: str, seed: int, config: Any, teacher: LoadedTeacher | None) -> RunResult | None:

@@ -138,9 +138,10 @@ class KDSettings(Settings):
 
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
-    """Teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each line.
+    """What a training here keeps, teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each.
 
     Attributes:
+        teacher_checkpoints: so many earlier states of a teacher that is trained here are kept beside it.
         teacher_weights: of each teacher, in their order; empty: all count the same.
         teacher_ensemble: ``standardised`` averages scores that were brought to mean 0 and deviation 1 for each user;
             ``reciprocal_rank`` sums 1 / (60 + rank).
@@ -150,6 +151,7 @@ class TeacherSettings(Settings):
         teacher_missing_users: what happens to training users of whom a score file says nothing.
     """
 
+    teacher_checkpoints: int = setting(0, low=0)
     teacher_weights: list[float] = field(default_factory=list)
     teacher_ensemble: typing.Literal["standardised", "reciprocal_rank"] = "standardised"
     teacher_floor: float = setting(1.0, low=0.0)

@@ -81,6 +81,7 @@ class Teacher:
         scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a sequential one each with
             the whole training sequence.
         taken: the training interactions of each user.
+        trust: as given.
         seen: what lists of unseen items leave out, for each context.
     """
 
@@ -100,7 +101,7 @@ class Teacher:
         self.n_items = int(student_dataset.item_num)
         self.taken = training_interactions(student_dataset)
         self._checkpoint: dict[str, Any] | None = checkpoint
-        self._trust = trust
+        self.trust = trust
         self._dataset = dataset
         self._student_dataset = student_dataset
         same = dataset is student_dataset
@@ -195,7 +196,7 @@ class Teacher:
 
     def _content(self) -> dict[str, Any]:
         if self._checkpoint is None:
-            self._checkpoint = read_checkpoint(self.source, self._trust)
+            self._checkpoint = read_checkpoint(self.source, self.trust)
         return self._checkpoint
 
     def factors(self) -> tuple[Tensor, Tensor] | None:

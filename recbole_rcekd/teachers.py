@@ -232,16 +232,3 @@ def vectors(
     parts = teacher.parts if isinstance(teacher, Teachers) else [teacher]
     of_users = all(part.scores_users for part in parts if isinstance(part, Teacher))
     return scores.context_factors if of_users else None, scores.item_factors
-
-
-def open_trajectories(
-    teacher: Any,
-    scores: TeacherScores,
-    losses: Any,
-    settings: KDSettings,
-    device: torch.device,
-    show_progress: bool = False,
-    ranks: Ranks | None = None,
-) -> list[list[TeacherScores]]:
-    """The scores of the earlier states of each teacher, the least trained first and the teacher itself last."""
-    return [[scores]]

@@ -22,7 +22,8 @@ from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.teacher import Teacher, training_interactions
-from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, open_trajectories, vectors
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, vectors
+from recbole_rcekd.trajectory import open_trajectories
 from recbole_rcekd.types import Seen, TeacherScores
 
 AnyDistiller = Distiller | RowDistiller | FeatureDistiller
@@ -98,10 +99,10 @@ class Maker:
         how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
         scores = rescaled(raw, how, temperature, self.scorer.device)
         trajectories: Sequence[Sequence[TeacherScores]] = ()
-        if any(isinstance(loss, KDLoss) and loss.uses_trajectory for loss in losses.values()):
-            trajectories = open_trajectories(
-                self.teacher, raw, losses, self.settings, self.scorer.device, self.show_progress, self.ranks
-            )
+        for loss in losses.values():
+            if isinstance(loss, KDLoss) and loss.uses_trajectory:
+                more = (self.settings, self.scorer.device, self.show_progress, self.ranks)
+                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *more)
         seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None

@@ -15,6 +15,7 @@ from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
+from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
@@ -45,6 +46,7 @@ LOSSES: dict[str, type[Loss]] = {
     "de": DELoss,
     "lambdaloss": LambdaLossLoss,
     "unkd": UnKDLoss,
+    "hetcomp": HetCompLoss,
 }
 
 __all__ = [
@@ -57,6 +59,9 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "FreqDLoss",
+    "FCELoss",
+    "FeatureLoss",
+    "HetCompLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
