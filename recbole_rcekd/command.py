@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import resources
+from typing import Any
 
 from recbole_rcekd.errors import KDError
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
+from recbole_rcekd.tuning import tune_recbole_kd
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,6 +34,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kd_loss", "-l", help=f"one or more of scratch,{','.join(LOSSES)}")
     parser.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
     parser.add_argument("--output_dir", help="folder for result.json and the histories")
+    parser.add_argument(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="search the settings of each method, N trials each, on the validation data",
+    )
+    parser.add_argument(
+        "--params_file", help="with --tune: ranges in RecBole's format (default: properties/hyper/*.test)"
+    )
+    parser.add_argument("--algo", default="exhaustive", help="with --tune: exhaustive, random or bayes, as RecBole's")
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, that share the training")
     parser.add_argument("--world_size", type=int, default=-1, help="processes on all machines (default: nproc)")
     parser.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
@@ -47,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is not None:
         sys.argv = [argv[0], *arguments]  # where RecBole's Config looks for all other keys
     try:
-        run = {
+        run: dict[str, Any] = {
             "model": known.model,
             "dataset": known.dataset,
             "config_file_list": files or None,
@@ -56,7 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
             "seeds": known.seeds,
             "output_dir": known.output_dir,
         }
-        if known.nproc == 1 and known.world_size <= 0:
+        if known.tune is not None:
+            run.pop("seeds")
+            tune_recbole_kd(known.tune, **run, params_file=known.params_file, algo=known.algo)
+        elif known.nproc == 1 and known.world_size <= 0:
             run_recbole_kd(**run)
         else:
             run_ranks(run_recbole_kd, run, known.nproc, known.world_size, known.ip, known.port, known.group_offset)

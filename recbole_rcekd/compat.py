@@ -150,13 +150,13 @@ def scipy_dok_update() -> None:
     scipy.sparse.dok_matrix._update = _update
 
 
-def _rewrite(owner: type, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None) -> None:
+def _rewrite(owner: Any, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None) -> None:
     """Recompile one method of RecBole with some of its text replaced, at its own line numbers.
 
     Narrower than a method of our own: every other line stays RecBole's, and so do tracebacks.
 
     Args:
-        owner: The class that defines the method itself.
+        owner: The class that defines the method itself, or the module that defines a function.
         method: The method's name. It must not use `super()` without arguments.
         edits: Old text -> new text of as many lines.
         names: What the new text refers to, if it is nothing that the method's module knows.
@@ -172,7 +172,7 @@ def _rewrite(owner: type, method: str, edits: Mapping[str, str], names: Mapping[
     for old, new in edits.items():
         if old not in source:
             raise RuntimeError(
-                f"{owner.__module__}.{owner.__name__}.{method} has no line {old!r}: this is not the RecBole "
+                f"{function.__module__}.{function.__qualname__} has no line {old!r}: this is not the RecBole "
                 f"that recbole_rcekd was written for. Install recbole==1.2.1."
             )
         source = source.replace(old, new)
@@ -410,6 +410,18 @@ def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[.
     setattr(owner, name, replacement)
 
 
+def hyperopt_generator() -> None:
+    """Draw trials with numpy's new generators, which hyperopt expects since 0.2.6.
+
+    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, hands hyperopt a
+    `RandomState`, which has no `integers`. The order of the trials is another one than with hyperopt 0.2.5.
+    Upstream: none known.
+    """
+    from recbole.trainer import hyper_tuning
+
+    _rewrite(hyper_tuning, "exhaustive_search", {"np.random.RandomState(seed)": "np.random.default_rng(seed)"})
+
+
 # Model -> its default settings; read by the patch in `add_model`.
 _MODEL_DEFAULTS: dict[str, str] = {}
 
@@ -461,6 +473,7 @@ _QUIRKS: tuple[Callable[[], None], ...] = (
     distributed_without_gpu,
     distributed_evaluation,
     distributed_tensorboard,
+    hyperopt_generator,
 )
 
 

@@ -172,6 +172,10 @@ class Lists:
         """Which of ``items [n, T]`` the contexts have in the training data, bool ``[n, T]``."""
         return ~self._not_in(self._seen, items)
 
+    def n_allowed(self) -> Tensor:
+        """How many items there are for each context, ``[n]``: the catalogue, without padding."""
+        return torch.full_like(self.contexts, self.n_items - 1)
+
     def n_unseen(self) -> Tensor:
         """How many items each context has not in the training data, ``[n]``."""
         return self._seen.n_ids - 1 - self._seen.counts()[self.contexts]

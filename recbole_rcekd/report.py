@@ -47,6 +47,7 @@ _UNIMPORTANT = frozenset(
         "seeds",
         "log_wandb",
         "kd_cache_dir",
+        *("tune", "params_file", "algo"),
     }
 )
 
@@ -69,11 +70,12 @@ class RunResult:
     checkpoint_bytes: int
     ranking_ms_per_1000_users: float
     fingerprint: str
+    assistant: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """The teacher, measured on the same data; ``teacher`` in ``result.json``.
+    """The teacher (or an assistant), measured on the same data; ``teacher`` in ``result.json``.
 
     ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained elsewhere. Of several teachers
     parameters, bytes and times are added up; a file of scores has no parameters, and ranks in no time.
@@ -180,7 +182,7 @@ class Report:
         if folder is not None and self.folder is not None:
             _write_json(folder / "run.json", asdict(run))
             _write_json(self.folder / "result.json", self.as_dict())
-            _write_whole(self.folder / "summary.md", self.table("github") + "\n")
+            write_whole(self.folder / "summary.md", self.table("github") + "\n")
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""
@@ -190,9 +192,9 @@ class Report:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         own = parts_of(method)
-        foreign = ("kd_", "teacher") if method == SCRATCH else ()
+        foreign: tuple[str, ...] = ("kd_",) if method == SCRATCH else ()
         if not needs_teacher(method):
-            teacher = None
+            teacher, foreign = None, (*foreign, "teacher")
         settings = {
             k: repr(v)
             for k, v in sorted(config.final_config_dict.items())
@@ -207,7 +209,8 @@ class Report:
         if folder is None or not (folder / "run.json").exists():
             return None
         try:
-            known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            # Files written before there were assistants know none.
+            known = {"assistant": None, **json.loads((folder / "run.json").read_text(encoding="utf-8"))}
             run = RunResult(**{f.name: known[f.name] for f in fields(RunResult)})
         except (ValueError, KeyError, TypeError):
             return None
@@ -388,11 +391,11 @@ def _machine() -> dict[str, Any]:
 
 
 def _write_json(file: Path, content: Any) -> None:
-    _write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_whole(file: Path, text: str) -> None:
-    """Whole or not at all, also when several commands write into one folder."""
+def write_whole(file: Path, text: str) -> None:
+    """Write a file whole or not at all, also when several commands write into one folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:6]}.partial")
     beside.write_text(text, encoding="utf-8")

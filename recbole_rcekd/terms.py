@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.ensemble import rescaled
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.feature_distiller import FeatureDistiller
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.processes import Ranks
@@ -32,7 +33,7 @@ class Term:
     """One summand ``weight · KD`` of the loss.
 
     Args:
-        name: of the method.
+        name: of the method; ``<name>_of_vectors`` for the loss of vectors that belongs to one of scores.
         loss: which method.
         weight: λ.
         distiller: who computes it.
@@ -107,7 +108,13 @@ class Maker:
                 # Each term draws from a generator of its own; the first as if it were alone.
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
-                    terms.append(self._of_vectors(name, part, weight, raw, scores, seen, seed))
+                    try:
+                        term = self._of_vectors(name, part, weight, raw, scores, seen, seed)
+                    except (SettingsError, TeacherError) as error:
+                        if not part.left_out_by:
+                            raise
+                        raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
+                    terms.append(term if part is loss else dataclasses.replace(term, name=f"{name}_of_vectors"))
                 elif isinstance(part, KDLoss):
                     terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))
         return terms

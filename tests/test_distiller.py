@@ -23,6 +23,7 @@ from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import CDLoss, CELoss, FCELoss, KDLoss, RCELoss, RRDLoss
 from recbole_rcekd.losses.cd import CDSettings
 from recbole_rcekd.losses.ce import CESettings
+from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
@@ -281,9 +282,11 @@ def test_lists_that_cannot_change_are_chosen_once() -> None:
 # --- draws --------------------------------------------------------------------------------------------------
 
 SAMPLING: list[KDLoss] = [
+    FCELoss(FCESettings(fce_top_k=4, fce_normaliser="sampled", fce_samples=5)),
     RCELoss(RCESettings(rce_top_k=5, rce_samples=5, rce_pool=20)),
     CDLoss(CDSettings(cd_items=5, cd_pool=30)),
     RRDLoss(RRDSettings(rrd_top_k=3, rrd_rest=5, rrd_pool=20, rrd_item_weight=0.5)),
+    DCDLoss(DCDSettings(dcd_items=3, dcd_pool=20, dcd_item_weight=0.5)),
 ]
 
 
@@ -346,6 +349,21 @@ def test_an_epoch_over_the_whole_catalogue(target: Any) -> None:
     torch.testing.assert_close(step, naive)
     for own, expected in zip(student.gradients(step), student.gradients(naive), strict=True):
         torch.testing.assert_close(own, expected)
+
+
+def test_an_estimated_normaliser_asks_for_no_full_row_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Student()
+    loss = FCELoss(FCESettings(fce_top_k=4, fce_normaliser="sampled", fce_samples=N_ITEMS))
+    distiller = make(loss, student)
+    distiller.begin_epoch(0, 1)
+    monkeypatch.setattr(distiller._sides[0], "score_all", None)
+    step = distiller.step(no_batch())
+    monkeypatch.undo()
+    assert student.asked
+    # With everything in the sample it is the exact loss all the same.
+    exact = make(FCELoss(FCESettings(fce_top_k=4)), student)
+    exact.begin_epoch(0, 1)
+    torch.testing.assert_close(step, exact.step(no_batch()), rtol=1e-5, atol=1e-5)
 
 
 def rrd(item_weight: float) -> RRDLoss:

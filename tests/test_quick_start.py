@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import re
 import shutil
 import statistics
@@ -454,6 +455,23 @@ def test_without_a_teacher_only_the_student_alone(folder: Path) -> None:
     result = run(folder, without_teacher_keys(), teacher=None, kd_loss="scratch")
     assert result["teacher"] is None
     assert result["summary"][0]["transfer_ratio"] is None
+
+
+def test_a_control_learns_without_a_teacher_and_the_same_beside_one(folder: Path) -> None:
+    alone = run(folder, without_teacher_keys(epochs=4), teacher=None, kd_loss="softmax", output_dir="out")
+    assert alone["teacher"] is None
+    with Path("out/softmax-seed2020/history.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["kd_loss"]) for row in rows]
+    assert losses[0] == pytest.approx(math.log(60), abs=0.05)  # an untrained student of 60 items
+    assert losses[-1] < losses[0] - 0.03
+    assert [float(row["base_loss"]) for row in rows] == [0.0] * 4
+    together = run(folder, {"epochs": 4}, kd_loss="scratch,softmax", output_dir="other")
+    assert [row["loss"] for row in together["summary"]] == ["scratch", "softmax"]
+    assert together["summary"][1]["transfer_ratio"] is not None
+    assert metrics(together)[1] == metrics(alone)[0]
+    assert metrics(together)[0][2] != metrics(alone)[0][2]
+    assert together["runs"][1]["fingerprint"] == alone["runs"][0]["fingerprint"]
 
 
 def test_nothing_is_kept_with_saved_false(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -113,7 +114,12 @@ class FeatureLoss(Loss, ABC):
 
     Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what stands in the training
     batch, whatever ``kd_schedule`` says.
+
+    Attributes:
+        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for messages.
     """
+
+    left_out_by: ClassVar[str] = ""
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -131,6 +137,15 @@ class FeatureLoss(Loss, ABC):
             seen: the training interactions of users; of items: ``seen.transposed()``.
             generator: the source of all draws, here and in training; its device is where the parts should be.
         """
+
+    @staticmethod
+    def sum_over_sides(
+        of_side: Callable[[str, Vectors], Tensor], users: Vectors | None, items: Vectors | None
+    ) -> Tensor:
+        """The sum of ``of_side(side, vectors)`` over the sides that are there."""
+        given = {"users": users, "items": items}
+        parts = [of_side(side, vectors) for side, vectors in given.items() if vectors is not None]
+        return torch.stack(parts).sum()
 
     def begin_epoch(self, progress: float) -> None:
         """Called before each epoch; ``progress`` is the share of ``epochs`` behind, for temperatures that fall."""
