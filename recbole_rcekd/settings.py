@@ -64,16 +64,24 @@ class Settings:
                     f"{nearest(str(value), map(str, allowed))}"
                 )
             return
+        kind = getattr(hint, "__name__", "")
+        if typing.get_origin(hint) is typing.Union:  # a number, or one of a few words
+            hint, words = typing.get_args(hint)
+            if value in typing.get_args(words):
+                return
+            kind = f"{hint.__name__}, or {' or '.join(typing.get_args(words))}"
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(self, name, float(value))
         elif not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
             raise SettingsError(
-                f"[{name}] is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}; "
+                f"[{name}] is {value!r} ({type(value).__name__}), but must be of type {kind}; "
                 f"write it as {name}: {type(self).__dataclass_fields__[name].default!r}, for example."
             )
 
     def _check_range(self, spec: dataclasses.Field[Any]) -> None:
         value, meta = getattr(self, spec.name), spec.metadata
+        if isinstance(value, str):  # a word in the place of a number
+            return
         for kind, fits, words in (
             ("low", operator.ge, "at least"),
             ("above", operator.gt, "above"),

@@ -94,6 +94,10 @@ class KDLoss(Loss, ABC):
     def tune(self, lists: Lists) -> None:
         """Called before each epoch's lists with a few random contexts, where ``tuned`` is set."""
 
+    def numbers(self) -> dict[str, float]:
+        """What the log and the history should say of the loss itself in this epoch, by name."""
+        return {}
+
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets] | None:
         """The pair (J, A) whose closure gap is worth watching, targets J inside the normaliser A; ``None``: no pair."""
         return None
