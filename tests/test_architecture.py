@@ -72,7 +72,7 @@ def test_pure_code_imports_neither_recbole_nor_what_lies_above(name: str) -> Non
 
 
 ALL = {name.split(".")[1] for name in MODULES if "." in name}
-COMMAND = {"quick_start", "report", "command"}
+COMMAND = {"quick_start", "report", "analysis", "command"}
 TEACHERS = {"teacher", "teachers", "outside", "ensemble", "cache", "store"}
 RUN = {"config", "row_lists", "distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND}
 ABOVE = [
@@ -92,8 +92,10 @@ ABOVE = [
     ("feature_distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"feature_distiller"}),
     ("terms", {"config", "trainer", *COMMAND}),
     ("trainer", COMMAND),
-    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
-    ("quick_start", {"command"}),
+    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"report"}}),
+    ("quick_start", {"analysis", "command"}),
+    ("analysis", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
+    ("curves", ALL - {"curves", "errors"}),
     ("processes", ALL - {"processes", "errors"}),
     # HSTU has data of its own.
     ("models", ALL - {"models", "compat", "errors", "settings", "sequences"}),
