@@ -101,8 +101,8 @@ class Maker:
         trajectories: Sequence[Sequence[TeacherScores]] = ()
         for loss in losses.values():
             if isinstance(loss, KDLoss) and loss.uses_trajectory:
-                more = (self.settings, self.scorer.device, self.show_progress, self.ranks)
-                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *more)
+                common = (self.settings, self.scorer.device, self.show_progress, self.ranks)
+                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *common)
         seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None

@@ -13,17 +13,17 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
-from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.losses.tarec import TARecLoss
-from recbole_rcekd.losses.vkd import VkDLoss
 from recbole_rcekd.losses.unkd import UnKDLoss
+from recbole_rcekd.losses.vkd import VkDLoss
 from recbole_rcekd.settings import nearest
 
 LOSSES: dict[str, type[Loss]] = {
@@ -59,8 +59,6 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "FreqDLoss",
-    "FCELoss",
-    "FeatureLoss",
     "HetCompLoss",
     "KDLoss",
     "Loss",
