@@ -13,6 +13,7 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.htd import HTDLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -34,6 +35,7 @@ LOSSES: dict[str, type[Loss]] = {
     "slk": SLKLoss,
     "rd": RDLoss,
     "ftd": FTDLoss,
+    "htd": HTDLoss,
     "freqd": FreqDLoss,
     "dcd": DCDLoss,
     "tarec": TARecLoss,
@@ -53,6 +55,7 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "FreqDLoss",
+    "HTDLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
