@@ -15,6 +15,7 @@ from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
+from recbole_rcekd.losses.htd import HTDLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -37,6 +38,7 @@ LOSSES: dict[str, type[Loss]] = {
     "slk": SLKLoss,
     "rd": RDLoss,
     "ftd": FTDLoss,
+    "htd": HTDLoss,
     "freqd": FreqDLoss,
     "dcd": DCDLoss,
     "tarec": TARecLoss,
@@ -60,6 +62,7 @@ __all__ = [
     "FitNetLoss",
     "FreqDLoss",
     "HetCompLoss",
+    "HTDLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
