@@ -324,11 +324,19 @@ class _Analysis:
         return learner.score_all(ids)
 
     def _lists(self, ids: Tensor, rows: Tensor, generator: torch.Generator) -> Lists:
+        by_rows = self.teaching is not None
+
+        def rows_of(contexts: Tensor) -> Tensor:
+            return rows[contexts if by_rows else torch.searchsorted(ids, contexts)]
+
+        def score(contexts: Tensor, items: Tensor) -> Tensor:
+            return rows_of(contexts).gather(1, items)
+
+        more: dict[str, Any] = {"score": score, "score_all": rows_of}
+        ranking = RowRanking(rows_of, rows.shape[1])
         if self.teaching is None:
-            ranking = RowRanking(lambda users: rows[torch.searchsorted(ids, users)], rows.shape[1])
-            return Lists(ids, self.scores, ranking, self.learners["student"].taken.to(ids.device), generator)
-        ranking = RowRanking(lambda places: rows[places], rows.shape[1])
-        return RowLists(ids, self.teaching, Rows(self.dataset).inputs(ids), ranking, generator)
+            return Lists(ids, self.scores, ranking, self.learners["student"].taken.to(ids.device), generator, **more)
+        return RowLists(ids, self.teaching, Rows(self.dataset).inputs(ids), ranking, generator, **more)
 
     # -- on the test set -----------------------------------------------------------------------------------------
 

@@ -111,8 +111,9 @@ def _analyse(known: argparse.Namespace, others: list[str]) -> int:
     argv = sys.argv
     sys.argv = [argv[0], *others]  # where RecBole's Config looks for all other keys
     try:
-        for key in ("model", "kd_loss", "seeds", "config_files"):
-            if getattr(known, key):
+        several = {"nproc": known.nproc > 1, "world_size": known.world_size > 1}
+        for key in ("model", "kd_loss", "seeds", "config_files", "tune", "params_file", *several):
+            if several.get(key, getattr(known, key)):
                 raise SettingsError(f"[{key}] has no effect on an analysis: leave it out.")
         result = analyse(
             known.teacher,
@@ -129,6 +130,9 @@ def _analyse(known: argparse.Namespace, others: list[str]) -> int:
     except KDError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     finally:
         sys.argv = argv
     return 0

@@ -561,6 +561,7 @@ def test_a_file_is_no_student(place: Path, tmp_path: Path) -> None:
     [
         (["--analyse"], "error: [student] is missing"),
         (["--analyse", "--model=BPR"], "error: [model] has no effect on an analysis: leave it out."),
+        (["--analyse", "--nproc=2"], "error: [nproc] has no effect on an analysis: leave it out."),
         (["--analyse", "--student=absent.pth", "--teacher=a.pth"], "error: There is no checkpoint at [absent.pth]."),
         (["--analyse", "--history=absent"], "error: [history] absent is no history"),
     ],
