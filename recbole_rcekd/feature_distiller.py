@@ -57,22 +57,24 @@ class FeatureDistiller:
                 f"[kd_loss] {name} learns from vectors, but {scorer.name}'s scores are no product of user and item "
                 "vectors: choose a method of scores (rce, ce, rrd, …) or another student."
             )
-        self._users, self._items = (None if table is None else table.to(scorer.device) for table in tables)
-        if "users" in loss.sides and (self._users is None or not scorer.scores_users):
+        named = zip(("users", "items"), tables, strict=True)
+        self._tables = {side: table.to(scorer.device) for side, table in named if table is not None}
+        if "users" in loss.sides and ("users" not in self._tables or not scorer.scores_users):
             who = scorer.name if not scorer.scores_users else "the teacher"
             raise SettingsError(
                 f"[kd_loss] {name} learns from the vectors of users, but {who} has none: it scores sequences. Set "
                 f"{name}_sides: items."
             )
         self.generator = torch.Generator(scorer.device).manual_seed(seed)
-        own_rows = torch.ones(1, dtype=torch.int64, device=scorer.device)
-        with preserved_random_state(), scorer.evaluating():
-            width = scorer.operands(own_rows)[1].shape[1]
+        # Where only one side is wanted: the model says both or nothing.
+        self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
         seen = seen.to(scorer.device)
         with preserved_random_state():
+            with scorer.evaluating():
+                width = scorer.vectors(self._any, self._any)[1].shape[1]
             torch.manual_seed(seed)
             loss.build(width, tables[1].shape[1], seen, self.generator)
-            loss.to(scorer.device)
+        loss.to(scorer.device)
         self._watched = None
         if teacher is not None and scorer.scores_users:
             self._watched = Watched(settings.kd_diagnostic_users, seen.contexts(), teacher, self.generator)
@@ -89,31 +91,31 @@ class FeatureDistiller:
         So a weight that goes with a sum over the batch beside a base loss summed likewise is right here.
         """
         self.steps += 1
-        user_field, item_field, negative_field = self._fields
-        users = self._vectors("users", *_distinct([batch[user_field]])) if "users" in self.loss.sides else None
-        items = None
-        if "items" in self.loss.sides:
-            kinds = [batch[item_field]]
-            if negative_field in batch:
-                kinds.append(batch[negative_field])
-            elif self._label in batch:
-                labels = batch[self._label] > 0
-                kinds = [kinds[0][labels], kinds[0][~labels]]
-            items = self._vectors("items", *_distinct(kinds))
-        return self.loss.forward(users, items) / len(batch)
+        ids, weights = {}, {}
+        for side in self.loss.sides:
+            in_batch, weights[side] = _distinct(self._kinds(side, batch))
+            ids[side] = self.loss.needed(side, in_batch)
+        found = self._scorer.vectors(ids.get("users", self._any), ids.get("items", self._any))
+        student = dict(zip(("users", "items"), found, strict=True))
+        # In half precision only the model computes.
+        with torch.autocast(self._any.device.type, enabled=False):
+            vectors = {
+                side: Vectors(at, student[side].float(), self._tables[side].index_select(0, at), weights[side])
+                for side, at in ids.items()
+            }
+            return self.loss.forward(vectors.get("users"), vectors.get("items")) / len(batch)
 
-    def _vectors(self, side: str, ids: Tensor, weights: Tensor) -> Vectors:
-        ids = self.loss.needed(side, ids)
+    def _kinds(self, side: str, batch: Any) -> list[Tensor]:
+        """The ids of a side in a batch: users; positive and negative items, or all where there are no negatives."""
+        user_field, item_field, negative_field = self._fields
         if side == "users":
-            student, _ = self._scorer.operands(ids)
-            teacher = self._users
-        else:
-            own_rows = ids.new_ones(1)
-            student = self._scorer.operands(own_rows)[1].index_select(0, ids)
-            teacher = self._items
-        if teacher is None:
-            raise RuntimeError("sides are checked when the distiller is made")
-        return Vectors(ids, student, teacher.index_select(0, ids), weights)
+            return [batch[user_field]]
+        if negative_field in batch:
+            return [batch[item_field], batch[negative_field]]
+        if self._label in batch:
+            positive = batch[self._label] > 0
+            return [batch[item_field][positive], batch[item_field][~positive]]
+        return [batch[item_field]]
 
     def diagnostics(self) -> dict[str, float]:
         """As :meth:`Distiller.diagnostics <recbole_rcekd.distiller.Distiller.diagnostics>`: how far the student is."""

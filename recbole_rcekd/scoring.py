@@ -209,6 +209,11 @@ class ModelScorer:
             return rows, item_table
         return self._operands_of(self.contexts.inputs(contexts), len(contexts))
 
+    def vectors(self, contexts: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows ``[n, d]`` of contexts and ``[m, d]`` of items of a ``product`` model, with their gradients."""
+        rows, table = self.operands(contexts)
+        return rows, torch.nn.functional.embedding(items.long(), table, sparse=self._sparse_gradients)
+
     def _operands_of(self, inputs: Interaction, n: int) -> tuple[Tensor, Tensor]:
         recorder = ProductRecorder(n, self.n_items, stop_at=self._product_index)
         with self._fresh_caches():

@@ -30,6 +30,7 @@ from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.scoring import ModelScorer, require_rankable
 from recbole_rcekd.teachers import LoadedTeacher
 from recbole_rcekd.terms import AnyDistiller, Maker, Term
+from recbole_rcekd.trajectory import Trajectory
 from recbole_rcekd.types import TeacherScores
 
 
@@ -42,6 +43,7 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     Attributes:
         history: one row per epoch; ``history.file`` is beside the checkpoint unless changed.
+        trajectory: keeps earlier checkpoints, if set.
         ranks: this process among those that train the model.
     """
 
@@ -57,11 +59,13 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         name = self.ranks.broadcast(name)
         self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
         self.history = History(Path(self.checkpoint_dir) / f"{name}.history.csv" if self.ranks.first else None)
+        self.trajectory: Trajectory | None = None
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         if not self.ranks.first:
             return
-        wanted = kwargs.pop("saved_model_file", self.saved_model_file)
+        elsewhere = kwargs.pop("saved_model_file", None)
+        wanted = elsewhere or self.saved_model_file
         beside = f"{wanted}.partial"
         config = self.config
         if not config["single_spec"]:
@@ -75,7 +79,10 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if not os.path.exists(beside):
             return
         os.replace(beside, wanted)
-        note_checkpoint(wanted)
+        if elsewhere is None:
+            note_checkpoint(wanted)
+            if self.trajectory is not None:
+                self.trajectory.best = epoch
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {wanted}")
 
@@ -96,6 +103,8 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         total = float(sum(losses) if isinstance(losses, tuple) else losses)
         loss = self.ranks.mean({"train_loss": total / max(1, n_steps)})
         self.history.note(train_seconds=perf_counter() - started, **loss, **found)
+        if self.trajectory is not None:
+            self.trajectory.add(epoch_idx, lambda file: self._save_checkpoint(epoch_idx, False, saved_model_file=file))
         return losses
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
@@ -144,6 +153,8 @@ class DistillMixin(RecordingMixin):
         self.teacher = teacher
         self.seed = int(config["seed"] if seed is None else seed)
         self.terms: list[Term] = []
+        self._n_own_groups = len(self.optimizer.param_groups)
+        self._resumed = ""
         replaced = any(loss.replaces_base for loss in self.kd_losses.values())
         self._base_weight = 0.0 if replaced else self.kd_settings.kd_base_weight
         self._kd_sums: list[torch.Tensor] = []
@@ -172,37 +183,64 @@ class DistillMixin(RecordingMixin):
         )
         self.terms = maker.terms(self.kd_losses)
         self._kd_sums = [torch.zeros((), device=self.device) for _ in self.terms]
-        self._learn_parts_of_losses()
         watched, numbered = maker.watching(self.terms)
         # Other processes' gradients are averaged by a code that expects dense ones.
         sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
-        with sparse, numbered, scorer.shared_forward() as forget:
+        with self._learning_parts_of_losses(), sparse, numbered, scorer.shared_forward() as forget:
             self._wrap_loss(watched, forget)
             try:
                 yield self.terms[0].distiller
             finally:
                 delattr(self.model, self._loss_name)
 
-    def _learn_parts_of_losses(self) -> None:
-        known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        new = [p for term in self.terms for p in term.loss.parameters() if id(p) not in known]
-        if new:
-            self.optimizer.add_param_group({"params": new})
+    @contextmanager
+    def _learning_parts_of_losses(self) -> Iterator[None]:
+        """While this lasts, what the losses have of their own is learned as the model is."""
+        self._read_parts()
+        parts = list(dict.fromkeys(p for term in self.terms for p in term.loss.parameters()))
+        groups = self.optimizer.param_groups
+        self._n_own_groups = len(groups)
+        if parts:
+            self.optimizer.add_param_group({**groups[0], "params": parts})
+        try:
+            yield
+        finally:
+            del groups[self._n_own_groups :]
+            for part in parts:
+                self.optimizer.state.pop(part, None)
+
+    def _read_parts(self) -> None:
+        """Of a run that is resumed: what its losses had learned. Their optimizer's state begins anew."""
+        file = parts_file(self._resumed) if self._resumed else None
+        if file is None or not file.exists():
+            return
+        learned = torch.load(file, map_location=self.device, weights_only=True)
+        for term in self.terms:
+            if term.name in learned:
+                try:
+                    term.loss.load_state_dict(learned[term.name])
+                except RuntimeError as error:
+                    raise SettingsError(
+                        f"[{file}] was learned with other settings of {term.name} than these: resume with the same, or "
+                        "remove the file to let these parts begin anew."
+                    ) from error
+
+    def resume_checkpoint(self, resume_file: Any) -> None:
+        """As RecBole's; what the losses had learned is read, too, when ``fit`` begins."""
+        super().resume_checkpoint(resume_file)
+        self._resumed = str(resume_file)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         """As ever; what the losses learned lies beside the checkpoint, in ``<name>.kd.pth``, and never in it."""
-        learned = {term.name: part for term in self.terms if (part := term.loss.state_dict())}
-        if not learned:
-            super()._save_checkpoint(epoch, verbose, **kwargs)
-            return
-        optimizer, n_own = self.optimizer, len(list(self.model.parameters()))
-        self.optimizer = _OfModel(optimizer, n_own)
+        optimizer = self.optimizer
+        self.optimizer = _OwnGroups(optimizer, self._n_own_groups)
         try:
             super()._save_checkpoint(epoch, verbose, **kwargs)
         finally:
             self.optimizer = optimizer
-        if self.ranks.first:
-            file = Path(kwargs.get("saved_model_file", self.saved_model_file)).with_suffix(".kd.pth")
+        learned = {term.name: part for term in self.terms if (part := term.loss.state_dict())}
+        if learned and self.ranks.first:
+            file = parts_file(kwargs.get("saved_model_file", self.saved_model_file))
             beside = file.with_suffix(".partial")
             torch.save(learned, beside)
             os.replace(beside, file)
@@ -227,9 +265,10 @@ class DistillMixin(RecordingMixin):
             forget()
             for place, part in enumerate(parts):
                 self._kd_sums[place] += part.detach()
-            kd = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
+            kd: Any = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
             if base is None:
-                return kd
+                # A step without anybody to teach has no gradient, but RecBole asks for one.
+                return kd if kd.requires_grad else kd.requires_grad_()
             self._base_sum += sum(each.detach().sum() for each in (base if isinstance(base, tuple) else (base,)))
             if base_weight != 1.0:
                 base = tuple(base_weight * each for each in base) if isinstance(base, tuple) else base_weight * base
@@ -267,8 +306,8 @@ class DistillMixin(RecordingMixin):
         means = [float(total) / steps for total in self._kd_sums]
         found = {"base_loss": float(self._base_sum) / steps, "kd_loss": means[0]}
         for term, mean in zip(self.terms[1:], means[1:], strict=True):
-            name = "kd_loss_of_vectors" if term.name == self.terms[0].name else f"kd_loss_{term.name}"
-            found[name] = mean
+            of_first = term.name == f"{self.terms[0].name}_of_vectors"
+            found["kd_loss_of_vectors" if of_first else f"kd_loss_{term.name}"] = mean
         for term in reversed(self.terms):
             found |= term.distiller.diagnostics()
         found = self.ranks.mean({**found, "refresh_seconds": self._refresh_seconds})
@@ -296,17 +335,22 @@ def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
                 group.update(fused=True, foreach=False)
 
 
-class _OfModel:
-    """The optimiser as it would be without the losses' own parts: what a checkpoint holds of it."""
+def parts_file(checkpoint: str | os.PathLike[str]) -> Path:
+    """Where what the losses of a run learned lies: ``model.pth`` → ``model.kd.pth``."""
+    return Path(checkpoint).with_suffix(".kd.pth")
 
-    def __init__(self, optimizer: torch.optim.Optimizer, n_own: int) -> None:
-        self._optimizer = optimizer
-        self._n_own = n_own
+
+class _OwnGroups:
+    """The first groups of an optimizer, as the optimizer of a checkpoint: those of the model itself."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, n: int) -> None:
+        self._optimizer, self._n = optimizer, n
 
     def state_dict(self) -> dict[str, Any]:
         content = self._optimizer.state_dict()
-        groups = [group for group in content["param_groups"] if all(place < self._n_own for place in group["params"])]
-        state = {place: value for place, value in content["state"].items() if place < self._n_own}
+        groups = content["param_groups"][: self._n]
+        places = {place for group in groups for place in group["params"]}
+        state = {place: value for place, value in content["state"].items() if place in places}
         return {"state": state, "param_groups": groups}
 
 

@@ -1,0 +1,106 @@
+r"""DE, distillation experts: some of E small networks rebuild the teacher's vector from the student's.
+
+.. math:: \ell = \sum_{u} \|t_u - \hat t_u\|^2 + \sum_{i} w_i \|t_i - \hat t_i\|^2, \qquad
+    \hat t = \sum_{k=1}^{E} g_k\, f_k(s), \qquad g = \mathrm{softmax}\big((\log\alpha(t) + G)/T\big)
+
+over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a negative";
+:math:`\alpha(t)` the softmax of a linear map of the teacher's vector, G Gumbel noise. T falls from 1 to 1e-10 in the course of
+``epochs``, so that in the end each vector has one expert. Users and items have experts of their own.
+
+Source: Kang et al., DE-RRD, CIKM 2020; SeongKu-Kang/DE-RRD and woriazzc/RCEKD @ 771322a.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recbole_rcekd.functional import squared_error
+from recbole_rcekd.losses.base import FeatureLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import Seen, Vectors
+
+_LAST_TEMPERATURE = 1e-10
+# Below it the best expert is taken straight: a row in ten thousand would still be a mixture, with a gradient of size 1/T.
+_TINY = 1e-4
+
+
+@dataclass(frozen=True)
+class DESettings(LossSettings):
+    """Settings of DE; ``properties/loss/de.yaml`` gives type, purpose and source of each."""
+
+    de_weight: float = setting(0.01, low=0.0)
+    de_sides: Literal["both", "users", "items"] = "both"
+    de_experts: int = setting(30, low=1)
+
+
+class Experts(nn.Module):
+    """E networks with a hidden layer each, as two products; their outputs are never there one by one.
+
+    Args:
+        n: how many.
+        student_width: what they read.
+        teacher_width: what they write; the hidden layers are half-way.
+    """
+
+    def __init__(self, n: int, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.n = n
+        hidden = (student_width + teacher_width) // 2
+        self.first = nn.Linear(student_width, n * hidden)
+        # As nn.Linear begins, with the width of one expert.
+        bound = hidden**-0.5
+        self.second = nn.Parameter(torch.empty(n * hidden, teacher_width).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(n, teacher_width).uniform_(-bound, bound))
+
+    def forward(self, vectors: Tensor, shares: Tensor) -> Tensor:
+        """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``."""
+        hidden = self.first(vectors).relu().unflatten(1, (self.n, -1)) * shares.unsqueeze(2)
+        return torch.addmm(shares @ self.bias, hidden.flatten(1), self.second)
+
+
+class DELoss(FeatureLoss):
+    """Squared distance of the teacher's vectors to what the experts make of the student's.
+
+    Attributes:
+        temperature: T of the epoch.
+        generator: of the noise.
+    """
+
+    settings_type = DESettings
+    settings: DESettings
+    generator: torch.Generator
+
+    def __init__(self, settings: DESettings) -> None:
+        super().__init__(settings)
+        self.temperature = 1.0
+
+    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+        """Experts and a gate for each side."""
+        n = self.settings.de_experts
+        self.generator = generator
+        self.experts = nn.ModuleDict({f"of_{side}": Experts(n, student_width, teacher_width) for side in self.sides})
+        self.gates = nn.ModuleDict({f"of_{side}": nn.Linear(teacher_width, n) for side in self.sides})
+
+    def begin_epoch(self, progress: float) -> None:
+        """Let T fall."""
+        self.temperature = _LAST_TEMPERATURE**progress
+
+    def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
+        """The sum over both sides."""
+        return self.sum_over_sides(self._of_side, users, items)
+
+    def _of_side(self, side: str, vectors: Vectors) -> Tensor:
+        wanted = vectors.teacher.detach()
+        found = self.experts[f"of_{side}"](vectors.student, self._shares(self.gates[f"of_{side}"](wanted)))
+        return squared_error(found, wanted, vectors.weights)
+
+    def _shares(self, logits: Tensor) -> Tensor:
+        """A draw of g."""
+        noisy = logits.log_softmax(1) - torch.empty_like(logits).exponential_(generator=self.generator).log()
+        if self.temperature < _TINY:
+            return torch.nn.functional.one_hot(noisy.argmax(1), logits.shape[1]).to(logits.dtype)
+        return (noisy / self.temperature).softmax(1)
