@@ -14,8 +14,8 @@ from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
 from recbole_rcekd.losses.hetcomp import HetCompLoss
-from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.htd import HTDLoss
+from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -61,8 +61,8 @@ __all__ = [
     "FeatureLoss",
     "FitNetLoss",
     "FreqDLoss",
-    "HetCompLoss",
     "HTDLoss",
+    "HetCompLoss",
     "KDLoss",
     "Loss",
     "RCELoss",
