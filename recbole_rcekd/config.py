@@ -213,7 +213,8 @@ def assistant_config(student: Any, teacher: Any) -> Any:
         teacher: the teacher's, or ``None`` for one without.
 
     Raises:
-        SettingsError: the student's model has no ``embedding_size``; or the teacher has none, for the mean.
+        SettingsError: the student's model has no ``embedding_size``; or the teacher has none, for the mean; or the method
+            needs earlier states of its teacher.
     """
     wanted = student["tarec_assistant_size"] if "tarec" in parts_of(student["kd_loss"]) else 0
     if wanted == 0:
@@ -222,6 +223,11 @@ def assistant_config(student: Any, teacher: Any) -> Any:
         raise SettingsError(
             f"[tarec_assistant_size] is {wanted}, but {student['model']} has no [embedding_size] for its assistant to differ "
             "in: set tarec_assistant_size: 0 to learn from the teacher itself."
+        )
+    if trajectory_losses(student):
+        raise SettingsError(
+            f"[kd_loss] {student['kd_loss']} learns from earlier states of its teacher, of which an assistant keeps none: set "
+            "tarec_assistant_size: 0."
         )
     if wanted == -1:
         if _width(teacher) is None:

@@ -88,6 +88,14 @@ def test_students_without_an_embedding_size_are_refused_before_data_are_read(
         run(folder, "NeuMF", tarec_assistant_size=wanted, embedding_size=8)
 
 
+def test_an_assistant_has_no_earlier_states(folder: Path) -> None:
+    student = build_config(folder, kd_loss="hetcomp+tarec", tarec_assistant_size=8)
+    with pytest.raises(
+        SettingsError, match=r"hetcomp\+tarec learns from earlier states .* set tarec_assistant_size: 0"
+    ):
+        assistant_config(student, None)
+
+
 def test_no_mean_with_a_teacher_of_no_size(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"is -1, the geometric mean .* but the teacher has none"):
         run(folder, teacher="NeuMF", teacher_embedding_size="nothing", kd_loss="scratch,tarec")

@@ -86,23 +86,23 @@ def test_equals_the_slow_version_under_any_mask() -> None:
         assert found[row].item() == pytest.approx(expected, abs=1e-10)
 
 
-def test_selection_by_hand() -> None:
-    # Q_T = {1, 2}, Q_S = {4, 2}; of items 3 and 4, which the teacher scores alike, only 4 is in a list.
-    teacher = Table(torch.tensor([[0.0] * 5, [0.0, 3.0, 4.0, 1.0, 1.0]]), seen_of([], 2, 5))
-    world = make_world(1, 4)._replace(
-        student=torch.tensor([[-torch.inf] + [0.0] * 4, [-torch.inf, 0.0, 1.0, -1.0, 2.0]])
-    )
+def select(teacher: list[float], student: list[float], k: int) -> ItemSets:
+    """The sets of one user, from the scores of items 1, 2, …"""
+    n = len(teacher)
+    world = make_world(1, n)._replace(student=torch.tensor([[-torch.inf] + [0.0] * n, [-torch.inf, *student]]))
     lists = world.lists()
-    lists._teacher = teacher
-    loss = TARecLoss(TARecSettings(tarec_top_k=2))
-    sets = loss.select(lists)
+    lists._teacher = Table(torch.tensor([[0.0] * (n + 1), [0.0, *teacher]]), seen_of([], 2, n + 1))
+    return TARecLoss(TARecSettings(tarec_top_k=k)).select(lists)
+
+
+def test_selection_by_hand() -> None:
+    # Q_T = {2, 1}, Q_S = {4, 2}: in the teacher's order, 2 once, and nothing last.
+    sets = select([3.0, 4.0, 1.0, 2.0], [1.0, 2.0, 0.0, 3.0], 2)
     assert sets.keep is not None
     assert sets.items.tolist() == [[2, 1, 4, 0]]
     assert sets.keep.tolist() == [[True, True, True, False]]
-    # With all items: what the teacher scores alike stands in the student's order.
-    lists._teacher = Table(torch.tensor([[0.0] * 5, [0.0, 1.0, 1.0, 1.0, 5.0]]), seen_of([], 2, 5))
-    four = TARecLoss(TARecSettings(tarec_top_k=1)).select(lists)
-    assert four.items.tolist() == [[4, 0]]
+    # Q_S = {6, 3}, which the teacher scores alike.
+    assert select([9.0, 8.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 4.0, 0.0, 0.0, 5.0], 2).items.tolist() == [[1, 2, 6, 3]]
 
 
 def test_at_most_the_length_of_the_list() -> None:
