@@ -13,6 +13,7 @@ Upstream threads on RecBole and its dependencies, all about some of what follows
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -23,17 +24,19 @@ import sys
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
 
-__all__ = ["add_model", "apply", "without_anomaly_detection"]
+__all__ = ["add_model", "apply", "without_anomaly_detection", "without_tensorboard"]
 
 # Set on what we put in place of a library's own function, so that a second `apply` leaves it alone.
 _MARK = "__recbole_rcekd__"
+# On what we put around one, which may have been rewritten before.
+_WRAPPED = "__recbole_rcekd_wrapped__"
 
 # Old name -> the name that every numpy has. `Config` later sets most of these itself, to these same types.
 _NUMPY_ALIASES = {
@@ -298,6 +301,24 @@ def distributed_without_gpu() -> None:
     )
 
 
+def _on_cpu(value: Any) -> Any:
+    """A tensor on the CPU; anything else as it is."""
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def evaluation_counts() -> None:
+    """Let the metrics of what lists are made of (`ItemCoverage`, `AveragePopularity`, `GiniIndex`, …) be evaluated.
+
+    Breaks: `.cpu()` of the number of items, and of the counters of interactions, which are no tensors
+    (evaluator/collector.py:227).
+    Upstream: none known.
+    """
+    from recbole.evaluator import Collector
+
+    kept = "self.data_struct._data_dict[key]"
+    _rewrite(Collector, "get_data_struct", {f"{kept}.cpu()": f"_on_cpu({kept})"}, {"_on_cpu": _on_cpu})
+
+
 def distributed_evaluation() -> None:
     """Let several processes evaluate each user once, and compute every metric from all users.
 
@@ -389,6 +410,22 @@ def distributed_tensorboard() -> None:
     _wrap(trainer, "get_tensorboard", of_the_first)
 
 
+@contextlib.contextmanager
+def without_tensorboard() -> Iterator[None]:
+    """While this lasts, trainers open no tensorboard: those that only evaluate leave no folder behind.
+
+    Breaks: every trainer opens a writer in the working directory (trainer/trainer.py:116), which cannot be turned off.
+    """
+    from recbole.trainer import trainer
+
+    original = trainer.get_tensorboard
+    trainer.get_tensorboard = lambda *args, **kwargs: _NoTensorboard()
+    try:
+        yield
+    finally:
+        trainer.get_tensorboard = original
+
+
 def without_anomaly_detection() -> Any:
     """A context without torch's anomaly detection, which looks for NaN after every step of every gradient.
 
@@ -403,10 +440,10 @@ def without_anomaly_detection() -> Any:
 def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put a function around one of RecBole's, once."""
     original = vars(owner)[name]
-    if hasattr(original, _MARK):
+    if hasattr(original, _WRAPPED):
         return
     replacement = wrap(original)
-    setattr(replacement, _MARK, True)
+    setattr(replacement, _WRAPPED, True)
     setattr(owner, name, replacement)
 
 
@@ -471,6 +508,7 @@ _QUIRKS: tuple[Callable[[], None], ...] = (
     pandas_agg_len,
     stable_sort,
     distributed_without_gpu,
+    evaluation_counts,
     distributed_evaluation,
     distributed_tensorboard,
     hyperopt_generator,

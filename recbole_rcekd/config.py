@@ -25,7 +25,7 @@ from recbole.utils.argument_list import (
 
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import LOSSES, get_loss
-from recbole_rcekd.losses.base import Loss
+from recbole_rcekd.losses.base import KDLoss, Loss
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.settings import KDSettings, TeacherSettings, nearest, read_settings
 
@@ -98,6 +98,14 @@ def read_kd_settings(config: Any) -> tuple[KDSettings, dict[str, Loss]]:
 def needs_teacher(name: str) -> bool:
     """Whether a method of ``kd_loss`` learns from a teacher."""
     return name != SCRATCH and any(get_loss(part).needs_teacher for part in parts_of(name))
+
+
+def trajectory_losses(config: Any) -> list[KDLoss]:
+    """Those losses of a run's method that learn from earlier states of the teacher."""
+    if config["kd_loss"] == SCRATCH:
+        return []
+    losses = read_kd_settings(config)[1].values()
+    return [loss for loss in losses if isinstance(loss, KDLoss) and loss.uses_trajectory]
 
 
 def owner(key: str) -> str | None:

@@ -68,7 +68,7 @@ class FeatureDistiller:
         self.generator = torch.Generator(scorer.device).manual_seed(seed)
         # Where only one side is wanted: the model says both or nothing.
         self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
-        self._seen = seen = seen.to(scorer.device)
+        seen = seen.to(scorer.device)
         with preserved_random_state():
             with scorer.evaluating():
                 width = scorer.vectors(self._any, self._any)[1].shape[1]
@@ -110,8 +110,6 @@ class FeatureDistiller:
         user_field, item_field, negative_field = self._fields
         if side == "users":
             return [batch[user_field]]
-        if item_field not in batch:  # ENMF learns from users with all that they have
-            return [self._seen.cells(batch[user_field])[1]]
         if negative_field in batch:
             return [batch[item_field], batch[negative_field]]
         if self._label in batch:

@@ -122,6 +122,9 @@ class Lists:
             block = self.part(part)
             rows = block.teacher_scores_of_all().clone()
             rows[block._seen.cells(block.contexts)] = -torch.inf
+            if getattr(self._teacher, "partial", False):
+                listed = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, block.teacher_top(self.n_items), True)
+                rows.masked_fill_(~listed, -torch.inf)
             for g, ids in enumerate(members):
                 scores, place = rows[:, ids].topk(min(k, len(ids)), dim=1)
                 found[part, g, : place.shape[1]] = ids[place].masked_fill(scores == -torch.inf, 0)

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +29,7 @@ from recbole_rcekd.config import (
     overrides_for,
     read_kd_settings,
     teacher_config,
+    trajectory_losses,
 )
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.processes import PLACE_KEYS, Ranks
@@ -38,6 +40,7 @@ from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teachers import LoadedTeacher, load_teacher, source_list
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
+from recbole_rcekd.trajectory import Trajectory, folder_beside, state_files
 
 # RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
 _EVAL_BATCH_SIZE = 2**20
@@ -176,6 +179,7 @@ class Experiment:
         self.teacher_config = self._read_teacher()
         if self.teacher_config is not None:
             self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
+        self._require_earlier_states()
 
     def run(self) -> dict[str, Any]:
         """Train everything; what :func:`run_recbole_kd` returns."""
@@ -242,12 +246,23 @@ class Experiment:
                 f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: several teachers are files "
                 "(checkpoints or files of scores), so train a model by its name first."
             )
-        known = {"teacher_trust", *TeacherSettings.keys()}
+        known = {"teacher_trust", *TeacherSettings.keys()} - {"teacher_checkpoints"}
         stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k not in known]
         stray = [k for k in stray if self.config[k] is not None]
         if sources and stray:
             raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
         return None
+
+    def _require_earlier_states(self) -> None:
+        for name, config in self.run_configs.items():
+            for loss in trajectory_losses(config):
+                if self.teacher_config is None or loss.checkpoints:
+                    state_files(loss, source_list(self.config["teacher"]))
+                elif self.teacher_settings.teacher_checkpoints == 0:
+                    raise SettingsError(
+                        f"[kd_loss] {name} learns from earlier states of the teacher: say with [teacher_checkpoints] how many are "
+                        "kept while it is trained, 3 for example."
+                    )
 
     def _prepare_teacher(self, data: Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
@@ -271,15 +286,20 @@ class Experiment:
             *PLACE_KEYS,
         )
         settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in unimportant}
+        n_states = self.teacher_settings.teacher_checkpoints
+        if n_states:
+            settings["teacher_checkpoints"] = repr(n_states)
         key = hashlib.sha256(json.dumps([settings, split_hash(data.train._dataset)]).encode()).hexdigest()[:10]
         file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
         file = self.ranks.broadcast(file)  # settings of the other ranks name the file otherwise
-        facts = file.with_suffix(".json")
+        facts, states = file.with_suffix(".json"), folder_beside(file)
         logger = getLogger()
-        if self.ranks.all(file.exists() and facts.exists()):
+        if self.ranks.all(file.exists() and facts.exists() and (states.exists() or not n_states)):
             logger.info(set_color("Teacher", "pink") + f": {name} trained before, from [{file}]")
             return str(file), json.loads(facts.read_text(encoding="utf-8"))
         logger.info(set_color("Teacher", "pink") + f": training {name}, kept in [{file}]")
+        if self.ranks.first and not file.exists():
+            shutil.rmtree(states, ignore_errors=True)  # of a training that was interrupted in its last step
         logger.info(config)
         init_seed(config["seed"], config["reproducibility"])
         dataset = create_dataset(config)
@@ -288,6 +308,8 @@ class Experiment:
         model = get_model(name)(config, train._dataset).to(config["device"])
         logger.info(model)
         trainer = recording_trainer(config)(config, model)
+        if n_states and self.ranks.first:
+            trainer.trajectory = Trajectory(folder_beside(trainer.saved_model_file), n_states)
         self._draw_apart(config, config["seed"])
         started = perf_counter()
         trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
@@ -295,6 +317,11 @@ class Experiment:
         # The last step: a teacher whose training was interrupted is not found the next time.
         if self.ranks.first:
             facts.write_text(json.dumps(trained), encoding="utf-8")
+            if trainer.trajectory is not None:
+                epochs = trainer.trajectory.finish(states)
+                logger.info(
+                    set_color("Teacher", "pink") + f": its states after the epochs {epochs} are kept in [{states}]"
+                )
             os.replace(trainer.saved_model_file, file)
         self.ranks.barrier()
         return str(file), trained

@@ -22,7 +22,8 @@ from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.teacher import Teacher, training_interactions
-from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, open_trajectories, vectors
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, vectors
+from recbole_rcekd.trajectory import open_trajectories
 from recbole_rcekd.types import Seen, TeacherScores
 
 AnyDistiller = Distiller | RowDistiller | FeatureDistiller
@@ -78,6 +79,13 @@ class Maker:
             SettingsError: a loss cannot be used with this student, or with several processes.
             TeacherError: nor with this teacher.
         """
+        feature_sides = {name: loss.feature_side() for name, loss in losses.items() if isinstance(loss, KDLoss)}
+        for name, loss in losses.items():
+            if self.ranks.world > 1 and (isinstance(loss, FeatureLoss) or feature_sides[name] is not None):
+                raise SettingsError(
+                    f"[kd_loss] {name} learns from vectors, with parts of its own beside the student that several processes do "
+                    "not share: set nproc to 1."
+                )
         loaded: Any = self.teacher if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)) else None
         sequential = is_sequential(self.dataset)
         raw: TeacherScores
@@ -91,17 +99,17 @@ class Maker:
         how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
         scores = rescaled(raw, how, temperature, self.scorer.device)
         trajectories: Sequence[Sequence[TeacherScores]] = ()
-        if any(isinstance(loss, KDLoss) and loss.uses_trajectory for loss in losses.values()):
-            trajectories = open_trajectories(
-                self.teacher, raw, losses, self.settings, self.scorer.device, self.show_progress, self.ranks
-            )
+        for loss in losses.values():
+            if isinstance(loss, KDLoss) and loss.uses_trajectory:
+                common = (self.settings, self.scorer.device, self.show_progress, self.ranks)
+                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *common)
         seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
         terms: list[Term] = []
         for name, loss in losses.items():
             parts: list[tuple[Loss, float]] = [(loss, loss.weight)]
-            more = loss.feature_side() if isinstance(loss, KDLoss) else None
+            more = feature_sides.get(name)
             if more is not None:
                 parts.append((more[0], loss.weight * more[1]))
             for part, weight in parts:
@@ -148,11 +156,6 @@ class Maker:
         seen: Seen,
         seed: int,
     ) -> Term:
-        if self.ranks.world > 1:
-            raise SettingsError(
-                f"[kd_loss] {name} has parts that are learned beside the student, which several processes do not share: "
-                "set nproc to 1."
-            )
         tables = vectors(name, self.teacher, raw)
         teacher = scores if scores.n_contexts == int(self.dataset.user_num) else None
         distiller = FeatureDistiller(

@@ -13,7 +13,9 @@ from recbole_rcekd.losses.fce import FCELoss
 from recbole_rcekd.losses.fitnet import FitNetLoss
 from recbole_rcekd.losses.freqd import FreqDLoss
 from recbole_rcekd.losses.ftd import FTDLoss
+from recbole_rcekd.losses.hetcomp import HetCompLoss
 from recbole_rcekd.losses.htd import HTDLoss
+from recbole_rcekd.losses.lambdaloss import LambdaLossLoss
 from recbole_rcekd.losses.listmle import ListMLELoss
 from recbole_rcekd.losses.rce import RCELoss
 from recbole_rcekd.losses.rd import RDLoss
@@ -21,6 +23,7 @@ from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.losses.tarec import TARecLoss
+from recbole_rcekd.losses.unkd import UnKDLoss
 from recbole_rcekd.losses.vkd import VkDLoss
 from recbole_rcekd.settings import nearest
 
@@ -43,6 +46,9 @@ LOSSES: dict[str, type[Loss]] = {
     "fitnet": FitNetLoss,
     "vkd": VkDLoss,
     "de": DELoss,
+    "lambdaloss": LambdaLossLoss,
+    "unkd": UnKDLoss,
+    "hetcomp": HetCompLoss,
 }
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "FitNetLoss",
     "FreqDLoss",
     "HTDLoss",
+    "HetCompLoss",
     "KDLoss",
     "Loss",
     "RCELoss",

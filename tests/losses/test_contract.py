@@ -25,7 +25,7 @@ from torch import Tensor
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
 from recbole_rcekd.losses import KDLoss, get_loss
 from recbole_rcekd.outside import ListedScores
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.types import ItemSets, Seen
 from tests.tables import World, make_world
 
 # Those of vectors have a contract of their own.
@@ -71,7 +71,7 @@ class Case:
 
     def double(self) -> Case:
         double: dict[str, Any] = {k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()}
-        sets = ItemSets(**double)
+        sets = dataclasses.replace(self.sets, **double)
         return dataclasses.replace(self, scores=self.scores.double(), sets=sets)
 
 
@@ -228,7 +228,11 @@ def test_the_order_of_items_does_not_matter(case: Case) -> None:
     order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
     if case.loss.scores_all_items:  # column 0 is padding; items are renamed
         order = torch.cat([order[order == 0], order[order != 0]])
-        sets = dataclasses.replace(case.sets, items=order.argsort()[case.sets.items])
+        renamed = order.argsort()
+        sets = dataclasses.replace(case.sets, items=renamed[case.sets.items])
+        if sets.seen is not None:
+            rows, ids = sets.seen.cells(torch.arange(6))
+            sets = dataclasses.replace(sets, seen=Seen.from_pairs(rows, renamed[ids], 6, sets.seen.n_ids))
         if case.loss.teaches_all_items and sets.teacher_scores is not None:
             sets = dataclasses.replace(sets, teacher_scores=sets.teacher_scores[:, order])
     else:
@@ -315,6 +319,8 @@ def test_nan_in_a_score_that_counts_stays_visible(case: Case) -> None:
 def test_selected_items_are_real(case: Case) -> None:
     keep = case.sets.keep
     items = case.sets.items if keep is None else case.sets.items[:, -keep.shape[1] :][keep]
+    if keep is None and case.support.shape == items.shape:
+        items = items[case.support]
     assert (items > 0).all()
     assert (items <= 30).all()
 
