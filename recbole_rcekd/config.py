@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import recbole
 from recbole.config import Config
 from recbole.utils import ModelType
 from recbole.utils.argument_list import (
@@ -134,7 +137,7 @@ def check_keys(config: Any) -> None:
                 raise SettingsError(f"[{key}] is not a setting of distillation. {nearest(key, prefixes[prefix])}")
         elif known and key not in known and key not in ours and not key.startswith("teacher_"):
             close = difflib.get_close_matches(key, ours, n=1, cutoff=0.8)
-            if close:
+            if close and key not in _keys_of_all_models():
                 raise SettingsError(f"[{key}] is known neither to RecBole nor here. Did you mean [{close[0]}]?")
 
 
@@ -260,6 +263,12 @@ def _no_command_line() -> Iterator[None]:
 def _plain(config: Any) -> Mapping[str, Any]:
     values: Mapping[str, Any] = getattr(config, "final_config_dict", config)
     return values
+
+
+def _keys_of_all_models() -> set[str]:
+    """Of every model of RecBole: one that stands in a file for several models is no mistyped one of ours."""
+    files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
+    return {key for file in files for key in re.findall(r"^(\w+):", file.read_text(encoding="utf-8"), re.MULTILINE)}
 
 
 def _known_to_recbole(config: Any) -> set[str]:

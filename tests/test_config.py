@@ -113,6 +113,12 @@ def test_no_key_of_recbole_is_taken_for_ours(tmp_path: Path, model: str) -> None
     check_keys(build_config(tmp_path, model))
 
 
+def test_keys_of_other_models_are_left_alone(tmp_path: Path) -> None:
+    """Short names of losses are near to many: de_epochs to RecVAE's n_dec_epochs, rce_weight to LightGCN's reg_weight."""
+    for key in ("n_dec_epochs", "reg_weight", "kg_weight"):
+        check_keys(with_keys(tmp_path, {key: 1}))
+
+
 def test_any_mapping_will_do() -> None:
     settings, losses = read_kd_settings({"kd_loss": "rrd", "rrd_rest": 7, "kd_schedule": "interactions", "other": 1})
     loss = losses["rrd"]
