@@ -198,6 +198,8 @@ class Comparison:
         columns = torch.tensor(self._places, device=rows.device) - 1
         self._ranks.append(ranks_of(teacher_top[:, columns], rows).cpu())
         for name, loss in self._losses.items():
+            if loss.tuned:
+                loss.tune(lists)
             self._gaps[name] += len(rows) * (mean_closure_gap(loss, loss.select(lists), rows) or 0.0)
         self.n += len(rows)
 

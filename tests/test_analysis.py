@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_rcekd import analyse, analysis
+from recbole_rcekd import analyse, analysis, ensemble
 from recbole_rcekd.analysis import as_text
 from recbole_rcekd.command import main
 from recbole_rcekd.diagnostics import quartile_groups, ranks_of, shared_items, transfer_ratio
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import KDError, SettingsError, TeacherError
-from recbole_rcekd.losses import CELoss
+from recbole_rcekd.losses import CELoss, RCELoss
 from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.row_lists import teaching_of
@@ -278,6 +278,13 @@ def test_samples_close_more(place: Path, found: dict[str, Any]) -> None:
     assert more["teacher"] == few["teacher"]
 
 
+def test_a_temperature_that_is_searched(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+    monkeypatch.setattr(RCELoss, "tune", lambda loss, lists: searched.append(len(lists.student_scores_of_all())))
+    compared(place, users=7, config_dict={"rce_sampling_temperature": "auto"})
+    assert searched == [7]
+
+
 def test_the_scale_of_the_teacher(place: Path, found: dict[str, Any]) -> None:
     """It weighs the gaps, and moves no list."""
     other = compared(place, config_dict={"kd_teacher_scores": "standardised", "kd_teacher_temperature": 0.1})
@@ -368,6 +375,20 @@ def test_asking_some_gives_what_training_asks_of_all(kinds: Path, names: str, ho
         torch.testing.assert_close(lists == 0, wanted == 0)
         of_lists, of_wanted = (known.score(users, each.clamp(min=1)) for each in (lists, wanted))
         torch.testing.assert_close(of_lists[lists > 0], of_wanted[lists > 0], rtol=1e-4, atol=1e-4)
+
+
+def test_beyond_what_is_ranked_nothing_is_listed(kinds: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ensemble, "_RANKED", 5)
+    bundle = build(kinds, **IN_TIME)
+    settings = TeacherSettings(teacher_ensemble="reciprocal_rank")
+    loaded = load_teacher(sources(kinds, "NeuMF+in_time"), bundle.train, settings=settings)
+    assert isinstance(loaded, Teachers)
+    users, n_users = torch.arange(1, 41), int(bundle.dataset.user_num)
+    parts = [open_scores(part, KDSettings(), torch.device("cpu")) for part in loaded.parts]
+    known = ensemble.reciprocal_rank(parts, [1.0, 1.0], loaded.seen, longest=5)
+    lists = analysis._Asked(loaded, n_users, 61).top_k(users, 20)
+    assert torch.equal(lists == 0, known.top_k(users, 20) == 0)
+    assert (lists[:, 10:] == 0).all()
 
 
 def test_of_whom_nothing_is_said(kinds: Path) -> None:

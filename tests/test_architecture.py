@@ -96,7 +96,10 @@ ABOVE = [
     ("tuning", {"analysis", "command"}),
     ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"report"}}),
     ("quick_start", {"tuning", "analysis", "command"}),
-    ("analysis", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
+    (
+        "analysis",
+        {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"analysis", "report"}},
+    ),
     ("curves", ALL - {"curves", "errors"}),
     ("processes", ALL - {"processes", "errors"}),
     # HSTU has data of its own.
