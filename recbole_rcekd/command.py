@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import resources
+from typing import Any
 
-from recbole_rcekd.errors import KDError
+from recbole_rcekd.analysis import analyse, as_text
+from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
+from recbole_rcekd.tuning import tune_recbole_kd
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,12 +35,39 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kd_loss", "-l", help=f"one or more of scratch,{','.join(LOSSES)}")
     parser.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
     parser.add_argument("--output_dir", help="folder for result.json and the histories")
+    parser.add_argument(
+        "--tune",
+        type=int,
+        metavar="N",
+        help="search the settings of each method, N trials each, on the validation data",
+    )
+    parser.add_argument(
+        "--params_file", help="with --tune: ranges in RecBole's format (default: properties/hyper/*.test)"
+    )
+    parser.add_argument("--algo", default="exhaustive", help="with --tune: exhaustive, random or bayes, as RecBole's")
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, that share the training")
     parser.add_argument("--world_size", type=int, default=-1, help="processes on all machines (default: nproc)")
     parser.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
     parser.add_argument("--ip", default="localhost", help="machine of the first process of all")
     parser.add_argument("--port", type=int, help="port there (default: 5678; on one machine any free one)")
-    known, _ = parser.parse_known_args(arguments)
+    looking = parser.add_argument_group("nothing is trained, something is looked at")
+    looking.add_argument(
+        "--analyse",
+        action="store_true",
+        help="what --student understood of --teacher, or the courses of trainings side by side (--history); docs/analysis.md",
+    )
+    looking.add_argument("--student", help="the checkpoint of the student; data and split are its own")
+    looking.add_argument("--baseline", help="the checkpoint of the same student, trained alone")
+    looking.add_argument("--history", help="output_dir of a training, or its history.csv; several with commas between")
+    looking.add_argument(
+        "--analyse_users", type=int, default=1000, help="training users looked at in full; 0: all (default: 1000)"
+    )
+    known, others = parser.parse_known_args(arguments)
+    if known.analyse:
+        return _analyse(known, others)
+    for key in ("student", "baseline", "history"):
+        if getattr(known, key):
+            parser.error(f"--{key} is for --analyse")
 
     files = known.config_files.strip().split(" ") if known.config_files else []
     if not (known.model or known.dataset or known.teacher or files):
@@ -47,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments is not None:
         sys.argv = [argv[0], *arguments]  # where RecBole's Config looks for all other keys
     try:
-        run = {
+        run: dict[str, Any] = {
             "model": known.model,
             "dataset": known.dataset,
             "config_file_list": files or None,
@@ -56,7 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
             "seeds": known.seeds,
             "output_dir": known.output_dir,
         }
-        if known.nproc == 1 and known.world_size <= 0:
+        if known.tune is not None:
+            run.pop("seeds")
+            tune_recbole_kd(known.tune, **run, params_file=known.params_file, algo=known.algo)
+        elif known.nproc == 1 and known.world_size <= 0:
             run_recbole_kd(**run)
         else:
             run_ranks(run_recbole_kd, run, known.nproc, known.world_size, known.ip, known.port, known.group_offset)
@@ -68,6 +101,37 @@ def main(arguments: list[str] | None = None) -> int:
             "Stopped. Checkpoints and histories so far are whole; the same command goes on with what is missing.",
             file=sys.stderr,
         )
+        return 130
+    finally:
+        sys.argv = argv
+    return 0
+
+
+def _analyse(known: argparse.Namespace, others: list[str]) -> int:
+    argv = sys.argv
+    sys.argv = [argv[0], *others]  # where RecBole's Config looks for all other keys
+    try:
+        several = {"nproc": known.nproc > 1, "world_size": known.world_size > 1}
+        for key in ("model", "kd_loss", "seeds", "config_files", "tune", "params_file", *several):
+            if several.get(key, getattr(known, key)):
+                raise SettingsError(f"[{key}] has no effect on an analysis: leave it out.")
+        result = analyse(
+            known.teacher,
+            known.student,
+            known.baseline,
+            known.history,
+            known.analyse_users,
+            known.output_dir,
+            known.dataset,
+        )
+        print(as_text(result))
+        if known.output_dir:
+            print(f"\nWritten to [{known.output_dir}].")
+    except KDError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
         return 130
     finally:
         sys.argv = argv

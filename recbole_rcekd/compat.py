@@ -13,6 +13,7 @@ Upstream threads on RecBole and its dependencies, all about some of what follows
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.machinery
@@ -23,17 +24,19 @@ import sys
 import textwrap
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import scipy.sparse
 import torch
 
-__all__ = ["add_model", "apply", "without_anomaly_detection"]
+__all__ = ["add_model", "apply", "without_anomaly_detection", "without_tensorboard"]
 
 # Set on what we put in place of a library's own function, so that a second `apply` leaves it alone.
 _MARK = "__recbole_rcekd__"
+# On what we put around one, which may have been rewritten before.
+_WRAPPED = "__recbole_rcekd_wrapped__"
 
 # Old name -> the name that every numpy has. `Config` later sets most of these itself, to these same types.
 _NUMPY_ALIASES = {
@@ -150,13 +153,13 @@ def scipy_dok_update() -> None:
     scipy.sparse.dok_matrix._update = _update
 
 
-def _rewrite(owner: type, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None) -> None:
+def _rewrite(owner: Any, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None) -> None:
     """Recompile one method of RecBole with some of its text replaced, at its own line numbers.
 
     Narrower than a method of our own: every other line stays RecBole's, and so do tracebacks.
 
     Args:
-        owner: The class that defines the method itself.
+        owner: The class that defines the method itself, or the module that defines a function.
         method: The method's name. It must not use `super()` without arguments.
         edits: Old text -> new text of as many lines.
         names: What the new text refers to, if it is nothing that the method's module knows.
@@ -172,7 +175,7 @@ def _rewrite(owner: type, method: str, edits: Mapping[str, str], names: Mapping[
     for old, new in edits.items():
         if old not in source:
             raise RuntimeError(
-                f"{owner.__module__}.{owner.__name__}.{method} has no line {old!r}: this is not the RecBole "
+                f"{function.__module__}.{function.__qualname__} has no line {old!r}: this is not the RecBole "
                 f"that recbole_rcekd was written for. Install recbole==1.2.1."
             )
         source = source.replace(old, new)
@@ -298,6 +301,24 @@ def distributed_without_gpu() -> None:
     )
 
 
+def _on_cpu(value: Any) -> Any:
+    """A tensor on the CPU; anything else as it is."""
+    return value.cpu() if isinstance(value, torch.Tensor) else value
+
+
+def evaluation_counts() -> None:
+    """Let the metrics of what lists are made of (`ItemCoverage`, `AveragePopularity`, `GiniIndex`, …) be evaluated.
+
+    Breaks: `.cpu()` of the number of items, and of the counters of interactions, which are no tensors
+    (evaluator/collector.py:227).
+    Upstream: none known.
+    """
+    from recbole.evaluator import Collector
+
+    kept = "self.data_struct._data_dict[key]"
+    _rewrite(Collector, "get_data_struct", {f"{kept}.cpu()": f"_on_cpu({kept})"}, {"_on_cpu": _on_cpu})
+
+
 def distributed_evaluation() -> None:
     """Let several processes evaluate each user once, and compute every metric from all users.
 
@@ -389,6 +410,22 @@ def distributed_tensorboard() -> None:
     _wrap(trainer, "get_tensorboard", of_the_first)
 
 
+@contextlib.contextmanager
+def without_tensorboard() -> Iterator[None]:
+    """While this lasts, trainers open no tensorboard: those that only evaluate leave no folder behind.
+
+    Breaks: every trainer opens a writer in the working directory (trainer/trainer.py:116), which cannot be turned off.
+    """
+    from recbole.trainer import trainer
+
+    original = trainer.get_tensorboard
+    trainer.get_tensorboard = lambda *args, **kwargs: _NoTensorboard()
+    try:
+        yield
+    finally:
+        trainer.get_tensorboard = original
+
+
 def without_anomaly_detection() -> Any:
     """A context without torch's anomaly detection, which looks for NaN after every step of every gradient.
 
@@ -403,11 +440,23 @@ def without_anomaly_detection() -> Any:
 def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Put a function around one of RecBole's, once."""
     original = vars(owner)[name]
-    if hasattr(original, _MARK):
+    if hasattr(original, _WRAPPED):
         return
     replacement = wrap(original)
-    setattr(replacement, _MARK, True)
+    setattr(replacement, _WRAPPED, True)
     setattr(owner, name, replacement)
+
+
+def hyperopt_generator() -> None:
+    """Draw trials with numpy's new generators, which hyperopt expects since 0.2.6.
+
+    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, hands hyperopt a
+    `RandomState`, which has no `integers`. The order of the trials is another one than with hyperopt 0.2.5.
+    Upstream: none known.
+    """
+    from recbole.trainer import hyper_tuning
+
+    _rewrite(hyper_tuning, "exhaustive_search", {"np.random.RandomState(seed)": "np.random.default_rng(seed)"})
 
 
 # Model -> its default settings; read by the patch in `add_model`.
@@ -459,8 +508,10 @@ _QUIRKS: tuple[Callable[[], None], ...] = (
     pandas_agg_len,
     stable_sort,
     distributed_without_gpu,
+    evaluation_counts,
     distributed_evaluation,
     distributed_tensorboard,
+    hyperopt_generator,
 )
 
 

@@ -1,4 +1,4 @@
-"""From RecBole's Config to settings: the strict check of our keys, and the Config of a teacher that is trained here.
+"""From RecBole's Config to settings: the strict check of our keys, and the Configs of teachers and assistants trained here.
 
 RecBole reads a missing key as ``None`` and accepts every unknown one, so that a typing error means "trained with the
 default". Keys with our prefixes are therefore checked by name here, before anything is computed.
@@ -6,7 +6,9 @@ default". Keys with our prefixes are therefore checked by name here, before anyt
 
 from __future__ import annotations
 
+import copy
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -26,7 +28,7 @@ from recbole.utils.argument_list import (
 
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import LOSSES, get_loss
-from recbole_rcekd.losses.base import Loss
+from recbole_rcekd.losses.base import KDLoss, Loss
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.settings import KDSettings, TeacherSettings, nearest, read_settings
 
@@ -99,6 +101,14 @@ def read_kd_settings(config: Any) -> tuple[KDSettings, dict[str, Loss]]:
 def needs_teacher(name: str) -> bool:
     """Whether a method of ``kd_loss`` learns from a teacher."""
     return name != SCRATCH and any(get_loss(part).needs_teacher for part in parts_of(name))
+
+
+def trajectory_losses(config: Any) -> list[KDLoss]:
+    """Those losses of a run's method that learn from earlier states of the teacher."""
+    if config["kd_loss"] == SCRATCH:
+        return []
+    losses = read_kd_settings(config)[1].values()
+    return [loss for loss in losses if isinstance(loss, KDLoss) and loss.uses_trajectory]
 
 
 def owner(key: str) -> str | None:
@@ -193,6 +203,51 @@ def teacher_config(name: str, student: Any) -> Any:
         as_student = student["MODEL_TYPE"] == ModelType.SEQUENTIAL
         config["kd_sequence_split"] = student["kd_sequence_split"] if as_student else "interactions"
     return config
+
+
+def assistant_config(student: Any, teacher: Any) -> Any:
+    """The Config of the assistant of a method's students (TARec), or ``None`` if there is none.
+
+    It is the students' own but for ``embedding_size``, which is ``tarec_assistant_size``, or, for −1, the geometric mean of
+    the teacher's and the student's, rounded. A sum (``rce+tarec``) teaches its assistant all of it.
+
+    Args:
+        student: the Config of the method's runs, with the KD settings in it.
+        teacher: the teacher's, or ``None`` for one without.
+
+    Raises:
+        SettingsError: the student's model has no ``embedding_size``; or the teacher has none, for the mean; or the method
+            needs earlier states of its teacher.
+    """
+    wanted = student["tarec_assistant_size"] if "tarec" in parts_of(student["kd_loss"]) else 0
+    if wanted == 0:
+        return None
+    if _width(student) is None:
+        raise SettingsError(
+            f"[tarec_assistant_size] is {wanted}, but {student['model']} has no [embedding_size] for its assistant to differ "
+            "in: set tarec_assistant_size: 0 to learn from the teacher itself."
+        )
+    if trajectory_losses(student):
+        raise SettingsError(
+            f"[kd_loss] {student['kd_loss']} learns from earlier states of its teacher, of which an assistant keeps none: set "
+            "tarec_assistant_size: 0."
+        )
+    if wanted == -1:
+        if _width(teacher) is None:
+            raise SettingsError(
+                "[tarec_assistant_size] is -1, the geometric mean of two [embedding_size]s, but the teacher has none: give the "
+                "assistant's own size, or 0 for no assistant."
+            )
+        wanted = round(math.sqrt(_width(student) * _width(teacher)))
+    config = copy.deepcopy(student)
+    config["embedding_size"] = wanted
+    config["tarec_assistant_size"] = 0
+    return config
+
+
+def _width(config: Any) -> Any:
+    """``embedding_size`` of a model that has it among its defaults (others are given it in vain)."""
+    return None if config is None or "embedding_size" not in config.internal_config_dict else config["embedding_size"]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from recbole_rcekd.diagnostics import Watched, mean_closure_gap
+from recbole_rcekd.diagnostics import Watched, closure_numbers
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
@@ -237,11 +237,12 @@ class Distiller:
 
         Returns:
             ``overlap@50``: share of the teacher's top-50 in the student's; ``ndcg@10_to_teacher``: NDCG of the student's
-            top-10 with the teacher's as truth; ``gamma``: mean mixing weight of all users (RCE-KD); ``closure_gap``: Δ of
-            the item sets as they are now, in nats (METHODS.md, T3).
+            top-10 with the teacher's as truth; ``gamma``: mean mixing weight of all users (RCE-KD); how nearly closed the item
+            sets are now (:func:`~recbole_rcekd.diagnostics.closure_numbers`); the loss's own
+            :meth:`~recbole_rcekd.losses.base.KDLoss.numbers`.
         """
         side = self._sides[0]
-        found: dict[str, float] = {}
+        found = side.loss.numbers()
         if side.sets is not None and side.sets.gamma is not None:
             found["gamma"] = float(side.sets.gamma.mean())
         if len(self._watched) == 0:
@@ -249,7 +250,6 @@ class Distiller:
         with preserved_random_state(), self._scorer.evaluating():
             rows = side.score_all(self._watched.contexts)
         found |= self._watched.distance(rows)
-        gap = mean_closure_gap(side.loss, side.sets.rows(self._watched.places), rows) if side.sets is not None else None
-        if gap is not None:
-            found["closure_gap"] = gap
+        if side.sets is not None:
+            found |= closure_numbers(side.loss, side.sets.rows(self._watched.places), rows)
         return found

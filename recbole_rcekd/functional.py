@@ -31,6 +31,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """The rows of ``x [n, d]`` at length 1, in float32 or better; one shorter than 1e-8 is divided by that, so 0 stays 0."""
+    return torch.nn.functional.normalize(at_least_float32(x), dim=-1, eps=1e-8)
+
+
 def masked_log_softmax(scores: Tensor, keep: Tensor | None = None) -> Tensor:
     r"""``log softmax`` over the last axis, counting only the kept entries.
 
@@ -153,7 +158,7 @@ def plackett_luce(
 
     Args:
         head: scores ``[..., K]`` in the order to be learned, best first.
-        tail: scores ``[..., L]`` that should all come below the head, in any order.
+        tail: scores ``[..., L]`` that should all come below the head, in any order; L may be 0.
         head_keep: bool ``[..., K]``, which of the head count.
         tail_keep: bool ``[..., L]``, which of the tail count.
 

@@ -122,6 +122,9 @@ class Lists:
             block = self.part(part)
             rows = block.teacher_scores_of_all().clone()
             rows[block._seen.cells(block.contexts)] = -torch.inf
+            if getattr(self._teacher, "partial", False):
+                listed = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, block.teacher_top(self.n_items), True)
+                rows.masked_fill_(~listed, -torch.inf)
             for g, ids in enumerate(members):
                 scores, place = rows[:, ids].topk(min(k, len(ids)), dim=1)
                 found[part, g, : place.shape[1]] = ids[place].masked_fill(scores == -torch.inf, 0)
@@ -170,7 +173,11 @@ class Lists:
 
     def is_seen(self, items: Tensor) -> Tensor:
         """Which of ``items [n, T]`` the contexts have in the training data, bool ``[n, T]``."""
-        return ~self._not_seen(items)
+        return ~self._not_in(self._seen, items)
+
+    def n_allowed(self) -> Tensor:
+        """How many items there are for each context, ``[n]``: the catalogue, without padding."""
+        return torch.full_like(self.contexts, self.n_items - 1)
 
     def n_unseen(self) -> Tensor:
         """How many items each context has not in the training data, ``[n]``."""
@@ -178,13 +185,13 @@ class Lists:
 
     def draw_unseen(self, n: int, outside: Tensor) -> Tensor:
         """``n`` distinct items per row, uniform over what is neither seen nor in ``outside [n, P]``; 0 where there are fewer."""
-        return self._draw(n, outside, unseen=True)
+        return self._draw(n, outside, self._seen)
 
     def draw(self, n: int, outside: Tensor) -> Tensor:
         """``n`` distinct items per row, uniform over what is not in ``outside [n, P]``; 0 where there are fewer."""
-        return self._draw(n, outside, unseen=False)
+        return self._draw(n, outside, None)
 
-    def _draw(self, n: int, outside: Tensor, unseen: bool) -> Tensor:
+    def _draw(self, n: int, outside: Tensor, without: Seen | None) -> Tensor:
         """Rejection: draw more than enough, strike what is not allowed or repeated, keep the first ``n``. Rows that run
         short, because little is allowed, are drawn exactly from their full row.
         """  # noqa: D205
@@ -196,29 +203,29 @@ class Lists:
             device=self.contexts.device,
         )
         allowed = ~is_member(candidates, outside)
-        if unseen:
-            allowed &= self._not_seen(candidates)
+        if without is not None:
+            allowed &= self._not_in(without, candidates)
         drawn, found = first_distinct(candidates, allowed, n)
         short = (~found.all(1)).nonzero().squeeze(1)
         if len(short):
-            drawn[short] = self.part(short)._draw_exactly(n, outside[short], unseen)
+            drawn[short] = self.part(short)._draw_exactly(n, outside[short], without)
         return drawn
 
-    def _not_seen(self, items: Tensor) -> Tensor:
-        rows, ids = self._seen.cells(self.contexts)
+    def _not_in(self, seen: Seen, items: Tensor) -> Tensor:
+        rows, ids = seen.cells(self.contexts)
         # (row, id) as one ascending key: one binary search for the whole block.
-        keys = rows * self._seen.n_ids + ids
-        wanted = torch.arange(len(items), device=items.device).unsqueeze(1) * self._seen.n_ids + items
+        keys = rows * seen.n_ids + ids
+        wanted = torch.arange(len(items), device=items.device).unsqueeze(1) * seen.n_ids + items
         if len(keys) == 0:
             return torch.ones_like(items, dtype=torch.bool)
         place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
         return keys[place] != wanted
 
-    def _draw_exactly(self, n: int, outside: Tensor, unseen: bool) -> Tensor:
+    def _draw_exactly(self, n: int, outside: Tensor, without: Seen | None) -> Tensor:
         shape = (len(self.contexts), self.n_items)
         noise = torch.rand(shape, generator=self.generator, device=self.contexts.device)
-        if unseen:
-            noise[self._seen.cells(self.contexts)] = -torch.inf
+        if without is not None:
+            noise[without.cells(self.contexts)] = -torch.inf
         noise.scatter_(1, outside, -torch.inf)
         noise[:, 0] = -torch.inf
         drawn = top_k(noise, n)

@@ -6,9 +6,10 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from logging import getLogger
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +22,14 @@ from recbole.utils import ModelType, get_environment, get_model, init_logger, in
 
 from recbole_rcekd.config import (
     SCRATCH,
+    assistant_config,
     check_keys,
     loss_names,
     needs_teacher,
     overrides_for,
     read_kd_settings,
     teacher_config,
+    trajectory_losses,
 )
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.processes import PLACE_KEYS, Ranks
@@ -37,6 +40,7 @@ from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teachers import LoadedTeacher, load_teacher, source_list
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
+from recbole_rcekd.trajectory import Trajectory, folder_beside, state_files
 
 # RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
 _EVAL_BATCH_SIZE = 2**20
@@ -80,21 +84,43 @@ def run_recbole_kd(
         SettingsError: a setting is unknown or wrong; before data are read.
         TeacherError: the teacher cannot be used for this student.
     """
-    extra = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
-    given = {key: _plain(value) for key, value in extra.items() if value is not None}
+    given = {"teacher": teacher, "kd_loss": kd_loss, "seeds": seeds, "output_dir": output_dir}
     joined_before = dist.is_initialized()
+    config = command_config(model, dataset, config_file_list, config_dict, given)
+    result = Experiment(config, saved).run()
+    if dist.is_initialized() and not joined_before:
+        dist.barrier()  # the first process keeps the connections for all
+        dist.destroy_process_group()
+    return result
+
+
+def command_config(
+    model: str | None,
+    dataset: str | None,
+    config_file_list: list[str] | None,
+    config_dict: dict[str, Any] | None,
+    given: dict[str, Any],
+) -> Any:
+    """RecBole's Config of a command.
+
+    Args:
+        model: as of :func:`run_recbole_kd`, and so on.
+        dataset: likewise.
+        config_file_list: likewise.
+        config_dict: likewise.
+        given: keys of ours that were given as arguments; ``None`` where not.
+
+    Raises:
+        SettingsError: RecBole has no such model.
+    """
+    extra = {key: _plain(value) for key, value in given.items() if value is not None}
     try:
-        config = Config(model, dataset, config_file_list, {**(config_dict or {}), **given})
+        return Config(model, dataset, config_file_list, {**(config_dict or {}), **extra})
     except ModuleNotFoundError as error:
         # RecBole looks for a name that it does not know among the models that need these.
         if error.name not in ("lightgbm", "xgboost"):
             raise
         raise SettingsError(f"[model] names no RecBole model{f': {model!r}' if model else ''}.") from error
-    result = _Experiment(config, saved).run()
-    if dist.is_initialized() and not joined_before:
-        dist.barrier()  # the first process keeps the connections for all
-        dist.destroy_process_group()
-    return result
 
 
 def _plain(value: Any) -> Any:
@@ -105,15 +131,25 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass
-class _Data:
+class Data:
+    """RecBole's dataset and its three loaders."""
+
     dataset: Any
     train: Any
     valid: Any
     test: Any
 
 
-class _Experiment:
-    """One command: a teacher, a split, and a run for each method and seed."""
+class Experiment:
+    """One command: a teacher, a split, and a run for each method and seed.
+
+    Args:
+        config: of the command.
+        saved: keep checkpoints.
+
+    Raises:
+        SettingsError: a setting of any method is unknown or wrong.
+    """
 
     def __init__(self, config: Any, saved: bool) -> None:
         self.config = config
@@ -127,8 +163,10 @@ class _Experiment:
         self.output_dir = Path(config["output_dir"]) if config["output_dir"] and self.ranks.first else None
         if not self.ranks.first:
             config["log_wandb"] = False
+        if _may_evaluate_more(config):
+            config["eval_batch_size"] = _EVAL_BATCH_SIZE
         # Every setting of every method is read now: a typing error in the last one must not cost hours.
-        self.run_configs = {name: self._run_config(name) for name in self.losses}
+        self.run_configs = {name: self.run_config(name) for name in self.losses}
         if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
             raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
         if self.losses != [SCRATCH]:
@@ -139,11 +177,23 @@ class _Experiment:
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = self._read_teacher()
-        if _may_evaluate_more(config):
-            for each in (config, *self.run_configs.values()):
-                each["eval_batch_size"] = _EVAL_BATCH_SIZE
+        if self.teacher_config is not None:
+            self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
+        self._require_earlier_states()
 
     def run(self) -> dict[str, Any]:
+        """Train everything; what :func:`run_recbole_kd` returns."""
+        data, teacher, report = self.prepare()
+        for seed in self.seeds:
+            for name in self.losses:
+                report.add(self._run(name, seed, data, teacher, report))
+        logger = getLogger()
+        logger.info("The running environment of this training is as follows:\n" + get_environment(self.config).draw())
+        report.show()
+        return report.result(self.config["valid_metric_bigger"])
+
+    def prepare(self) -> tuple[Data, LoadedTeacher | None, Report]:
+        """Read the data and the teacher, which is trained if it is not there yet."""
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
         # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
@@ -155,7 +205,7 @@ class _Experiment:
         logger.info(config)
         dataset = create_dataset(config)
         logger.info(dataset)
-        data = _Data(dataset, *data_preparation(config, dataset))
+        data = Data(dataset, *data_preparation(config, dataset))
         if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
             raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
         for name in self.losses:
@@ -167,12 +217,9 @@ class _Experiment:
         report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
-        for seed in self.seeds:
-            for name in self.losses:
-                report.add(self._run(name, seed, data, teacher, report))
-        logger.info("The running environment of this training is as follows:\n" + get_environment(config).draw())
-        report.show()
-        return report.result(config["valid_metric_bigger"])
+        self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
+        self.assistants: dict[str, tuple[LoadedTeacher, dict[str, Any]]] = {}
+        return data, teacher, report
 
     # -- teacher -------------------------------------------------------------------------------------------------
 
@@ -199,21 +246,32 @@ class _Experiment:
                 f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: several teachers are files "
                 "(checkpoints or files of scores), so train a model by its name first."
             )
-        known = {"teacher_trust", *TeacherSettings.keys()}
+        known = {"teacher_trust", *TeacherSettings.keys()} - {"teacher_checkpoints"}
         stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k not in known]
         stray = [k for k in stray if self.config[k] is not None]
         if sources and stray:
             raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
         return None
 
-    def _prepare_teacher(self, data: _Data) -> tuple[LoadedTeacher, TeacherResult]:
+    def _require_earlier_states(self) -> None:
+        for name, config in self.run_configs.items():
+            for loss in trajectory_losses(config):
+                if self.teacher_config is None or loss.checkpoints:
+                    state_files(loss, source_list(self.config["teacher"]))
+                elif self.teacher_settings.teacher_checkpoints == 0:
+                    raise SettingsError(
+                        f"[kd_loss] {name} learns from earlier states of the teacher: say with [teacher_checkpoints] how many are "
+                        "kept while it is trained, 3 for example."
+                    )
+
+    def _prepare_teacher(self, data: Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
             source, trained = self._train_teacher(self.teacher_config["model"], self.teacher_config, data)
         teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
         return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
 
-    def _train_teacher(self, name: str, config: Any, data: _Data) -> tuple[str, dict[str, Any]]:
+    def _train_teacher(self, name: str, config: Any, data: Data) -> tuple[str, dict[str, Any]]:
         """Train a teacher as RecBole would, or find the one that the same settings gave before."""
         if _may_evaluate_more(config):
             config["eval_batch_size"] = _EVAL_BATCH_SIZE
@@ -228,15 +286,20 @@ class _Experiment:
             *PLACE_KEYS,
         )
         settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in unimportant}
+        n_states = self.teacher_settings.teacher_checkpoints
+        if n_states:
+            settings["teacher_checkpoints"] = repr(n_states)
         key = hashlib.sha256(json.dumps([settings, split_hash(data.train._dataset)]).encode()).hexdigest()[:10]
         file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
         file = self.ranks.broadcast(file)  # settings of the other ranks name the file otherwise
-        facts = file.with_suffix(".json")
+        facts, states = file.with_suffix(".json"), folder_beside(file)
         logger = getLogger()
-        if self.ranks.all(file.exists() and facts.exists()):
+        if self.ranks.all(file.exists() and facts.exists() and (states.exists() or not n_states)):
             logger.info(set_color("Teacher", "pink") + f": {name} trained before, from [{file}]")
             return str(file), json.loads(facts.read_text(encoding="utf-8"))
         logger.info(set_color("Teacher", "pink") + f": training {name}, kept in [{file}]")
+        if self.ranks.first and not file.exists():
+            shutil.rmtree(states, ignore_errors=True)  # of a training that was interrupted in its last step
         logger.info(config)
         init_seed(config["seed"], config["reproducibility"])
         dataset = create_dataset(config)
@@ -245,6 +308,8 @@ class _Experiment:
         model = get_model(name)(config, train._dataset).to(config["device"])
         logger.info(model)
         trainer = recording_trainer(config)(config, model)
+        if n_states and self.ranks.first:
+            trainer.trajectory = Trajectory(folder_beside(trainer.saved_model_file), n_states)
         self._draw_apart(config, config["seed"])
         started = perf_counter()
         trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
@@ -252,17 +317,86 @@ class _Experiment:
         # The last step: a teacher whose training was interrupted is not found the next time.
         if self.ranks.first:
             facts.write_text(json.dumps(trained), encoding="utf-8")
+            if trainer.trajectory is not None:
+                epochs = trainer.trajectory.finish(states)
+                logger.info(
+                    set_color("Teacher", "pink") + f": its states after the epochs {epochs} are kept in [{states}]"
+                )
             os.replace(trainer.saved_model_file, file)
         self.ranks.barrier()
         return str(file), trained
 
+    # -- assistants ----------------------------------------------------------------------------------------------
+
+    def _assistant_configs(self, teacher: Any) -> dict[str, Any]:
+        """The Config of each method's assistant, of the methods that have one; ``teacher`` is the teacher's Config."""
+        found = {name: assistant_config(self.run_configs[name], teacher) for name in self.losses if name != SCRATCH}
+        return {name: config for name, config in found.items() if config is not None}
+
+    def teacher_of(
+        self, name: str, data: Data, teacher: LoadedTeacher | None, report: Report
+    ) -> tuple[LoadedTeacher | None, dict[str, Any] | None]:
+        """Whom the students of a method learn from, and, if that is an assistant, its results.
+
+        Args:
+            name: the method.
+            data: of :meth:`prepare`.
+            teacher: likewise.
+            report: likewise.
+        """
+        if teacher is None or name not in self.assistant_configs:
+            return teacher, None
+        if name not in self.assistants:
+            self.assistants[name] = self._prepare_assistant(name, data, teacher, report)
+        return self.assistants[name]
+
+    def _prepare_assistant(
+        self, name: str, data: Data, teacher: LoadedTeacher, report: Report
+    ) -> tuple[LoadedTeacher, dict[str, Any]]:
+        """Train the assistant of a method as its students are, or find it, and measure it as a teacher."""
+        config, logger = self.assistant_configs[name], getLogger()
+        title = set_color(f"Assistant, {name}", "pink")
+        key = report.fingerprint(config, teacher)[:10]
+        file = Path(config["checkpoint_dir"]) / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
+        file = self.ranks.broadcast(file)
+        facts = file.with_suffix(".json")
+        if self.ranks.all(file.exists() and facts.exists()):
+            logger.info(f"{title}: trained before, from [{file}]")
+            trained = json.loads(facts.read_text(encoding="utf-8"))
+        else:
+            size = config["embedding_size"]
+            logger.info(f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]")
+            trainer = self.trainer(config, int(config["seed"]), data, teacher)
+            started = perf_counter()
+            trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
+            trained = _course(trainer, perf_counter() - started)
+            # As with a teacher, the last step.
+            if self.ranks.first:
+                facts.write_text(json.dumps(trained), encoding="utf-8")
+                learned = Path(trainer.saved_model_file).with_suffix(".kd.pth")
+                if learned.exists():
+                    os.replace(learned, file.with_suffix(".kd.pth"))
+                os.replace(trainer.saved_model_file, file)
+            self.ranks.barrier()
+        assistant = load_teacher(str(file), data.train)
+        result = TeacherResult.of(assistant, self.config, data.valid, data.test, trained)
+        logger.info(f"{title}: " + set_color("test result", "yellow") + f": {result.test_result}")
+        return assistant, {"embedding_size": config["embedding_size"], **asdict(result)}
+
     # -- students ------------------------------------------------------------------------------------------------
 
-    def _run_config(self, name: str) -> Any:
-        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings."""
+    def run_config(self, name: str, given: dict[str, Any] | None = None) -> Any:
+        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings.
+
+        Args:
+            name: the method.
+            given: further keys, over all others.
+        """
         config = copy.deepcopy(self.config)
         config["kd_loss"] = name
-        for key, value in overrides_for(name, self.config).items():
+        for key, value in (given or {}).items():
+            config[key] = value
+        for key, value in overrides_for(name, config).items():
             config[key] = value
         if name != SCRATCH:
             # Written back, so that log, tensorboard and checkpoint say what was used.
@@ -270,30 +404,17 @@ class _Experiment:
                 config[key] = value
         return config
 
-    def _run(self, name: str, seed: int, data: _Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
+    def _run(self, name: str, seed: int, data: Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = self.ranks.broadcast(report.finished(name, seed, config, teacher))
         if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
+        fingerprint = report.fingerprint(config, teacher)
+        teacher, assistant = self.teacher_of(name, data, teacher, report)
         logger.info(f"{title}: training {config['model']}")
-        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
-        init_seed(seed, config["reproducibility"])
-        # A knowledge-aware loader is two loaders in one.
-        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
-            if hasattr(loader, "generator"):
-                loader.generator.manual_seed(seed)
-                if self.ranks.world > 1:
-                    loader.sampler.seed = seed  # which orders the rows then
-        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
-        logger.info(model)
-        trainer: Any
-        if name == SCRATCH:
-            trainer = recording_trainer(config)(config, model)
-        else:
-            trainer = distill_trainer(config)(config, model, teacher, seed)
-        self._draw_apart(config, seed)
+        trainer = self.trainer(config, seed, data, teacher)
         folder = report.run_folder(name, seed)
         if folder is not None:
             trainer.history.file = folder / "history.csv"
@@ -312,13 +433,43 @@ class _Experiment:
             best_valid_score=float(best_score),
             best_valid_result={k: float(v) for k, v in (best_valid or {}).items()},
             test_result={k: float(v) for k, v in test.items()},
-            parameters=sum(p.numel() for p in model.parameters()),
+            parameters=sum(p.numel() for p in trainer.model.parameters()),
             checkpoint=trainer.saved_model_file if self.saved else "",
             checkpoint_bytes=os.path.getsize(trainer.saved_model_file) if self.saved else 0,
-            ranking_ms_per_1000_users=ranking_time(model, data.train._dataset),
-            fingerprint=report.fingerprint(config, teacher),
+            ranking_ms_per_1000_users=ranking_time(trainer.model, data.train._dataset),
+            fingerprint=fingerprint,
+            assistant=assistant,
             **_course(trainer, seconds),
         )
+
+    def trainer(self, config: Any, seed: int, data: Data, teacher: LoadedTeacher | None) -> Any:
+        """A model as it is before training, in its trainer.
+
+        Args:
+            config: of the run (:meth:`run_config`).
+            seed: of the initialisation and all draws.
+            data: of :meth:`prepare`.
+            teacher: the method's (:meth:`teacher_of`).
+        """
+        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
+        init_seed(seed, config["reproducibility"])
+        # A knowledge-aware loader is two loaders in one.
+        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
+            if hasattr(loader, "generator"):
+                loader.generator.manual_seed(seed)
+                if self.ranks.world > 1:
+                    loader.sampler.seed = seed  # which orders the rows then
+        model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
+        getLogger().info(model)
+        trainer: Any
+        name = config["kd_loss"]
+        if name == SCRATCH:
+            trainer = recording_trainer(config)(config, model)
+        else:
+            # To a control it makes no difference whether the command has a teacher.
+            trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
+        self._draw_apart(config, seed)
+        return trainer
 
     def _draw_apart(self, config: Any, seed: int) -> None:
         """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""

@@ -27,12 +27,14 @@ from scipy.stats import ttest_rel
 from tabulate import tabulate
 
 from recbole_rcekd.cache import blocks
-from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of
+from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of, trajectory_losses
+from recbole_rcekd.diagnostics import transfer_ratio
 from recbole_rcekd.processes import PLACE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.teacher import Teacher
-from recbole_rcekd.teachers import LoadedTeacher
+from recbole_rcekd.teachers import LoadedTeacher, source_list
+from recbole_rcekd.trajectory import state_files
 
 RESULT_FORMAT = 1
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
@@ -47,6 +49,8 @@ _UNIMPORTANT = frozenset(
         "seeds",
         "log_wandb",
         "kd_cache_dir",
+        *("tune", "params_file", "algo"),
+        "teacher_checkpoints",
     }
 )
 
@@ -69,11 +73,12 @@ class RunResult:
     checkpoint_bytes: int
     ranking_ms_per_1000_users: float
     fingerprint: str
+    assistant: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """The teacher, measured on the same data; ``teacher`` in ``result.json``.
+    """The teacher (or an assistant), measured on the same data; ``teacher`` in ``result.json``.
 
     ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained elsewhere. Of several teachers
     parameters, bytes and times are added up; a file of scores has no parameters, and ranks in no time.
@@ -98,8 +103,8 @@ class TeacherResult:
         """Measure a teacher with RecBole's evaluation on the student's data."""
         parts: Any = getattr(teacher, "parts", [teacher])
         models = [part for part in parts if isinstance(part, Teacher)]
-        trainer = Trainer(config, _TeacherAsModel(teacher, config["device"]))
-        valid, test = (_evaluated(trainer, data) for data in (valid_data, test_data))
+        trainer = Trainer(config, TeacherAsModel(teacher, config["device"]))
+        valid, test = (evaluated(trainer, data) for data in (valid_data, test_data))
         return cls(
             model=teacher.name,
             checkpoint=teacher.source,
@@ -113,7 +118,7 @@ class TeacherResult:
         )
 
 
-class _TeacherAsModel(torch.nn.Module):
+class TeacherAsModel(torch.nn.Module):
     """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
 
     def __init__(self, teacher: LoadedTeacher, device: torch.device) -> None:
@@ -123,10 +128,11 @@ class _TeacherAsModel(torch.nn.Module):
         self.unused = torch.nn.Parameter(torch.zeros(1, device=device))  # the trainer builds an optimiser
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
+        """Called by RecBole's evaluation."""
         return self._teacher.score_rows(interaction)
 
 
-def _evaluated(trainer: Any, data: Any) -> dict[str, float]:
+def evaluated(trainer: Any, data: Any) -> dict[str, float]:
     """RecBole's metrics on rows as they are: the transformation that the student's model wants is not the teacher's."""
     transform, data.transform = data.transform, lambda dataset, rows: rows
     try:
@@ -178,9 +184,9 @@ class Report:
         self.runs.append(run)
         folder = self.run_folder(run.loss, run.seed)
         if folder is not None and self.folder is not None:
-            _write_json(folder / "run.json", asdict(run))
-            _write_json(self.folder / "result.json", self.as_dict())
-            _write_whole(self.folder / "summary.md", self.table("github") + "\n")
+            write_json(folder / "run.json", asdict(run))
+            write_json(self.folder / "result.json", self.as_dict())
+            write_whole(self.folder / "summary.md", self.table("github") + "\n")
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""
@@ -190,15 +196,20 @@ class Report:
         """A hash of what decides a run's result, apart from its seed."""
         method = config["kd_loss"]
         own = parts_of(method)
-        foreign = ("kd_", "teacher") if method == SCRATCH else ()
+        foreign: tuple[str, ...] = ("kd_",) if method == SCRATCH else ()
         if not needs_teacher(method):
-            teacher = None
+            teacher, foreign = None, (*foreign, "teacher")
         settings = {
             k: repr(v)
             for k, v in sorted(config.final_config_dict.items())
             if k not in _UNIMPORTANT and not k.startswith(foreign) and owner(k) in (None, *own)
         }
-        parts = [method, settings, self.split, teacher.fingerprint if teacher else ""]
+        parts: list[Any] = [method, settings, self.split, teacher.fingerprint if teacher else ""]
+        if teacher is not None:
+            # Of one teacher's training: the numbers of the epochs say which states they are.
+            for loss in trajectory_losses(config):
+                files = state_files(loss, source_list(teacher.source))
+                parts.append([[file.name for file in states] for states in files])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def finished(self, loss: str, seed: int, config: Any, teacher: LoadedTeacher | None) -> RunResult | None:
@@ -207,7 +218,8 @@ class Report:
         if folder is None or not (folder / "run.json").exists():
             return None
         try:
-            known = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            # Files written before there were assistants know none.
+            known = {"assistant": None, **json.loads((folder / "run.json").read_text(encoding="utf-8"))}
             run = RunResult(**{f.name: known[f.name] for f in fields(RunResult)})
         except (ValueError, KeyError, TypeError):
             return None
@@ -270,12 +282,9 @@ class Report:
         return rows
 
     def _transfer_ratio(self, loss: str, means: dict[str, float]) -> float | None:
-        """(distilled − alone) / (teacher − alone)."""
         if self.teacher is None or SCRATCH not in means or loss == SCRATCH:
             return None
-        alone = means[SCRATCH]
-        gap = self.teacher.test_result[self.metric] - alone
-        return (means[loss] - alone) / gap if gap else None
+        return transfer_ratio(means[loss], means[SCRATCH], self.teacher.test_result[self.metric])
 
     def _p_value(self, by_loss: dict[str, list[RunResult]], loss: str, other: str | None) -> float | None:
         """Two-sided paired t-test over common seeds against the best other method."""
@@ -387,11 +396,12 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _write_json(file: Path, content: Any) -> None:
-    _write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+def write_json(file: Path, content: Any) -> None:
+    """As :func:`write_whole`."""
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def _write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, text: str) -> None:
     """Whole or not at all, also when several commands write into one folder."""
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:6]}.partial")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recbole_rcekd.batch_scores import BatchScores
 from recbole_rcekd.contexts import ROW_FIELD, Rows
-from recbole_rcekd.diagnostics import OVERLAP_AT, distance_to_teacher, mean_closure_gap
+from recbole_rcekd.diagnostics import OVERLAP_AT, closure_numbers, distance_to_teacher
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
@@ -140,7 +140,8 @@ class RowDistiller:
 
     def diagnostics(self) -> dict[str, float]:
         """How far the student is: as :meth:`Distiller.diagnostics`, on the same few rows in every epoch."""
-        found = {name: total / max(1, self.steps) for name, total in self._sums.items()}
+        found = self.loss.numbers()
+        found |= {name: total / max(1, self.steps) for name, total in self._sums.items()}
         if len(self._watched) == 0:
             return found
         with preserved_random_state(), self._scorer.evaluating():
@@ -151,9 +152,7 @@ class RowDistiller:
             scores = lists.without_hidden(scores)
             k = min(OVERLAP_AT, self._teaching.n_items - 1)
             found |= distance_to_teacher(scores, lists.teacher_top(k))
-            gap = mean_closure_gap(self.loss, self.loss.select(lists), scores)
-        if gap is not None:
-            found["closure_gap"] = gap
+            found |= closure_numbers(self.loss, self.loss.select(lists), scores)
         return found
 
     def _choose_watched(self) -> Tensor:

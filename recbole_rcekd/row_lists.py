@@ -161,6 +161,15 @@ class RowLists(Lists):
         """The student's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
         return self.without_hidden(super().student_scores_of_all())
 
+    def n_allowed(self) -> Tensor:
+        """How many items there are for each row, ``[n]``: the catalogue, without padding and hidden ones."""
+        whole = super().n_allowed()
+        return whole if self._hidden is None else whole - self._hidden.counts()[self.contexts]
+
+    def draw(self, n: int, outside: Tensor) -> Tensor:
+        """``n`` distinct items per row, uniform over what is neither hidden nor in ``outside``; 0 where there are fewer."""
+        return self._draw(n, outside, self._hidden)
+
     def positives(self, n: int) -> Tensor:
         """The target, ``[n_contexts, n]``; 0 after it."""
         return torch.nn.functional.pad(self._targets[self.contexts].unsqueeze(1), (0, n - 1))

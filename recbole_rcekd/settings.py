@@ -64,16 +64,24 @@ class Settings:
                     f"{nearest(str(value), map(str, allowed))}"
                 )
             return
+        kind = getattr(hint, "__name__", "")
+        if typing.get_origin(hint) is typing.Union:  # a number, or one of a few words
+            hint, words = typing.get_args(hint)
+            if value in typing.get_args(words):
+                return
+            kind = f"{hint.__name__}, or {' or '.join(typing.get_args(words))}"
         if hint is float and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(self, name, float(value))
         elif not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
             raise SettingsError(
-                f"[{name}] is {value!r} ({type(value).__name__}), but must be of type {hint.__name__}; "
+                f"[{name}] is {value!r} ({type(value).__name__}), but must be of type {kind}; "
                 f"write it as {name}: {type(self).__dataclass_fields__[name].default!r}, for example."
             )
 
     def _check_range(self, spec: dataclasses.Field[Any]) -> None:
         value, meta = getattr(self, spec.name), spec.metadata
+        if isinstance(value, str):  # a word in the place of a number
+            return
         for kind, fits, words in (
             ("low", operator.ge, "at least"),
             ("above", operator.gt, "above"),
@@ -138,9 +146,10 @@ class KDSettings(Settings):
 
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
-    """Teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each line.
+    """What a training here keeps, teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each.
 
     Attributes:
+        teacher_checkpoints: so many earlier states of a teacher that is trained here are kept beside it.
         teacher_weights: of each teacher, in their order; empty: all count the same.
         teacher_ensemble: ``standardised`` averages scores that were brought to mean 0 and deviation 1 for each user;
             ``reciprocal_rank`` sums 1 / (60 + rank).
@@ -150,6 +159,7 @@ class TeacherSettings(Settings):
         teacher_missing_users: what happens to training users of whom a score file says nothing.
     """
 
+    teacher_checkpoints: int = setting(0, low=0)
     teacher_weights: list[float] = field(default_factory=list)
     teacher_ensemble: typing.Literal["standardised", "reciprocal_rank"] = "standardised"
     teacher_floor: float = setting(1.0, low=0.0)

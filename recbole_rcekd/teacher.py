@@ -81,6 +81,7 @@ class Teacher:
         scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a sequential one each with
             the whole training sequence.
         taken: the training interactions of each user.
+        trust: as given.
         seen: what lists of unseen items leave out, for each context.
     """
 
@@ -100,7 +101,7 @@ class Teacher:
         self.n_items = int(student_dataset.item_num)
         self.taken = training_interactions(student_dataset)
         self._checkpoint: dict[str, Any] | None = checkpoint
-        self._trust = trust
+        self.trust = trust
         self._dataset = dataset
         self._student_dataset = student_dataset
         same = dataset is student_dataset
@@ -195,7 +196,7 @@ class Teacher:
 
     def _content(self) -> dict[str, Any]:
         if self._checkpoint is None:
-            self._checkpoint = read_checkpoint(self.source, self._trust)
+            self._checkpoint = read_checkpoint(self.source, self.trust)
         return self._checkpoint
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
@@ -263,26 +264,14 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
     student_dataset = getattr(train_data, "_dataset", train_data)
     student_config = student_dataset.config
     content = read_checkpoint(checkpoint, trust)
-    config = content["config"]
-    if not hasattr(config, "final_config_dict") or not config["model"]:
-        raise TeacherError(f"[{checkpoint}] is not a RecBole checkpoint: its [config] is no RecBole Config.")
+    config = own_config(content, checkpoint)
     if config["dataset"] != student_config["dataset"]:
         raise TeacherError(
             f"The teacher in [{checkpoint}] was trained on [{config['dataset']}], the student's dataset is "
             f"[{student_config['dataset']}]. Train a teacher on the student's dataset."
         )
-    for key, value in {
-        **_NEUTRAL,
-        "data_path": student_config["data_path"],
-        "checkpoint_dir": student_config["checkpoint_dir"],
-        "single_spec": True,
-        "local_rank": 0,
-    }.items():
-        config[key] = value
-    try:
-        require_rankable(get_model(config["model"]))
-    except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
-        raise TeacherError(f"[{checkpoint}] holds a [{config['model']}], which this RecBole does not know.") from error
+    for key in ("data_path", "checkpoint_dir"):
+        config[key] = student_config[key]
     if _same_split_by_settings(config, student_config):
         dataset = student_dataset
     else:
@@ -292,6 +281,29 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
         _require_same_interactions(teacher, dataset, student_dataset, checkpoint)
     getLogger().info(f"Teacher: {config['model']} from [{checkpoint}]")
     return teacher
+
+
+def own_config(content: dict[str, Any], source: Any) -> Any:
+    """The Config in a checkpoint, such that it names no other files and no other processes.
+
+    Args:
+        content: what :func:`~recbole_rcekd.checkpoint.read_checkpoint` returned.
+        source: the file, for messages.
+
+    Raises:
+        TeacherError: it is no Config, or of a model that this RecBole does not know.
+        ScoringError: of one that is trained outside of torch.
+    """
+    config = content["config"]
+    if not hasattr(config, "final_config_dict") or not config["model"]:
+        raise TeacherError(f"[{source}] is not a RecBole checkpoint: its [config] is no RecBole Config.")
+    for key, value in {**_NEUTRAL, "single_spec": True, "local_rank": 0}.items():
+        config[key] = value
+    try:
+        require_rankable(get_model(config["model"]))
+    except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+        raise TeacherError(f"[{source}] holds a [{config['model']}], which this RecBole does not know.") from error
+    return config
 
 
 def training_interactions(dataset: Any) -> Seen:

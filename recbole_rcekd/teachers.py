@@ -41,7 +41,7 @@ class ScoreFile:
         self.for_rows = is_sequential(student_dataset)
         self.scores: ListedScores = read_scores(path, student_dataset, settings)
         self.seen = self.scores.seen
-        self._user_field = student_dataset.uid_field
+        self.user_field = student_dataset.uid_field
         self._made_by = (split_hash(student_dataset), settings)
 
     @cached_property
@@ -53,11 +53,11 @@ class ScoreFile:
 
     def score_rows(self, rows: Any) -> Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teacher.Teacher.score_rows>`."""
-        return self.scores.score_all(rows[self._user_field])
+        return self.scores.score_all(rows[self.user_field])
 
     def listed_rows(self, rows: Any) -> Tensor:
         """The same, with −inf at what the file does not list."""
-        scores, users = self.score_rows(rows), rows[self._user_field]
+        scores, users = self.score_rows(rows), rows[self.user_field]
         listed = self.scores.top_k(users, scores.shape[1] - 1)  # 0 in short lists, the padding item, of score −inf
         return torch.full_like(scores, -torch.inf).scatter_(1, listed, scores.gather(1, listed))
 
@@ -232,16 +232,3 @@ def vectors(
     parts = teacher.parts if isinstance(teacher, Teachers) else [teacher]
     of_users = all(part.scores_users for part in parts if isinstance(part, Teacher))
     return scores.context_factors if of_users else None, scores.item_factors
-
-
-def open_trajectories(
-    teacher: Any,
-    scores: TeacherScores,
-    losses: Any,
-    settings: KDSettings,
-    device: torch.device,
-    show_progress: bool = False,
-    ranks: Ranks | None = None,
-) -> list[list[TeacherScores]]:
-    """The scores of the earlier states of each teacher, the least trained first and the teacher itself last."""
-    return [[scores]]

@@ -13,7 +13,7 @@ from torch import Tensor
 from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.ensemble import rescaled
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.feature_distiller import FeatureDistiller
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.processes import Ranks
@@ -22,7 +22,8 @@ from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.teacher import Teacher, training_interactions
-from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, open_trajectories, vectors
+from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, vectors
+from recbole_rcekd.trajectory import open_trajectories
 from recbole_rcekd.types import Seen, TeacherScores
 
 AnyDistiller = Distiller | RowDistiller | FeatureDistiller
@@ -98,10 +99,10 @@ class Maker:
         how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
         scores = rescaled(raw, how, temperature, self.scorer.device)
         trajectories: Sequence[Sequence[TeacherScores]] = ()
-        if any(isinstance(loss, KDLoss) and loss.uses_trajectory for loss in losses.values()):
-            trajectories = open_trajectories(
-                self.teacher, raw, losses, self.settings, self.scorer.device, self.show_progress, self.ranks
-            )
+        for loss in losses.values():
+            if isinstance(loss, KDLoss) and loss.uses_trajectory:
+                common = (self.settings, self.scorer.device, self.show_progress, self.ranks)
+                trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *common)
         seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
@@ -115,7 +116,12 @@ class Maker:
                 # Each term draws from a generator of its own; the first as if it were alone.
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
-                    term = self._of_vectors(name, part, weight, raw, scores, seen, seed)
+                    try:
+                        term = self._of_vectors(name, part, weight, raw, scores, seen, seed)
+                    except (SettingsError, TeacherError) as error:
+                        if not part.left_out_by:
+                            raise
+                        raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
                     terms.append(term if part is loss else dataclasses.replace(term, name=f"{name}_of_vectors"))
                 elif isinstance(part, KDLoss):
                     terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))

@@ -30,6 +30,7 @@ from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.scoring import ModelScorer, require_rankable
 from recbole_rcekd.teachers import LoadedTeacher
 from recbole_rcekd.terms import AnyDistiller, Maker, Term
+from recbole_rcekd.trajectory import Trajectory
 from recbole_rcekd.types import TeacherScores
 
 
@@ -42,6 +43,7 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
 
     Attributes:
         history: one row per epoch; ``history.file`` is beside the checkpoint unless changed.
+        trajectory: keeps earlier checkpoints, if set.
         ranks: this process among those that train the model.
     """
 
@@ -57,11 +59,13 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         name = self.ranks.broadcast(name)
         self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
         self.history = History(Path(self.checkpoint_dir) / f"{name}.history.csv" if self.ranks.first else None)
+        self.trajectory: Trajectory | None = None
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
         if not self.ranks.first:
             return
-        wanted = kwargs.pop("saved_model_file", self.saved_model_file)
+        elsewhere = kwargs.pop("saved_model_file", None)
+        wanted = elsewhere or self.saved_model_file
         beside = f"{wanted}.partial"
         config = self.config
         if not config["single_spec"]:
@@ -75,7 +79,10 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         if not os.path.exists(beside):
             return
         os.replace(beside, wanted)
-        note_checkpoint(wanted)
+        if elsewhere is None:
+            note_checkpoint(wanted)
+            if self.trajectory is not None:
+                self.trajectory.best = epoch
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {wanted}")
 
@@ -96,6 +103,8 @@ class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc
         total = float(sum(losses) if isinstance(losses, tuple) else losses)
         loss = self.ranks.mean({"train_loss": total / max(1, n_steps)})
         self.history.note(train_seconds=perf_counter() - started, **loss, **found)
+        if self.trajectory is not None:
+            self.trajectory.add(epoch_idx, lambda file: self._save_checkpoint(epoch_idx, False, saved_model_file=file))
         return losses
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:

@@ -43,7 +43,7 @@ class ItemSets:
     def rows(self, index: Tensor) -> ItemSets:
         """The sets of the contexts at ``index`` (positions, not ids)."""
         part: dict[str, Any] = {name: value.index_select(0, index) for name, value in self.tensors().items()}
-        return ItemSets(**part)
+        return ItemSets(**part, seen=None if self.seen is None else self.seen.among(index))
 
     def put(self, index: Tensor, block: ItemSets) -> None:
         """Overwrite the rows at ``index`` with those of ``block``, in place."""

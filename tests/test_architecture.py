@@ -72,8 +72,8 @@ def test_pure_code_imports_neither_recbole_nor_what_lies_above(name: str) -> Non
 
 
 ALL = {name.split(".")[1] for name in MODULES if "." in name}
-COMMAND = {"quick_start", "report", "command"}
-TEACHERS = {"teacher", "teachers", "outside", "ensemble", "cache", "store"}
+COMMAND = {"quick_start", "tuning", "report", "analysis", "command"}
+TEACHERS = {"teacher", "teachers", "trajectory", "outside", "ensemble", "cache", "store"}
 RUN = {"config", "row_lists", "distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND}
 ABOVE = [
     ("sequences", {"contexts", "scoring"} | TEACHERS | RUN),
@@ -81,10 +81,11 @@ ABOVE = [
     ("scoring", TEACHERS | RUN),
     ("teacher", TEACHERS - {"teacher"} | RUN),
     ("store", {"contexts", "scoring"} | TEACHERS - {"store"} | RUN),
-    ("outside", {"cache", "ensemble", "teachers"} | RUN),
-    ("cache", {"ensemble", "teachers"} | RUN),
-    ("ensemble", {"teachers"} | RUN),
-    ("teachers", RUN),
+    ("outside", {"cache", "ensemble", "teachers", "trajectory"} | RUN),
+    ("cache", {"ensemble", "teachers", "trajectory"} | RUN),
+    ("ensemble", {"teachers", "trajectory"} | RUN),
+    ("teachers", {"trajectory"} | RUN),
+    ("trajectory", RUN),
     ("config", {"contexts", "scoring"} | TEACHERS | RUN - {"config"}),
     ("row_lists", {"contexts", "scoring"} | TEACHERS | RUN - {"row_lists"}),
     ("distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"distiller"}),
@@ -92,8 +93,11 @@ ABOVE = [
     ("feature_distiller", {"sequences", "contexts"} | TEACHERS | RUN - {"feature_distiller"}),
     ("terms", {"config", "trainer", *COMMAND}),
     ("trainer", COMMAND),
-    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
-    ("quick_start", {"command"}),
+    ("tuning", {"analysis", "command"}),
+    ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"report"}}),
+    ("quick_start", {"tuning", "analysis", "command"}),
+    ("analysis", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", "quick_start", "command"}),
+    ("curves", ALL - {"curves", "errors"}),
     ("processes", ALL - {"processes", "errors"}),
     # HSTU has data of its own.
     ("models", ALL - {"models", "compat", "errors", "settings", "sequences"}),
@@ -157,6 +161,7 @@ def test_every_loss_has_all_its_pieces_and_no_piece_is_left_over() -> None:
     headings = re.findall(r"^## .*", (ROOT / "METHODS.md").read_text(encoding="utf-8"), re.MULTILINE)
     pieces = {
         "properties/loss/*.yaml": loss_files("properties/loss", "*.yaml"),
+        "properties/hyper/*.test": loss_files("properties/hyper", "*.test", frozenset({"scratch"})),
         "recbole_rcekd/losses/*.py": loss_files("recbole_rcekd/losses", "*.py", frozenset({"base"})),
         "tests/losses/test_*.py": loss_files("tests/losses", "test_*.py", frozenset({"contract", "feature_contract"})),
         "tests/reference/*.py": loss_files("tests/reference", "*.py"),

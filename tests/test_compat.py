@@ -32,7 +32,7 @@ from recbole.config import Config  # noqa: E402  (RecBole only works once compat
 from recbole.data import create_dataset, data_preparation  # noqa: E402
 from recbole.data.dataloader import FullSortEvalDataLoader  # noqa: E402
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset  # noqa: E402
-from recbole.evaluator import Collector  # noqa: E402
+from recbole.evaluator import Collector, Evaluator  # noqa: E402
 from recbole.trainer import trainer  # noqa: E402
 from recbole.utils import get_model, get_trainer, init_seed  # noqa: E402
 
@@ -459,6 +459,31 @@ def test_only_the_first_process_draws_curves(rank: int, monkeypatch: pytest.Monk
     writer.add_scalar("Loss/Train", 1.0, 0)
     writer.add_hparams({"learner": "adam"}, {"hparam/best_valid_result": 0.5})
     assert (tmp_path / "log_tensorboard").exists() is (rank == 0)
+
+
+def test_no_tensorboard_for_a_while(tmp_path: Path) -> None:
+    with compat.without_tensorboard():
+        trainer.get_tensorboard(logging.getLogger()).add_scalar("Loss/Train", 1.0, 0)
+    assert not (tmp_path / "log_tensorboard").exists()
+    trainer.get_tensorboard(logging.getLogger())
+    assert (tmp_path / "log_tensorboard").exists()
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------
+
+
+def test_counts_of_the_training_data_are_no_tensors(tmp_path: Path) -> None:
+    """By hand: three lists of one item each, of a catalogue of four ids with padding."""
+    plain_inter(tmp_path)
+    config = build_config(
+        tmp_path, metrics=["ItemCoverage", "AveragePopularity"], valid_metric="ItemCoverage@1", topk=[1]
+    )
+    collector = Collector(config)
+    collector.data_struct.set("data.num_items", 4)
+    collector.data_struct.set("data.count_items", {1: 2, 2: 1, 3: 1})
+    collector.data_struct.set("rec.items", torch.tensor([[1], [3], [1]]))
+    found = Evaluator(config).evaluate(collector.get_data_struct())
+    assert found == {"itemcoverage@1": 2 / 4, "averagepopularity@1": round((2 + 1 + 2) / 3, 4)}
 
 
 # --- the rewriting itself -----------------------------------------------------------------------------------

@@ -74,6 +74,22 @@ def test_a_mistyped_key_is_named_with_the_nearest(
             check(config)
 
 
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("dcd_port_wieght", "dcd_port_weight"),
+        ("dcd_port_item_weight", "dcd_port_weight"),  # [dcd_item_weight] is of dcd
+        ("dcd_item_wieght", "dcd_item_weight"),
+    ],
+)
+def test_of_two_losses_the_one_with_the_longer_name_owns_a_key(tmp_path: Path, key: str, near: str) -> None:
+    check_keys(build_config(tmp_path, dcd_port_weight=0.5, dcd_weight=0.5, dcd_port_epochs=3))
+    with pytest.raises(SettingsError, match=rf"\[{key}\].*Did you mean \[{near}\]\?"):
+        check_keys(with_keys(tmp_path, {key: 1}))
+    _, losses = read_kd_settings({"kd_loss": "dcd+dcd_port", "dcd_port_weight": 0.5})
+    assert (losses["dcd"].weight, losses["dcd_port"].weight) == (shipped_defaults("loss/dcd")["dcd_weight"], 0.5)
+
+
 def test_a_key_near_to_nothing_lists_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"\[ce_zzzzzzzz\].*Known: .*ce_items.*ce_weight"):
         check_keys(build_config(tmp_path, ce_zzzzzzzz=1))
@@ -148,7 +164,7 @@ def test_loss_names(value: Any, names: list[str]) -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("rec", r"\[kd_loss\] names 'rec'.*Did you mean \[rce\]\?"),
+        ("rcee", r"\[kd_loss\] names 'rcee'.*Did you mean \[rce\]\?"),
         (["scratch", "scrach"], r"names 'scrach'.*Did you mean \[scratch\]\?"),
         ("rce,ce,rce", r"is 'rce,ce,rce', but must name each method once"),
         (["ce", " ce"], "must name each method once"),

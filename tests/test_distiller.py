@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.cache import FactorScores
+from recbole_rcekd.diagnostics import blockers_covered
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import CDLoss, CELoss, FCELoss, KDLoss, RCELoss, RRDLoss
 from recbole_rcekd.losses.cd import CDSettings
 from recbole_rcekd.losses.ce import CESettings
+from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
@@ -280,9 +282,11 @@ def test_lists_that_cannot_change_are_chosen_once() -> None:
 # --- draws --------------------------------------------------------------------------------------------------
 
 SAMPLING: list[KDLoss] = [
+    FCELoss(FCESettings(fce_top_k=4, fce_normaliser="sampled", fce_samples=5)),
     RCELoss(RCESettings(rce_top_k=5, rce_samples=5, rce_pool=20)),
     CDLoss(CDSettings(cd_items=5, cd_pool=30)),
     RRDLoss(RRDSettings(rrd_top_k=3, rrd_rest=5, rrd_pool=20, rrd_item_weight=0.5)),
+    DCDLoss(DCDSettings(dcd_items=3, dcd_pool=20, dcd_item_weight=0.5)),
 ]
 
 
@@ -345,6 +349,21 @@ def test_an_epoch_over_the_whole_catalogue(target: Any) -> None:
     torch.testing.assert_close(step, naive)
     for own, expected in zip(student.gradients(step), student.gradients(naive), strict=True):
         torch.testing.assert_close(own, expected)
+
+
+def test_an_estimated_normaliser_asks_for_no_full_row_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    student = Student()
+    loss = FCELoss(FCESettings(fce_top_k=4, fce_normaliser="sampled", fce_samples=N_ITEMS))
+    distiller = make(loss, student)
+    distiller.begin_epoch(0, 1)
+    monkeypatch.setattr(distiller._sides[0], "score_all", None)
+    step = distiller.step(no_batch())
+    monkeypatch.undo()
+    assert student.asked
+    # With everything in the sample it is the exact loss all the same.
+    exact = make(FCELoss(FCESettings(fce_top_k=4)), student)
+    exact.begin_epoch(0, 1)
+    torch.testing.assert_close(step, exact.step(no_batch()), rtol=1e-5, atol=1e-5)
 
 
 def rrd(item_weight: float) -> RRDLoss:
@@ -419,6 +438,91 @@ def test_diagnostics_against_plain_loops() -> None:
     assert found["overlap@50"] == pytest.approx(sum(overlaps) / len(USERS))
     assert found["ndcg@10_to_teacher"] == pytest.approx(sum(ndcgs) / len(USERS))
     assert found["closure_gap"] == pytest.approx(sum(gaps) / len(USERS))
+
+
+@pytest.mark.parametrize("terms", ["full", "no_split"])
+def test_closure_of_the_samples_against_plain_loops(terms: Any) -> None:
+    student = Student()
+    loss = RCELoss(RCESettings(rce_top_k=6, rce_samples=5, rce_pool=20, rce_tail_samples=4, rce_terms=terms))
+    distiller = make(loss, student, kd_diagnostic_users=1000)
+    distiller.begin_epoch(0, 1)
+    gaps: dict[str, list[float]] = {"closure_gap": [], "closure_gap_unsampled": []}
+    pairs = covered = 0
+    for user in USERS:
+        teacher_row = teacher_scores().score_all(torch.tensor([user]))[0]
+        student_row = (student.items @ student.users[user]).detach()
+        theirs, mine = ranking(teacher_row)[:6], ranking(student_row)[:6]
+        missed = [i for i in theirs if i not in mine]
+        assert distiller._sides[0].sets is not None
+        drawn = distiller._sides[0].sets.items[USERS.index(user), 6:15].tolist()
+        sampled = {*missed, *drawn} | ({*mine, *theirs} if terms == "no_split" else set())
+        mass = sum(math.exp(float(teacher_row[i])) for i in missed)
+        for name, inside in (("closure_gap", sampled), ("closure_gap_unsampled", set(missed))):
+            gap, normaliser = 0.0, sum(math.exp(float(student_row[i])) for i in inside)
+            for i in missed:
+                blockers = [j for j in range(1, N_ITEMS) if student_row[j] > student_row[i]]
+                share = math.exp(float(student_row[i])) / normaliser
+                outside = len(set(blockers) - inside)
+                gap += math.exp(float(teacher_row[i])) / mass * math.log(1 + share * outside)
+                if name == "closure_gap":
+                    pairs += len(blockers)
+                    covered += len(blockers) - outside
+            gaps[name].append(gap)
+    found = distiller.diagnostics()
+    assert set(found) == {"gamma", "overlap@50", "ndcg@10_to_teacher", *gaps, "blockers_covered"}
+    for name, values in gaps.items():
+        assert found[name] == pytest.approx(sum(values) / len(USERS))
+    assert found["closure_gap"] < found["closure_gap_unsampled"]
+    assert found["blockers_covered"] == pytest.approx(covered / pairs)
+    assert 0 < covered < pairs
+
+
+def test_nothing_is_uncovered_where_nothing_is_missed() -> None:
+    rows = torch.tensor([[-torch.inf, 3.0, 2.0, 1.0]])
+    targets = ItemSets(torch.tensor([[1, 2]]), torch.zeros(1, 2), torch.tensor([[False, False]]))
+    assert blockers_covered(targets, targets, rows) == 1.0
+    # Item 1 is above item 2, and above item 3, as is item 2.
+    everything = ItemSets(torch.tensor([[1, 2, 3]]))
+    assert blockers_covered(everything, everything, rows) == 1.0
+    assert blockers_covered(everything, ItemSets(torch.tensor([[1, 3]])), rows) == 2 / 3
+
+
+def test_one_set_that_is_both_has_no_samples_to_be_judged() -> None:
+    for terms, names in (("l1", {"closure_gap"}), ("l2", {"closure_gap", "closure_gap_unsampled", "blockers_covered"})):
+        loss = RCELoss(RCESettings(rce_top_k=6, rce_samples=5, rce_pool=20, rce_terms=terms))  # type: ignore[arg-type]
+        distiller = make(loss, kd_diagnostic_users=3)
+        distiller.begin_epoch(0, 1)
+        assert set(distiller.diagnostics()) == {"gamma", "overlap@50", "ndcg@10_to_teacher", *names}
+
+
+class Tuned(Probe):
+    """Remembers whom it was tuned on."""
+
+    tuned = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tuned_on: list[list[int]] = []
+
+    def tune(self, lists: Lists) -> None:
+        assert lists.student_scores_of_all().shape == (len(lists.contexts), N_ITEMS)
+        assert not self.selected or self.tuned_on
+        self.tuned_on.append(lists.contexts.tolist())
+
+    def numbers(self) -> dict[str, float]:
+        return {"times": float(len(self.tuned_on))}
+
+
+@pytest.mark.parametrize("watched", [0, 3])
+def test_a_loss_is_tuned_on_a_few_users_before_it_lists_anything(watched: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recbole_rcekd.distiller._TUNED_ON", 4)
+    loss = Tuned()
+    distiller = make(loss, kd_diagnostic_users=watched)
+    for epoch in range(3):
+        distiller.begin_epoch(epoch, 2)
+        assert distiller.diagnostics()["times"] == epoch + 1
+    assert all(len(set(users)) == 4 and set(users) <= set(USERS) for users in loss.tuned_on)
+    assert len({tuple(users) for users in loss.tuned_on}) > 1
 
 
 @pytest.mark.parametrize("watched", [0, 3])

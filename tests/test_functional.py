@@ -29,6 +29,7 @@ from recbole_rcekd.functional import (
     plackett_luce,
     scores_at,
     soft_cross_entropy,
+    unit_rows,
     votes_from_below,
 )
 
@@ -58,6 +59,12 @@ def test_at_least_float32() -> None:
         (torch.float64, torch.float64),
     ):
         assert at_least_float32(torch.zeros(2, dtype=given_type)).dtype == expected
+
+
+def test_unit_rows() -> None:
+    found = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, -2.0]], dtype=torch.float64))
+    assert found.tolist() == [[3 / 5, 4 / 5], [0.0, 0.0], [0.0, -1.0]]
+    assert unit_rows(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 # -- softmax, cross-entropy, Plackett–Luce -------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import re
 import shutil
 import statistics
@@ -183,6 +184,7 @@ def test_files_are_as_documented(finished: tuple[dict[str, Any], Path]) -> None:
 def test_history_is_as_documented(finished: tuple[dict[str, Any], Path]) -> None:
     text = (ROOT / "docs" / "result.md").read_text(encoding="utf-8").split("## `history.csv`")[1]
     documented = set(re.findall(r"`([\w@]+)`", text)) | {"valid_ndcg@10", "valid_recall@10"}
+    documented -= {"sampling_temperature"}  # with rce_sampling_temperature: auto
     headers = {}
     for name in ("scratch", "rce"):
         with (finished[1] / "out" / f"{name}-seed3" / "history.csv").open(newline="", encoding="utf-8") as lines:
@@ -190,7 +192,8 @@ def test_history_is_as_documented(finished: tuple[dict[str, Any], Path]) -> None
             assert [row["epoch"] for row in reader] == ["0", "1"]
             headers[name] = set(reader.fieldnames or [])
     assert headers["rce"] == documented
-    taught = {"base_loss", "kd_loss", "gamma", "overlap@50", "ndcg@10_to_teacher", "closure_gap", "refresh_seconds"}
+    taught = {"base_loss", "kd_loss", "gamma", "overlap@50", "ndcg@10_to_teacher", "refresh_seconds"}
+    taught |= {"closure_gap", "closure_gap_unsampled", "blockers_covered"}
     assert headers["scratch"] == documented - taught
 
 
@@ -452,6 +455,23 @@ def test_without_a_teacher_only_the_student_alone(folder: Path) -> None:
     result = run(folder, without_teacher_keys(), teacher=None, kd_loss="scratch")
     assert result["teacher"] is None
     assert result["summary"][0]["transfer_ratio"] is None
+
+
+def test_a_control_learns_without_a_teacher_and_the_same_beside_one(folder: Path) -> None:
+    alone = run(folder, without_teacher_keys(epochs=4), teacher=None, kd_loss="softmax", output_dir="out")
+    assert alone["teacher"] is None
+    with Path("out/softmax-seed2020/history.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["kd_loss"]) for row in rows]
+    assert losses[0] == pytest.approx(math.log(60), abs=0.05)  # an untrained student of 60 items
+    assert losses[-1] < losses[0] - 0.03
+    assert [float(row["base_loss"]) for row in rows] == [0.0] * 4
+    together = run(folder, {"epochs": 4}, kd_loss="scratch,softmax", output_dir="other")
+    assert [row["loss"] for row in together["summary"]] == ["scratch", "softmax"]
+    assert together["summary"][1]["transfer_ratio"] is not None
+    assert metrics(together)[1] == metrics(alone)[0]
+    assert metrics(together)[0][2] != metrics(alone)[0][2]
+    assert together["runs"][1]["fingerprint"] == alone["runs"][0]["fingerprint"]
 
 
 def test_nothing_is_kept_with_saved_false(folder: Path, tmp_path: Path) -> None:

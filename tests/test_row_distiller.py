@@ -317,6 +317,32 @@ def test_diagnostics_against_plain_loops(folder: Path, general: bool) -> None:
     assert found["closure_gap"] == pytest.approx(np.mean(gaps), rel=1e-4)
 
 
+@pytest.mark.parametrize("general", [False, True], ids=["sequential teacher", "general teacher"])
+def test_a_loss_is_tuned_on_the_first_batch_of_each_epoch(folder: Path, general: bool) -> None:
+    bundle, model = student_of(folder, "SASRec")
+    loss = RCELoss(RCESettings(rce_top_k=3, rce_samples=3, rce_pool=8, rce_sampling_temperature="auto"))
+    distiller = distiller_of(bundle, model, loss, general)
+    calls: list[int] = []
+    tune = loss.tune
+
+    def noted(lists: Any) -> None:
+        calls.append(len(lists.contexts))
+        tune(lists)
+
+    loss.tune = noted  # type: ignore[method-assign]
+    batch = first_batch(bundle)
+    model.train()
+    for epoch in range(2):
+        distiller.begin_epoch(epoch, 2)
+        for _ in range(2):
+            taught_step(distiller, model, batch)
+    assert calls == [min(64, len(batch))] * 2
+    found = distiller.diagnostics()
+    assert found["sampling_temperature"] == loss.numbers()["sampling_temperature"] < 1000.0
+    assert 0.0 < found["blockers_covered"] <= 1.0
+    assert found["closure_gap"] <= found["closure_gap_unsampled"]
+
+
 def test_diagnostics_can_be_turned_off(folder: Path) -> None:
     bundle, model = student_of(folder, "GRU4Rec")
     assert distiller_of(bundle, model, CELoss(CESettings(ce_top_k=4)), kd_diagnostic_users=0).diagnostics() == {}

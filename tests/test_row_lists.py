@@ -120,16 +120,19 @@ def test_lists_against_plain_python(general: bool, scene: Scene, k: int) -> None
 
 @BOTH
 @given(scene=scenes(), n=st.integers(1, 6), outside=st.integers(1, 3))
-def test_draws_and_counts_of_unseen_items(general: bool, scene: Scene, n: int, outside: int) -> None:
+def test_draws_and_counts_of_unseen_and_of_hidden_items(general: bool, scene: Scene, n: int, outside: int) -> None:
     lists = scene.lists(general)
     top = lists.student_top(outside, unseen=True)
-    drawn = lists.draw_unseen(n, top)
-    assert drawn.shape == (len(scene.batch), n)
-    for place, row in enumerate(drawn.tolist()):
-        allowed = set(range(1, N_ITEMS)) - scene.seen(place, general) - set(top[place].tolist())
-        assert set(row) - {0} <= allowed
-        assert len(set(row) - {0}) == min(n, len(allowed))
+    for draw, left_out in ((lists.draw_unseen, scene.seen), (lists.draw, scene.hidden)):
+        drawn = draw(n, top)
+        assert drawn.shape == (len(scene.batch), n)
+        for place, row in enumerate(drawn.tolist()):
+            allowed = set(range(1, N_ITEMS)) - left_out(place, general) - set(top[place].tolist())
+            assert set(row) - {0} <= allowed
+            assert len(set(row) - {0}) == min(n, len(allowed))
+    for place in range(len(scene.batch)):
         assert int(lists.n_unseen()[place]) == N_ITEMS - 1 - len(scene.seen(place, general))
+        assert int(lists.n_allowed()[place]) == N_ITEMS - 1 - len(scene.hidden(place, general))
 
 
 @BOTH
@@ -157,6 +160,20 @@ def test_no_list_of_rce_knows_what_a_row_must_not_hear_of(scene: Scene) -> None:
     sets = loss.select(scene.lists(general=True))
     for place, row in enumerate(sets.items.tolist()):
         assert not set(row) & scene.hidden(place, True)
+
+
+@BOTH
+@given(scene=scenes())
+@settings(max_examples=20)
+def test_an_estimated_normaliser_with_everything_in_its_sample_is_that_of_what_is_not_hidden(
+    general: bool, scene: Scene
+) -> None:
+    lists, student = scene.lists(general), padded(scene.student)
+    whole = FCELoss(FCESettings(fce_top_k=3))
+    estimated = FCELoss(FCESettings(fce_top_k=3, fce_normaliser="sampled", fce_samples=N_ITEMS))
+    sets = estimated.select(lists)
+    found = estimated.forward(student.gather(1, sets.items), sets)
+    torch.testing.assert_close(found, whole.forward(lists.without_hidden(student), whole.select(lists)))
 
 
 # --- what a teacher says nothing of -------------------------------------------------------------------------

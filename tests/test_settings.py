@@ -38,6 +38,7 @@ class Example(Settings):
     name: str = "a"
     flag: bool = True
     mode: Literal["slow", "fast"] = "fast"
+    share: float | Literal["auto"] = setting(0.1, above=0.0, high=1.0)
 
 
 # -- values --------------------------------------------------------------------------------------------------------
@@ -64,8 +65,16 @@ class Example(Settings):
         ({"mode": "fats"}, "[mode] is 'fats', but must be one of slow, fast. Did you mean [fast]?"),
         ({"mode": "zzz"}, "[mode] is 'zzz', but must be one of slow, fast. Known: fast, slow."),
         ({"mode": True}, "[mode] is True, but must be one of slow, fast."),
+        (
+            {"share": "atuo"},
+            "[share] is 'atuo' (str), but must be of type float, or auto; write it as share: 0.1, for example.",
+        ),
+        ({"share": True}, "[share] is True (bool), but must be of type float, or auto"),
+        ({"share": None}, "[share] is None (NoneType), but must be of type float, or auto"),
+        ({"share": 0}, "[share] is 0.0, but must be above 0.0."),
+        ({"share": float("nan")}, "[share] is nan, but must be above 0.0."),
         ({"szie": 3}, "[szie] is not a setting of Example. Did you mean [size]?"),
-        ({"zzz": 3}, "[zzz] is not a setting of Example. Known: flag, mode, name, rate, size."),
+        ({"zzz": 3}, "[zzz] is not a setting of Example. Known: flag, mode, name, rate, share, size."),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any], message: str) -> None:
@@ -75,12 +84,19 @@ def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any], message: s
 
 def test_what_fits() -> None:
     found = Example.from_mapping({"size": 9, "rate": 2, "flag": False, "mode": "slow"})
-    assert found == Example(9, 2.0, "a", False, "slow")
+    assert found == Example(9, 2.0, "a", False, "slow", 0.1)
     assert isinstance(found.rate, float)  # an int will do, and becomes one
-    assert Example.keys() == ["size", "rate", "name", "flag", "mode"]
-    assert found.as_dict() == {"size": 9, "rate": 2.0, "name": "a", "flag": False, "mode": "slow"}
+    assert Example.keys() == ["size", "rate", "name", "flag", "mode", "share"]
+    assert found.as_dict() == {"size": 9, "rate": 2.0, "name": "a", "flag": False, "mode": "slow", "share": 0.1}
     assert Example.from_mapping(found.as_dict()) == found
     assert issubclass(SettingsError, KDError)
+
+
+def test_a_number_or_a_word() -> None:
+    assert Example(share="auto").share == "auto"
+    whole = Example.from_mapping({"share": 1})
+    assert whole.share == 1.0
+    assert isinstance(whole.share, float)
 
 
 def test_settings_do_not_change() -> None:

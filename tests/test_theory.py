@@ -6,6 +6,7 @@ their group, and the worst too where the theorem covers it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -204,3 +205,17 @@ def test_full_normaliser_bounds_ndcg_of_the_teachers_list(
     loss = FCELoss(FCESettings(fce_top_k=k)).forward(padded, sets).item()
     for ties_against in (False, True):
         assert minus_log_ndcg(softmax(teacher, top, 1.0), ranks(student, ties_against)) <= loss + SLACK
+
+
+@given(catalogues(), st.data())
+def test_t3_the_items_that_best_close_a_set_are_the_students_best(
+    scores: tuple[list[float], list[float]], data: st.DataObject
+) -> None:
+    student, teacher = scores
+    targets = data.draw(st.lists(st.sampled_from(range(len(student))), min_size=1, max_size=3, unique=True))
+    others = sorted(set(range(len(student))) - set(targets), key=lambda i: -student[i])
+    n = data.draw(st.integers(0, min(3, len(others))))
+    best, _ = gap_and_ce(student, teacher, targets, [*targets, *others[:n]])
+    for added in itertools.combinations(others, n):
+        gap, _ = gap_and_ce(student, teacher, targets, [*targets, *added])
+        assert best <= gap + SLACK

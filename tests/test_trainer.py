@@ -446,7 +446,8 @@ def test_history_log_and_tensorboard_say_the_same(
     with caplog.at_level(logging.INFO):
         trainer.fit(bundle.train, bundle.valid, callback_fn=lambda epoch, score: results.append(score))
     rows, log = trainer.history.rows, plain_words(caplog.text)
-    found = ["base_loss", "kd_loss", "gamma", "overlap@50", "ndcg@10_to_teacher", "closure_gap", "refresh_seconds"]
+    found = ["base_loss", "kd_loss", "gamma", "overlap@50", "ndcg@10_to_teacher"]
+    found += ["closure_gap", "closure_gap_unsampled", "blockers_covered", "refresh_seconds"]
     in_training = {"epoch", "train_seconds", "train_loss", *found}
     with_validation = {*in_training, "valid_seconds", "valid_ndcg@10", "valid_recall@10"}
     assert [set(row) for row in rows] == [in_training, with_validation] * 2

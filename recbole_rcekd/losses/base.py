@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -60,6 +60,7 @@ class KDLoss(Loss, ABC):
             B − 1 as contexts).
         tuned: :meth:`tune` wants to be called.
         uses_trajectory: lists are taken from the teacher's earlier checkpoints too (``lists.trajectories``).
+        checkpoints: files of these, the least trained first; none: those that lie beside the teacher's.
     """
 
     renewed: bool = True
@@ -68,6 +69,7 @@ class KDLoss(Loss, ABC):
     masks_seen: bool = False
     tuned: bool = False
     uses_trajectory: bool = False
+    checkpoints: Sequence[str] = ()
 
     @abstractmethod
     def select(self, lists: Lists) -> ItemSets:
@@ -92,6 +94,10 @@ class KDLoss(Loss, ABC):
     def tune(self, lists: Lists) -> None:
         """Called before each epoch's lists with a few random contexts, where ``tuned`` is set."""
 
+    def numbers(self) -> dict[str, float]:
+        """What the log and the history should say of the loss itself in this epoch, by name."""
+        return {}
+
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets] | None:
         """The pair (J, A) whose closure gap is worth watching, targets J inside the normaliser A; ``None``: no pair."""
         return None
@@ -110,7 +116,12 @@ class FeatureLoss(Loss, ABC):
 
     Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what stands in the training
     batch, whatever ``kd_schedule`` says.
+
+    Attributes:
+        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for messages.
     """
+
+    left_out_by: ClassVar[str] = ""
 
     @property
     def sides(self) -> tuple[str, ...]:

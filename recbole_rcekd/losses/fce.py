@@ -8,7 +8,15 @@ Both are unconditional bounds: the first on NDCG with all items as targets (theo
 NDCG of :math:`Q_T`, with no closure assumption (T3 of METHODS.md with A = I; ours, not in the paper). The price is one
 score per user and *item* in every step. Of whom the teacher says nothing, the loss is 0.
 
-Source: RCE-KD, ICLR 2026, section 4.1 ("full-CE" in figure 3) for ``all``.
+``fce_normaliser: sampled`` estimates the normaliser of the second from the items that weigh most and n others:
+
+.. math:: \log \hat Z = \log\Big[\sum_{j\in A} e^{s_j/\tau} + \frac{N-|A|}{n} \sum_{j\in\text{tail}} e^{s_j/\tau}\Big],
+    \qquad A = Q_T \cup Q_S
+
+with the tail drawn uniformly, without replacement, from the other :math:`N-|A|` items. :math:`\hat Z` is unbiased, its
+logarithm a little low on average; where the tail is all of the rest, nothing is estimated.
+
+Source: RCE-KD, ICLR 2026, section 4.1 ("full-CE" in figure 3) for ``all``; the rest is ours.
 """
 
 from __future__ import annotations
@@ -19,7 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import at_least_float32, soft_cross_entropy
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.functional import at_least_float32, is_member, soft_cross_entropy
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -34,6 +43,20 @@ class FCESettings(LossSettings):
     fce_target: Literal["all", "teacher"] = "teacher"
     fce_top_k: int = setting(50, low=1)
     fce_temperature: float = setting(1.0, above=0.0)
+    fce_normaliser: Literal["all", "sampled"] = "all"
+    fce_samples: int = setting(200, low=1)
+
+    def check_relations(self) -> None:
+        """A normaliser is estimated where the targets are few.
+
+        Raises:
+            SettingsError: it is to be estimated, and all items are targets.
+        """
+        if self.fce_normaliser == "sampled" and self.fce_target == "all":
+            raise SettingsError(
+                "[fce_normaliser] is 'sampled', but with [fce_target]='all' every item has to be scored as a target anyway: "
+                "set fce_target to 'teacher'."
+            )
 
     def longest_list(self) -> tuple[str, ...]:
         """One list of K, where there is one."""
@@ -48,25 +71,50 @@ class FCELoss(KDLoss):
 
     settings_type = FCESettings
     settings: FCESettings
-    renewed = False
-    scores_all_items = True
 
     def __init__(self, settings: FCESettings) -> None:
         super().__init__(settings)
         self.teaches_all_items = settings.fce_target == "all"
+        self.renewed = settings.fce_normaliser == "sampled"
+        self.scores_all_items = not self.renewed
 
     def select(self, lists: Lists) -> ItemSets:
-        """The teacher's top-K with its scores; nothing has to be chosen when all items are targets."""
+        """The teacher's top-K with its scores; nothing has to be chosen when all items are targets.
+
+        For an estimated normaliser ``[Q_T | Q_S | tail (n)]``, each item kept once; the targets are those with a teacher score
+        (−∞ elsewhere).
+        """
         if self.teaches_all_items:
             return ItemSets(torch.zeros((len(lists.contexts), 0), dtype=torch.int64, device=lists.contexts.device))
-        items = lists.teacher_top(self.settings.fce_top_k)
-        return ItemSets(items, lists.teacher_scores(items))
+        teacher_top = lists.teacher_top(self.settings.fce_top_k)
+        scores = lists.teacher_scores(teacher_top)
+        if self.settings.fce_normaliser == "all":
+            return ItemSets(teacher_top, scores)
+        student_top = lists.student_top(self.settings.fce_top_k)
+        listed = torch.cat([teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1)
+        tail = lists.draw(self.settings.fce_samples, outside=listed)
+        items = torch.cat([listed, tail], dim=1)
+        rest = lists.n_allowed() - (listed != 0).sum(1)
+        return ItemSets(
+            items,
+            torch.nn.functional.pad(scores, (0, items.shape[1] - scores.shape[1]), value=-torch.inf),
+            keep=(items != 0) & (teacher_top != 0).any(1, keepdim=True),
+            # With nothing in the tail, nothing is left either.
+            log_tail=rest.clamp(min=1).log() - (tail != 0).sum(1).clamp(min=1).log(),
+        )
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Per row; ``student_scores [B, N]`` and, for ``all``, ``sets.teacher_scores [B, N]``; column 0 is padding."""
+        """Per row.
+
+        Args:
+            student_scores: ``[B, N]``, column 0 is padding; of ``sets.items`` for an estimated normaliser.
+            sets: for ``fce_target: all`` with ``teacher_scores [B, N]``.
+        """
         if sets.teacher_scores is None:
             raise ValueError("FCELoss needs teacher_scores; see FCELoss.select.")
         tau = self.settings.fce_temperature
+        if self.settings.fce_normaliser == "sampled":
+            return self._estimated(at_least_float32(student_scores) / tau, sets.teacher_scores.detach() / tau, sets)
         catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
             # −inf: hidden from a row, or a whole row of whom the teacher says nothing.
@@ -77,3 +125,14 @@ class FCELoss(KDLoss):
         listed = at_least_float32(student_scores).gather(1, sets.items.long()).masked_fill(~keep, 0.0) / tau
         loss = (at_least_float32(catalogue) / tau).logsumexp(-1) - (target.softmax(-1) * listed).sum(-1)
         return loss.where(keep.any(1), 0.0)
+
+    def _estimated(self, student: Tensor, teacher: Tensor, sets: ItemSets) -> Tensor:
+        if sets.keep is None or sets.log_tail is None:
+            raise ValueError("FCELoss needs keep and log_tail to estimate a normaliser; see FCELoss.select.")
+        n, lowest = self.settings.fce_samples, torch.finfo(student.dtype).min
+        stands_for = torch.nn.functional.pad(sets.log_tail.unsqueeze(1).expand(-1, n), (student.shape[1] - n, 0))
+        normaliser = (student + stands_for).masked_fill(~sets.keep, lowest).logsumexp(-1)
+        targets = sets.keep & (teacher != -torch.inf)
+        target = teacher.masked_fill(~targets, torch.finfo(teacher.dtype).min).softmax(-1)
+        loss = normaliser - (target * student.masked_fill(~targets, 0.0)).sum(-1)
+        return loss.where(targets.any(1), 0.0)

@@ -11,18 +11,24 @@ top-M, drawn without replacement with :math:`p_j\propto e^{z_j/T}`, z the number
 student ranks below j: likely blockers, which make A almost closed. A teacher that lists fewer than K items has a shorter
 :math:`Q_T`; with an empty one the loss is 0.
 
+Variants: uniform items join A (``rce_tail_samples``), weights multiply the teacher's probabilities (``rce_popularity_tilt``,
+``rce_rank_boost``, ``rce_history_boost``), and T is the one that leaves A most nearly closed (``auto``).
+
 Source: Rejuvenating Cross-Entropy Loss in Knowledge Distillation for Recommender Systems, ICLR 2026 (arXiv 2509.20989);
 authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting; see METHODS.md.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
+from recbole_rcekd.diagnostics import mean_closure_gaps
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.functional import (
     draw_without_replacement,
@@ -39,6 +45,10 @@ from recbole_rcekd.types import ItemSets
 
 # The authors' code never counts more than this many votes (`playground.py` @ 771322a).
 _CODE_MAX_VOTES = 50
+# What `rce_sampling_temperature: auto` tries. Votes are at most K, so the last is as good as uniform.
+_TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
+# Until it was tuned: the paper's.
+_FIRST_TEMPERATURE = 10.0
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,17 @@ class RCESettings(LossSettings):
     rce_samples: int = setting(50, low=0)
     rce_pool: int = setting(200, low=1)
     rce_temperature: float = setting(1.0, above=0.0)
-    rce_sampling_temperature: float = setting(10.0, above=0.0)
+    rce_sampling_temperature: float | Literal["auto"] = setting(10.0, above=0.0)
     rce_beta: float = setting(5.0, low=0.0)
     rce_gamma: Literal["paper", "code", "constant"] = "paper"
     rce_gamma_value: float = setting(0.5, low=0.0, high=1.0)
     rce_votes: Literal["paper", "code"] = "paper"
     rce_terms: Literal["full", "l1", "l2", "no_split"] = "full"
+    rce_tail_samples: int = setting(0, low=0)
+    rce_popularity_tilt: float = setting(0.0, low=0.0)
+    rce_rank_boost: float = setting(0.0, low=0.0)
+    rce_rank_boost_scale: float = setting(10.0, above=0.0)
+    rce_history_boost: float = setting(0.0, low=0.0)
 
     def check_relations(self) -> None:
         """The samples and the student's top-K both come out of the pool."""
@@ -104,17 +119,66 @@ class RCELoss(KDLoss):
     settings_type = RCESettings
     settings: RCESettings
 
+    def __init__(self, settings: RCESettings) -> None:
+        super().__init__(settings)
+        temperature = settings.rce_sampling_temperature
+        self.tuned = temperature == "auto"
+        self._sampling_temperature = _FIRST_TEMPERATURE if temperature == "auto" else temperature
+
     def select(self, lists: Lists) -> ItemSets:
-        """Columns ``[Q_S (K) | samples (L) | Q_T (K)]``; Q_T is masked where it is already in one of the others."""
+        """Columns ``[Q_S (K) | samples (L) | tail | Q_T (K)]``; Q_T is masked where it is already in one of the others."""
         s = self.settings
-        teacher_top = lists.teacher_top(s.rce_top_k)
-        pool = lists.student_top(s.rce_pool)
+        teacher_top, pool = lists.teacher_top(s.rce_top_k), lists.student_top(s.rce_pool)
+        return self._select(teacher_top, pool, self._sampling_temperature, lists)
+
+    def _select(self, teacher_top: Tensor, pool: Tensor, temperature: float, lists: Lists) -> ItemSets:
+        s = self.settings
         place = places(pool, teacher_top)
         votes = blocker_votes(place >= 0, s.rce_top_k, s.rce_votes)
-        drawn = draw_without_replacement(votes / s.rce_sampling_temperature, s.rce_samples, lists.generator)
+        drawn = draw_without_replacement(votes / temperature, s.rce_samples, lists.generator)
         shared = _marked(place[:, : s.rce_top_k], s.rce_top_k)
         in_sample = _marked(place.gather(1, drawn), s.rce_top_k)
-        return self.build(pool[:, : s.rce_top_k], pool.gather(1, drawn), teacher_top, shared, in_sample, lists)
+        sampled = pool.gather(1, drawn)
+        if s.rce_tail_samples:
+            tail = lists.draw(s.rce_tail_samples, outside=torch.cat([teacher_top, pool], dim=1))
+            sampled = torch.cat([sampled, tail], dim=1)
+        sets = self.build(pool[:, : s.rce_top_k], sampled, teacher_top, shared, in_sample, lists)
+        return self._weighted(sets, pool, lists)
+
+    def _weighted(self, sets: ItemSets, pool: Tensor, lists: Lists) -> ItemSets:
+        """The log of each item's target weight goes to the teacher's score, times τ, by which :meth:`forward` divides."""
+        s, items = self.settings, sets.items
+        scores = cast(Tensor, sets.teacher_scores)
+        weights: Tensor | float = 0.0
+        if s.rce_popularity_tilt:
+            weights -= s.rce_popularity_tilt * lists.popularity()[items].to(scores.dtype).log1p()
+        if s.rce_rank_boost:
+            place = places(items, pool)
+            # Beyond the pool: the rank after it.
+            rank = 1 + place.masked_fill(place < 0, pool.shape[1]).to(scores.dtype)
+            weights += (s.rce_rank_boost * ((rank - s.rce_top_k) / s.rce_rank_boost_scale).sigmoid()).log1p()
+        if s.rce_history_boost:
+            weights += math.log1p(s.rce_history_boost) * lists.is_seen(items).to(scores.dtype)
+        return dataclasses.replace(sets, teacher_scores=scores + s.rce_temperature * weights)
+
+    def tune(self, lists: Lists) -> None:
+        """Take the sampling temperature whose draws leave the smallest mean Δ (METHODS.md, T3), with the same noise for all."""
+        if len(lists.contexts) == 0:
+            return
+        s = self.settings
+        rows, state = lists.student_scores_of_all(), lists.generator.get_state()
+        teacher_top, pool = lists.teacher_top(s.rce_top_k), lists.student_top(s.rce_pool)
+        pairs = []
+        for temperature in _TEMPERATURES:
+            lists.generator.set_state(state)
+            pairs.append(self.closure_sets(self._select(teacher_top, pool, temperature, lists)))
+        # The targets are the same in all: they are not drawn.
+        gaps = mean_closure_gaps(pairs[0][0], [support for _, support in pairs], rows)
+        self._sampling_temperature = _TEMPERATURES[gaps.index(min(gaps))]
+
+    def numbers(self) -> dict[str, float]:
+        """``sampling_temperature``, where it is tuned."""
+        return {"sampling_temperature": self._sampling_temperature} if self.tuned else {}
 
     def build(
         self,
@@ -132,10 +196,10 @@ class RCELoss(KDLoss):
         if s.rce_terms in ("l1", "no_split"):
             student_top = student_top.masked_fill(~taught, 0)
         items = torch.cat([student_top, sampled, teacher_top], dim=1)
-        keep = torch.cat([torch.ones_like(sampled, dtype=torch.bool), ~(shared | in_sample) & listed], dim=1)
+        keep = torch.cat([sampled != 0, ~(shared | in_sample) & listed], dim=1)
         if s.rce_terms == "no_split":
             # One cross-entropy on the union: the student's top-K counts once, whether it was drawn or not.
-            keep[:, : s.rce_samples] = ~is_member(sampled, student_top)
+            keep[:, : sampled.shape[1]] &= ~is_member(sampled, student_top)
         n_listed = listed.sum(1).clamp(min=1)
         overlap = shared.sum(1) / n_listed
         counted = in_sample.sum(1) / n_listed if s.rce_gamma == "code" else overlap
@@ -170,17 +234,18 @@ class RCELoss(KDLoss):
 
         With ``rce_terms: no_split`` A is the whole union; with ``l1`` both are the student's top-K.
         """
-        k, n_drawn = self.settings.rce_top_k, self.settings.rce_samples
+        s = self.settings
+        k, n_drawn = s.rce_top_k, s.rce_samples + s.rce_tail_samples
         items, teacher, keep = sets.items, sets.teacher_scores, sets.keep
         if teacher is None or keep is None:
             raise ValueError("RCELoss needs teacher_scores and keep; see RCELoss.select.")
-        if self.settings.rce_terms == "l1":
+        if s.rce_terms == "l1":
             student_top = ItemSets(items[:, :k], teacher[:, :k], items[:, :k] != 0)
             return student_top, student_top
         teacher_top = items[:, k + n_drawn :]
         missed = ~is_member(teacher_top, items[:, :k]) & (teacher_top != 0)
         targets = ItemSets(teacher_top, teacher[:, k + n_drawn :], missed)
-        if self.settings.rce_terms == "no_split":
+        if s.rce_terms == "no_split":
             return targets, ItemSets(items, teacher, self._keep_all(sets))
         return targets, ItemSets(items[:, k:], teacher[:, k:], keep)
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 
+from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
 from recbole_rcekd.types import ItemSets
 from tests.reference.fce import fce
@@ -75,6 +78,84 @@ def test_it_bounds_ndcg_of_the_teachers_list_without_closure() -> None:
         assert loss[row].item() >= -math.log(dcg / ideal) - 1e-12
 
 
+# --- an estimated normaliser ----------------------------------------------------------------------------------
+
+
+def sampled(**settings: Any) -> FCELoss:
+    return FCELoss(FCESettings(fce_normaliser="sampled", **settings))
+
+
+def test_the_estimate_by_hand() -> None:
+    # Target item 1 (odds 2), the student's item 2 (odds 3), a tail of two (odds 1 and 1/2) for ten: 2 + 3 + 10/2 · 3/2.
+    scores = torch.tensor([[math.log(2), LN3, 0.0, -math.log(2)]], dtype=torch.float64)
+    sets = ItemSets(
+        torch.tensor([[1, 2, 3, 4]]),
+        torch.tensor([[7.0, -torch.inf, -torch.inf, -torch.inf]], dtype=torch.float64),
+        keep=torch.ones(1, 4, dtype=torch.bool),
+        log_tail=torch.tensor([math.log(10 / 2)], dtype=torch.float64),
+    )
+    value = sampled(fce_samples=2).forward(scores, sets)
+    assert value.item() == pytest.approx(math.log((2 + 3 + 5 * 3 / 2) / 2), abs=1e-12)
+
+
+def test_the_sets_of_an_estimate() -> None:
+    world, loss = make_world(), sampled(fce_top_k=4, fce_samples=7)
+    sets = loss.select(world.lists())
+    assert (loss.renewed, loss.scores_all_items, loss.teaches_all_items) == (True, False, False)
+    assert sets.items.shape == (6, 4 + 4 + 7)
+    assert sets.teacher_scores is not None
+    assert sets.log_tail is not None
+    for row in range(6):
+        q_t, q_s, items = (
+            x[row].tolist() for x in (world.lists().teacher_top(4), world.lists().student_top(4), sets.items)
+        )
+        assert items[:8] == q_t + [0 if item in q_t else item for item in q_s]
+        certain = {*q_t, *q_s}
+        assert len({*items[8:]} - certain - {0}) == 7
+        assert sets.log_tail[row].item() == pytest.approx(math.log((30 - len(certain)) / 7), abs=1e-6)
+    assert torch.equal(sets.teacher_scores != -torch.inf, torch.arange(15).expand(6, -1) < 4)
+
+
+@pytest.mark.parametrize("n", [26, 40])
+def test_with_all_of_the_rest_in_the_tail_nothing_is_estimated(n: int) -> None:
+    world, whole = make_world(), FCELoss(FCESettings(fce_top_k=4, fce_temperature=0.7))
+    loss = sampled(fce_top_k=4, fce_temperature=0.7, fce_samples=n)
+    sets, student = loss.select(world.lists()), world.student[1:]
+    assert not torch.as_tensor(sets.log_tail).any()
+    exact = whole.forward(student, whole.select(world.lists()))
+    torch.testing.assert_close(loss.forward(student.gather(1, sets.items), sets), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_estimated_sum_is_unbiased_and_its_logarithm_is_low() -> None:
+    world, loss, n = make_world(), sampled(fce_top_k=2, fce_samples=3), 4000
+    whole = FCELoss(FCESettings(fce_top_k=2))
+    for user in (1, 4):
+        lists = world.lists(torch.full((n,), user))
+        sets, student = loss.select(lists), world.student[user].double().expand(n, -1)
+        exact = whole.forward(student, whole.select(lists))
+        # loss = log Z − what the targets have; both have the same there.
+        surplus = loss.forward(student.gather(1, sets.items), sets) - exact
+        ratio = surplus.exp()
+        assert ratio.std() > 0.05
+        assert abs(ratio.mean() - 1).item() < 4 * ratio.std().item() / n**0.5
+        assert surplus.mean() < 0
+
+
+def test_a_tail_without_its_weight_would_be_too_low() -> None:
+    world, loss = make_world(), sampled(fce_top_k=2, fce_samples=3)
+    sets = loss.select(world.lists())
+    scores = world.student[1:].gather(1, sets.items)
+    unweighted = dataclasses.replace(sets, log_tail=torch.zeros(6))
+    assert (loss.forward(scores, unweighted) < loss.forward(scores, sets)).all()
+
+
+def test_an_estimate_for_all_targets_is_refused() -> None:
+    with pytest.raises(SettingsError, match=r"\[fce_normaliser\] is 'sampled', but .* set fce_target to 'teacher'"):
+        FCESettings(fce_target="all", fce_normaliser="sampled")
+
+
 def test_scores_of_the_teacher_are_required() -> None:
     with pytest.raises(ValueError, match="teacher_scores"):
         FCELoss(FCESettings()).forward(torch.zeros(1, 2), ItemSets(torch.ones(1, 1).long()))
+    with pytest.raises(ValueError, match="log_tail"):
+        sampled().forward(torch.zeros(1, 2), ItemSets(torch.ones(1, 2).long(), torch.zeros(1, 2)))

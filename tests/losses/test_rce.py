@@ -11,11 +11,12 @@ from torch import Tensor
 
 from recbole_rcekd.functional import is_member
 from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses import rce
 from recbole_rcekd.losses.rce import RCELoss, RCESettings, blocker_votes
 from recbole_rcekd.types import ItemSets
 from tests.reference import rce as slow
 from tests.reference.ce import soft_ce
-from tests.tables import Golden, Table, make_world, ranking_of, seen_of
+from tests.tables import Golden, Table, World, make_world, ranking_of, seen_of
 
 SMALL: dict[str, Any] = {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10}
 
@@ -74,6 +75,32 @@ def test_by_hand() -> None:
         assert value_of(loss, sets, STUDENT).item() == pytest.approx(expected, abs=1e-7), (
             settings
         )  # γ is kept in float32
+
+
+def test_a_uniform_item_and_target_weights_by_hand() -> None:
+    # On {1} ∪ {3} ∪ {4}, teacher 6, 1, 1 and student 1, 2, e^−0.5; then with target weights.
+    mass = 1 + 2 + math.exp(-0.5)
+    # Items 1, 3, 4 have 3, 1 and 0 interactions; only 1 is in the history; the student's ranks are 3, 2, 4 (4 is beyond M = 3).
+    lists = exact_lists(TEACHER, STUDENT)
+    lists._popularity = torch.tensor([0, 3, 9, 1, 0, 9])
+    lists._seen = seen_of([(1, 1)], 2, 6)
+    at = {rank: 1 / (1 + math.exp(-(rank - 2) / 4)) for rank in (2, 3, 4)}
+    for settings, weights in (
+        ({}, (6, 1, 1)),
+        ({"rce_popularity_tilt": 0.5}, (6 / 2, 1 / math.sqrt(2), 1)),
+        ({"rce_history_boost": 0.5}, (6 * 1.5, 1, 1)),
+        ({"rce_rank_boost": 3.0, "rce_rank_boost_scale": 4.0}, (6 * (1 + 3 * at[3]), 1 + 3 * at[2], 1 + 3 * at[4])),
+        ({"rce_popularity_tilt": 1.0, "rce_history_boost": 1.0}, (6 / 4 * 2, 1 / 2, 1)),
+    ):
+        loss = make(**HAND, **settings, rce_terms="l2", rce_tail_samples=1)
+        sets = loss._weighted(
+            built(loss, lists, torch.tensor([[3, 4]])), lists.student_top(loss.settings.rce_pool), lists
+        )
+        expected = sum(
+            weight / sum(weights) * (math.log(mass) - score)
+            for weight, score in zip(weights, (0.0, math.log(2), -0.5), strict=True)
+        )
+        assert value_of(loss, sets, STUDENT).item() == pytest.approx(expected, abs=1e-12), settings
 
 
 def test_votes_by_hand() -> None:
@@ -312,6 +339,93 @@ def test_closure_sets_are_what_is_missed_inside_it_and_the_samples() -> None:
         counted = support.items[row][support.keep[row]].tolist()
         assert len(counted) == len(set(counted))
         assert set(counted) == missed | set(samples)
+
+
+@pytest.mark.parametrize("terms", ["full", "no_split"])
+def test_uniform_items_come_from_outside_both_lists(terms: str) -> None:
+    world = make_world(40, 30, seed=2)
+    met: set[int] = set()
+    for n in (4, 22):  # of 30 items the two lists have 10 to 15
+        loss = make(rce_tail_samples=n, rce_terms=terms)
+        sets = loss.select(world.lists())
+        _, support = loss.closure_sets(sets)
+        assert support.keep is not None
+        pool, teacher_top = world.lists().student_top(10), world.lists().teacher_top(5)
+        for row in range(40):
+            outside = set(range(1, 31)) - set(pool[row].tolist()) - set(teacher_top[row].tolist())
+            tail = sets.items[row, 9 : 9 + n].tolist()
+            drawn = set(tail) - {0}
+            assert drawn <= outside
+            assert len(drawn) == n - tail.count(0) == min(n, len(outside))
+            counted = support.items[row][support.keep[row]].tolist()
+            assert len(counted) == len(set(counted))
+            assert drawn <= set(counted)
+            assert 0 not in counted
+            met |= drawn if n == 4 else set()
+    assert len(met) > 25
+
+
+def test_without_variants_nothing_is_drawn_or_weighed() -> None:
+    world = make_world(30, 30)
+    plain, listed = make(rce_rank_boost_scale=3.0), world.lists()
+    listed._popularity = None
+    sets = plain.select(listed)
+    assert sets.items.shape[1] == 5 + 4 + 5
+    assert torch.equal(sets.teacher_scores, world.lists().teacher_scores(sets.items))  # type: ignore[arg-type]
+
+
+# --- the sampling temperature that is found ---------------------------------------------------------------------
+
+
+def slow_gap(world: World, row: int, targets: ItemSets, support: ItemSets) -> float:
+    """Δ of one user, in plain Python."""
+    user = world.user(row + 1, [])
+    assert targets.keep is not None
+    assert support.keep is not None
+    missed, inside = (s.items[row][s.keep[row]].tolist() for s in (targets, support))  # type: ignore[index]
+    mass = sum(math.exp(user.teacher[i]) for i in missed)
+    normaliser = sum(math.exp(user.student[i]) for i in inside)
+    gap = 0.0
+    for i in missed:
+        blockers = sum(1 for j in range(1, 31) if j not in inside and user.student[j] > user.student[i])
+        gap += math.exp(user.teacher[i]) / mass * math.log(1 + math.exp(user.student[i]) / normaliser * blockers)
+    return gap
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_auto_takes_the_temperature_of_the_smallest_closure_gap(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
+    assert tried == rce._TEMPERATURES
+    if turned:
+        monkeypatch.setattr(rce, "_TEMPERATURES", tried[::-1])
+    for seed in range(3):
+        world = make_world(8, 30, seed=seed)
+        loss = make(rce_sampling_temperature="auto")
+        assert loss.tuned
+        lists, once = world.lists(seed=seed), world.lists(seed=seed)
+        loss.tune(lists)
+        make().select(once)
+        assert torch.equal(lists.generator.get_state(), once.generator.get_state())  # the same noise for all
+        gaps = {}
+        for temperature in tried:
+            fixed = make(rce_sampling_temperature=temperature)
+            pair = fixed.closure_sets(fixed.select(world.lists(seed=seed)))
+            gaps[temperature] = sum(slow_gap(world, row, *pair) for row in range(8)) / 8
+        found = loss.numbers()["sampling_temperature"]
+        assert gaps[found] == pytest.approx(min(gaps.values()), rel=1e-5)
+        assert gaps[found] < max(gaps.values())
+        fixed = make(rce_sampling_temperature=found)
+        assert torch.equal(loss.select(world.lists()).items, fixed.select(world.lists()).items)
+
+
+def test_auto_before_it_was_tuned_and_with_nobody_to_look_at_is_the_papers() -> None:
+    world, loss = make_world(), make(rce_sampling_temperature="auto")
+    expected = make(rce_sampling_temperature=10).select(world.lists()).items
+    assert torch.equal(loss.select(world.lists()).items, expected)
+    loss.tune(world.lists(torch.zeros(0, dtype=torch.int64)))
+    assert loss.numbers() == {"sampling_temperature": 10.0}
+    assert not make().tuned
+    assert make().numbers() == {}
 
 
 def test_scores_mask_and_weights_are_required() -> None:

@@ -63,22 +63,47 @@ def rce(
     return (1.0 - mixing) * l1 + mixing * l2
 
 
+def target_weight(
+    item: int, popularity: int, ranked: Sequence[int], seen: Sequence[int], settings: Mapping[str, Any]
+) -> float:
+    """What the teacher's probability of an item is multiplied with; ``ranked`` is the student's list of all items."""
+    weight = (popularity + 1) ** -settings.get("rce_popularity_tilt", 0.0)
+    rank = min(ranked.index(item) + 1, settings["rce_pool"] + 1)
+    place = (rank - settings["rce_top_k"]) / settings.get("rce_rank_boost_scale", 10.0)
+    weight *= 1.0 + settings.get("rce_rank_boost", 0.0) / (1.0 + math.exp(-place))
+    if item in seen:
+        weight *= 1.0 + settings.get("rce_history_boost", 0.0)
+    return float(weight)
+
+
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0}
+BOOSTS: dict[str, Any] = {"rce_rank_boost": 2.0, "rce_rank_boost_scale": 3.0, "rce_history_boost": 0.5}
 CASES: list[dict[str, Any]] = [
     *({"rce_terms": terms} for terms in ("full", "l1", "l2", "no_split")),
     {"rce_gamma": "code", "rce_votes": "code", "rce_temperature": 2.0},
     {"rce_gamma": "constant", "rce_samples": 0},
+    {"rce_sampling_temperature": "auto"},
+    {"rce_tail_samples": 3, "rce_popularity_tilt": 0.5, "rce_temperature": 2.0},
+    {"rce_tail_samples": 3, "rce_terms": "no_split", **BOOSTS},
 ]
 BLOCKS = (5,)  # the student's top-K, and the rest
 
 
 def value(user: User, settings: Mapping[str, Any]) -> float:
     q_t, q_s = user.teacher_top(5), user.student_top(5)
-    samples = user.items[5 : 5 + settings["rce_samples"]]
+    n_samples = settings["rce_samples"]
+    samples = user.items[5 : 5 + n_samples]
+    tail = [item for item in user.items[5 + n_samples :][: settings.get("rce_tail_samples", 0)] if item]
     mixing = gamma(q_t, q_s, samples, settings.get("rce_gamma", "paper"), 1.0, 0.5)
     tau, terms = settings.get("rce_temperature", 1.0), settings.get("rce_terms", "full")
-    return rce(user.student, user.teacher, q_t, q_s, samples, mixing, tau, terms)
+    everyones, ranked = user.world.seen.ids.tolist(), user.student_top(len(user.student))
+    teacher = {
+        item: user.teacher[item]
+        + tau * math.log(target_weight(item, everyones.count(item), ranked, user.seen, settings))
+        for item in ranked
+    }
+    return rce(user.student, teacher, q_t, q_s, [*samples, *tail], mixing, tau, terms)
 
 
 def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:

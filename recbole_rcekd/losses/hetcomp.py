@@ -1,0 +1,235 @@
+r"""HetComp: learn from earlier states of the teacher first, easy things before hard ones.
+
+A teacher's training leaves a *trajectory* of states, the teacher itself last. Each context is taught by one state of each
+teacher, at first the least trained one, and goes on to the next as the student comes nearer to it
+(:meth:`HetCompLoss.select`). :math:`Q` are the K unseen items that these states find best, P some training items, and R(A)
+all that is neither seen nor in A. While any context is taught by an earlier state, the loss does not look at the order:
+
+.. math:: \ell_\text{easy} = 2 \sum_{i\in P\cup Q} -\log \frac{e^{s_i}}{e^{s_i} + \sum_{j\in R(Q)} e^{s_j}}
+
+and then it does, with PL(A; R) the Plackett–Luce loss of picking A in its order before anything of R:
+
+.. math:: \ell_\text{hard} = \mathrm{PL}(P; R(Q_{K/2}))
+    + \tfrac12 \big[\mathrm{PL}(Q_{K/2}; R(Q_{K/2})) + \mathrm{PL}(Q_{K/10}; R(Q_{K/10}))\big]
+
+Source: Kang et al., Distillation from Heterogeneous Models for Top-K Recommendation, WWW 2023; woriazzc/RCEKD @ 771322a.
+The authors subtract exponentials, which needs scores cut at ±40; here the sums are taken over what is left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.functional import at_least_float32, places, plackett_luce
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import ItemSets, Seen
+
+# Lists are compared to this depth, and an item at place k weighs e^(−k/10), both in comparing and in merging them.
+_COMPARED = 50
+_FALL = 10.0
+# Each time a context is looked at, moving on takes so much less.
+_DECAY = 0.995
+
+
+@dataclass(frozen=True)
+class HetCompSettings(LossSettings):
+    """Settings of HetComp; ``properties/loss/hetcomp.yaml`` gives type, purpose and source of each.
+
+    Raises:
+        SettingsError: ``hetcomp_checkpoints`` is no list of files.
+    """
+
+    hetcomp_weight: float = setting(0.005, low=0.0)
+    hetcomp_top_k: int = setting(100, low=10)
+    hetcomp_objective: Literal["dynamic", "easy", "hard"] = "dynamic"
+    hetcomp_interval: int = setting(8, low=1)
+    hetcomp_alpha: float = setting(1.05, above=0.0)
+    hetcomp_checkpoints: list[str] = field(default_factory=list)
+
+    def _check_type(self, name: str, hint: Any) -> None:
+        if name != "hetcomp_checkpoints":
+            super()._check_type(name, hint)
+            return
+        given: Any = self.hetcomp_checkpoints
+        files = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+        if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+            raise SettingsError(
+                f"[hetcomp_checkpoints] is {given!r}, but must be a list of files, the least trained first; write it as "
+                "hetcomp_checkpoints: [epoch-10.pth, epoch-20.pth], for example."
+            )
+        object.__setattr__(self, name, list(files))
+
+    def longest_list(self) -> tuple[str, ...]:
+        """One list of K."""
+        return ("hetcomp_top_k",)
+
+
+class HetCompLoss(KDLoss):
+    """HetComp; training positives are in P only.
+
+    Attributes:
+        hard: whether the loss looks at the order now: all contexts have come to their teachers' last states.
+        stage: the state that teaches each context, for each teacher, ``[n_contexts, n_teachers]``.
+    """
+
+    settings_type = HetCompSettings
+    settings: HetCompSettings
+    scores_all_items = True
+    masks_seen = True
+    uses_trajectory = True
+
+    def __init__(self, settings: HetCompSettings) -> None:
+        super().__init__(settings)
+        self.checkpoints = settings.hetcomp_checkpoints
+        self.stage = torch.zeros((0, 0), dtype=torch.int64)
+        self._stored = torch.zeros((0, 0))  # how far the student was from the next state when this one took over
+        self._looked = torch.zeros(0, dtype=torch.int64)
+        self._arrived = False
+
+    @property
+    def hard(self) -> bool:
+        """See the class."""
+        objective = self.settings.hetcomp_objective
+        return objective == "hard" or (objective == "dynamic" and self._arrived)
+
+    def prepare(self, n_contexts: int, device: torch.device) -> None:
+        """Nobody was looked at yet."""
+        self._looked = torch.full((n_contexts,), -1, dtype=torch.int64, device=device)
+        self.stage = self.stage.new_zeros((n_contexts, 0), device=device)
+        self._arrived = False
+
+    def select(self, lists: Lists) -> ItemSets:
+        """``[P (K/10) | Q (K), best first]``; 0 where there are fewer.
+
+        Every ``hetcomp_interval`` epochs the student's list is compared with that of each context's next state: it takes
+        over if the discrepancy has fallen by the factor α·0.995^n since the present one did, in the n-th comparison, or has
+        grown.
+
+        Several teachers' lists are merged: an item weighs Σ e^(−k/10) over its places k.
+        """
+        trajectories = lists.trajectories()
+        if not trajectories or any(len(states) < 2 for states in trajectories):
+            raise ValueError("HetCompLoss needs earlier states of each teacher; see Lists.trajectories.")
+        if self.stage.shape[1] != len(trajectories):
+            self.stage = self.stage.new_zeros((len(self._looked), len(trajectories)))
+            self._stored = torch.full(self.stage.shape, torch.nan, device=self.stage.device)
+        self._move_on(lists, trajectories)
+        k = self.settings.hetcomp_top_k
+        by_teacher = [self._top_of_states(lists, n, states) for n, states in enumerate(trajectories)]
+        top = by_teacher[0] if len(by_teacher) == 1 else most_important(by_teacher, k)
+        positives = lists.positives(k // 10).masked_fill((top == 0).all(1, keepdim=True), 0)
+        return ItemSets(torch.cat([positives, top], dim=1))
+
+    def _top_of_states(self, lists: Lists, teacher: int, states: Sequence[Lists]) -> Tensor:
+        """The list of each context's present state."""
+        stage = self.stage[lists.ids, teacher]
+        top = torch.zeros((len(stage), self.settings.hetcomp_top_k), dtype=torch.int64, device=stage.device)
+        for number, state in enumerate(states):
+            rows = (stage == number).nonzero().squeeze(1)
+            found = self._top_of_state(state.part(rows), top.shape[1])
+            top[rows, : found.shape[1]] = found
+        return top
+
+    def _top_of_state(self, state: Lists, k: int) -> Tensor:
+        """All lists of a state are made at once: always to the greater depth."""
+        return state.teacher_top(max(_COMPARED, self.settings.hetcomp_top_k), unseen=True)[:, :k]
+
+    def _move_on(self, lists: Lists, trajectories: Sequence[Sequence[Lists]]) -> None:
+        interval = self.settings.hetcomp_interval
+        self._looked[lists.ids] = self._looked[lists.ids].clamp(min=0)
+        due = (lists.epoch - self._looked[lists.ids] >= interval).nonzero().squeeze(1)
+        if self._arrived or len(due) == 0:
+            return
+        ids = lists.ids[due]
+        self._looked[ids] = lists.epoch
+        student = lists.part(due).student_top(_COMPARED, unseen=True)
+        factor = self.settings.hetcomp_alpha * _DECAY ** (lists.epoch // interval)
+        for teacher, states in enumerate(trajectories):
+            # Of the states 1, 2, …; nobody moves to state 0.
+            apart = torch.stack(
+                [discrepancy(student, self._top_of_state(state.part(due), _COMPARED)) for state in states[1:]], dim=1
+            )
+            last = len(states) - 1
+            stage, stored = self.stage[ids, teacher], self._stored[ids, teacher]
+            now = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
+            # Not "above": 0 of 0 moves on, who agrees or is not taught. A first look has NaN stored, and moves nobody.
+            moves = (stage < last) & ((stored >= factor * now) | (stored < now))
+            stage = stage + moves
+            following = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
+            self.stage[ids, teacher] = stage
+            self._stored[ids, teacher] = following.where(moves | stored.isnan(), stored)
+        ends = self.stage.new_tensor([len(states) - 1 for states in trajectories])
+        self._arrived = bool((self.stage >= ends)[self._looked >= 0].all())
+
+    def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
+        """Per row; ``student_scores [B, N]``, column 0 is padding; ``sets.seen`` as ``masks_seen`` has it."""
+        if sets.seen is None:
+            raise ValueError("HetCompLoss needs seen; see KDLoss.masks_seen.")
+        scores, items, k = at_least_float32(student_scores), sets.items.long(), self.settings.hetcomp_top_k
+        keep = items != 0
+        listed = scores.gather(1, items).masked_fill(~keep, 0.0)
+        first = items.shape[1] - k
+        if not self.hard:
+            rest = _log_sum_of_rest(scores, sets.seen, items[:, first:])
+            terms = torch.nn.functional.softplus(rest - listed)
+            return 2.0 * terms.masked_fill(~keep, 0.0).sum(1)
+        positives, positives_keep = listed[:, :first], keep[:, :first]
+        half, half_keep = listed[:, first : first + k // 2], keep[:, first : first + k // 2]
+        rest = _log_sum_of_rest(scores, sets.seen, items[:, first : first + k // 2])
+        # What is below the first tenth: the others of the half, and the rest of the half as one entry.
+        below = torch.cat([half[:, k // 10 :], rest], dim=1)
+        below_keep = torch.cat([half_keep[:, k // 10 :], torch.ones_like(half_keep[:, :1])], dim=1)
+        return plackett_luce(positives, rest, positives_keep) + 0.5 * (
+            plackett_luce(half, rest, half_keep)
+            + plackett_luce(half[:, : k // 10], below, half_keep[:, : k // 10], below_keep)
+        )
+
+
+def _log_sum_of_rest(scores: Tensor, seen: Seen, items: Tensor) -> Tensor:
+    """Log Σ e^s over what is neither seen nor among ``items [B, T]``, ``[B, 1]``; very low where nothing is."""
+    left_out = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, items, True)
+    left_out[seen.cells(torch.arange(len(scores), device=scores.device))] = True
+    left_out[:, 0] = True
+    return scores.masked_fill(left_out, torch.finfo(scores.dtype).min).logsumexp(1, keepdim=True)
+
+
+def discrepancy(student_top: Tensor, target_top: Tensor) -> Tensor:
+    r"""How far the student's list is from another one, 0 for the same list and 1 for no item in common, ``[n]``.
+
+    .. math:: 1 - \mathrm{NDCG}, \text{ with gains } 2^{e^{-k/10}} - 1 \text{ at place } k = 1, 2, \dots \text{ of the target}
+
+    Args:
+        student_top: ``[n, a]``, best first; 0 for none.
+        target_top: ``[n, k]``, likewise; the discrepancy from an empty list is 0.
+    """
+    device, longest = student_top.device, max(student_top.shape[1], target_top.shape[1])
+    place = torch.arange(1, longest + 1, device=device)
+    gain, discount = torch.exp2((-place / _FALL).exp()) - 1.0, 1.0 / torch.log2(place + 1.0)
+    ideal = ((gain * discount)[: target_top.shape[1]] * (target_top != 0)).sum(1)
+    hit = places(student_top, target_top)
+    counts = (hit >= 0) & (student_top != 0)
+    found = (gain[hit.clamp(min=0)] * discount[: student_top.shape[1]] * counts).sum(1)
+    return (1.0 - found / ideal).where(ideal > 0, 0.0)
+
+
+def most_important(lists: Sequence[Tensor], k: int) -> Tensor:
+    """The ``k`` items that several lists ``[n, K]``, best first, agree on: Σ e^(−place/10) over the lists, ``[n, k]``."""
+    items = torch.cat(list(lists), dim=1)
+    place = torch.cat([torch.arange(1, each.shape[1] + 1, device=items.device) for each in lists])
+    ordered, order = items.sort(1)
+    weight = (-place.double() / _FALL).exp()[order]
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    # What an item weighs is added up where it stands first.
+    column = torch.arange(items.shape[1], device=items.device) * first
+    total = torch.zeros_like(weight).scatter_add_(1, column.cummax(1).values, weight)
+    best, column = total.masked_fill(~first | (ordered == 0), -1.0).topk(k, dim=1)
+    return ordered.gather(1, column).masked_fill(best < 0, 0)

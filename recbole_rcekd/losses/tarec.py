@@ -1,0 +1,135 @@
+r"""TARec in spirit: Wasserstein distance of the lists, contrast of the vectors, and an assistant between teacher and student.
+
+.. math:: \ell = \sum_{k=1}^{|J|} \big|F_T(k) - F_S(k)\big|, \qquad
+    F(k) = \sum_{j\le k} \sigma_J(\cdot/\tau)_j, \qquad J = Q_T\cup Q_S \text{ in the teacher's order}
+
+the Wasserstein-1 distance of the two softmaxes, where an item lies as many steps from another as there are places between
+them in the teacher's list. Its gradient by F_S(k) is the sign of F_S(k) − F_T(k), 0 where they meet. The contrast is
+InfoNCE between the student's projected vector of a user (or item) and the teacher's, against the teacher's of others in
+the batch (:class:`TARecContrast`).
+
+The assistant, a model of the student's kind and of ``tarec_assistant_size``, is the business of ``run_recbole_kd``, which
+trains it first and lets it teach. :class:`~recbole_rcekd.trainer.DistillTrainer` knows no assistant: whatever teacher it
+is given teaches; to have one there, train it and pass it on as the next teacher.
+
+Source: Zhuang et al., WWW 2025, "Teacher-Assisted Wasserstein Knowledge Distillation", from its abstract: approximate, no
+code of the authors was found; see METHODS.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from recbole_rcekd.functional import at_least_float32, is_member
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses.base import FeatureLoss, KDLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import ItemSets, Seen, Vectors
+
+# Vectors are told apart from at most so many: a batch of 2,048 rows has some 4,000 items, whose square is slow on a CPU.
+_CONTRASTED_AT_A_TIME = 512
+
+
+@dataclass(frozen=True)
+class TARecSettings(LossSettings):
+    """Settings of TARec; ``properties/loss/tarec.yaml`` gives type, purpose and source of each."""
+
+    tarec_weight: float = setting(1.0, low=0.0)
+    tarec_top_k: int = setting(50, low=1)
+    tarec_temperature: float = setting(1.0, above=0.0)
+    tarec_contrast_weight: float = setting(0.1, low=0.0)
+    tarec_contrast_temperature: float = setting(0.2, above=0.0)
+    tarec_sides: Literal["both", "users", "items"] = "both"
+    tarec_assistant_size: int = setting(-1, low=-1)
+
+    def longest_list(self) -> tuple[str, ...]:
+        """One list of K of each."""
+        return ("tarec_top_k",)
+
+
+class TARecLoss(KDLoss):
+    """Wasserstein-1 distance of teacher and student on their lists, and, with a weight above 0, the contrast of vectors."""
+
+    settings_type = TARecSettings
+    settings: TARecSettings
+
+    def select(self, lists: Lists) -> ItemSets:
+        """``Q_T ∪ Q_S`` in the teacher's order, each item once, then what is masked.
+
+        Items that a teacher scores alike (what a score file does not list) stand in the student's order.
+        """
+        k = self.settings.tarec_top_k
+        teacher_top, student_top = lists.teacher_top(k), lists.student_top(k)
+        items = torch.cat([teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1)
+        scores = lists.teacher_scores(items).masked_fill(items == 0, -torch.inf)
+        scores, order = scores.sort(dim=1, descending=True, stable=True)
+        return ItemSets(items.gather(1, order), scores, scores != -torch.inf)
+
+    def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
+        """Σ_k |F_T(k) − F_S(k)| per row."""
+        if sets.teacher_scores is None or sets.keep is None:
+            raise ValueError("TARecLoss needs teacher_scores and keep; see TARecLoss.select.")
+        student, teacher = (
+            _masked_softmax(scores / self.settings.tarec_temperature, sets.keep)
+            for scores in (at_least_float32(student_scores), at_least_float32(sets.teacher_scores.detach()))
+        )
+        return (student - teacher).cumsum(-1).abs().masked_fill(~sets.keep, 0.0).sum(-1)
+
+    def feature_side(self) -> tuple[FeatureLoss, float] | None:
+        """The contrast of vectors."""
+        weight = self.settings.tarec_contrast_weight
+        return None if weight == 0.0 else (TARecContrast(self.settings), weight)
+
+
+def _masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Probabilities of the kept entries, 0 elsewhere; a row that keeps nothing has finite gradients (0)."""
+    lowest = torch.finfo(scores.dtype).min
+    return scores.masked_fill(~keep, lowest).softmax(-1).masked_fill(~keep, 0.0)
+
+
+class TARecContrast(FeatureLoss):
+    r"""InfoNCE between a linear projection of the student's vectors and the teacher's.
+
+    .. math:: \ell = \sum_i -w_i \log \frac{e^{\cos(W s_i, t_i)/\tau}}{\sum_j e^{\cos(W s_i, t_j)/\tau}}
+
+    with j over the batch's users, or items; where these are more than 512, over those of i's random part of at most 512.
+    W is learned, one for each side.
+    """
+
+    settings_type = TARecSettings
+    settings: TARecSettings
+    left_out_by = "tarec_contrast_weight: 0"
+
+    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+        """The projections W."""
+        self.projections = nn.ModuleDict(
+            {f"of_{side}": nn.Linear(student_width, teacher_width, bias=False) for side in self.sides}
+        )
+        self._generator = generator
+
+    def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
+        """The weighted sum over the batch's users and items."""
+        given = {"users": users, "items": items}
+        terms = [self._contrast(side, vectors) for side, vectors in given.items() if vectors is not None]
+        return torch.stack(terms).sum()
+
+    def _contrast(self, side: str, vectors: Vectors) -> Tensor:
+        student = nn.functional.normalize(self.projections[f"of_{side}"](vectors.student), dim=1)
+        teacher = nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1)
+        total = student.new_zeros(())
+        for part in self._parts(vectors.n, student.device):
+            alike = at_least_float32(student[part] @ teacher[part].t()) / self.settings.tarec_contrast_temperature
+            own = torch.arange(len(part), device=part.device)
+            lost = nn.functional.cross_entropy(alike, own, reduction="none")
+            total = total + (vectors.weights[part] * lost).sum()
+        return total
+
+    def _parts(self, n: int, device: torch.device) -> tuple[Tensor, ...]:
+        if n <= _CONTRASTED_AT_A_TIME:
+            return (torch.arange(n, device=device),)
+        order = torch.randperm(n, generator=self._generator, device=self._generator.device)
+        return order.to(device).tensor_split(-(-n // _CONTRASTED_AT_A_TIME))

@@ -1,0 +1,168 @@
+r"""UnKD, unbiased knowledge distillation: pairs of items that are about equally popular, in the teacher's order.
+
+The items are cut by popularity into G groups with about the same number of interactions each. Of every group a user gets a
+quota of pairs (a, b) from the teacher's top-P unseen items of the *group*, a the better one:
+
+.. math:: \ell = \frac1n \sum_{(a,b)} \log\big(1 + e^{s_b - s_a}\big)
+
+The two places of a pair are drawn independently with :math:`p_r \propto e^{-r/T}`, and again where they are the same.
+A teacher's bias towards what is popular is a difference between groups, which no pair shows.
+
+Source: Chen et al., Unbiased Knowledge Distillation for Recommendation, WSDM 2023. The port in woriazzc/RCEKD @ 771322a
+does not run as published.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from recbole_rcekd.functional import at_least_float32
+from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.settings import LossSettings, setting
+from recbole_rcekd.types import ItemSets
+
+# The share of the least popular group's mean popularity is rounded, and not less than this.
+_DECIMALS, _SMALLEST_SHARE = 2, 0.1
+
+
+@dataclass(frozen=True)
+class UnKDSettings(LossSettings):
+    """Settings of UnKD; ``properties/loss/unkd.yaml`` gives type, purpose and source of each."""
+
+    unkd_weight: float = setting(1.0, low=0.0)
+    unkd_groups: int = setting(4, low=1)
+    unkd_pairs: int = setting(30, low=1)
+    unkd_pool: int = setting(200, low=2)
+    unkd_sampling_temperature: float = setting(20.0, above=0.0)
+    unkd_quota_power: float = setting(0.0, low=0.0)
+
+    def longest_list(self) -> tuple[str, ...]:
+        """No group without an item; short pools will do."""
+        return ("unkd_groups",)
+
+
+def popularity_groups(popularity: Tensor, n_groups: int) -> Tensor:
+    """The group of each item, ``[n_items]``: 0 holds the most popular, each about the same number of interactions.
+
+    An item belongs to the group in whose share of all interactions it begins, the most popular items first; those without any
+    (and padding) to the last. A group stays empty where one item has more than a group's share.
+    """
+    order = popularity.argsort(descending=True, stable=True)
+    counts = popularity[order].long()
+    before = counts.cumsum(0) - counts
+    group = (before * n_groups // counts.sum().clamp(min=1)).clamp(max=n_groups - 1)
+    return torch.empty_like(order).scatter_(0, order, group)
+
+
+def quotas(popularity: Tensor, group: Tensor, n_groups: int, n_pairs: int, power: float) -> list[int]:
+    """How many of ``n_pairs`` each group gets: ∝ (least mean popularity / its own)^λ, rounded so that the sum is kept.
+
+    A mean of padding or of items nobody has is no mean; empty groups get nothing.
+    """
+    items, own = popularity[1:].double(), group[1:]
+    counts = torch.bincount(own, minlength=n_groups)
+    mean = torch.bincount(own, weights=items, minlength=n_groups) / counts.clamp(min=1)
+    least = mean[mean > 0].min() if bool((mean > 0).any()) else mean.new_ones(())
+    ratio = (least / mean.clamp(min=float(least))).round(decimals=_DECIMALS).clamp(min=_SMALLEST_SHARE)
+    share = ratio**power * (counts > 0)
+    exact = n_pairs * share / share.sum()
+    whole = exact.floor()
+    left = n_pairs - int(whole.sum())
+    whole[(exact - whole).argsort(descending=True, stable=True)[:left]] += 1
+    return [int(n) for n in whole]
+
+
+def draw_pairs(weights: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``n`` pairs of places per row with p(a, b) ∝ w_a·w_b, a ≠ b: two independent draws, again where they agree.
+
+    The first is drawn with p ∝ w_a·(Σw − w_a), the second among the others, so that nothing is drawn again.
+
+    Args:
+        weights: ``[rows, P]``, at least 0.
+        n: pairs per row.
+        generator: of the draws.
+
+    Returns:
+        The smaller and the larger place, ``[rows, n]`` each; equal where a row has no two places with a weight.
+    """
+    weights = weights.double()
+    total = weights.sum(1, keepdim=True)
+    shape = (2, len(weights), n)
+    first_at, second_at = torch.rand(shape, generator=generator, dtype=torch.float64, device=weights.device)
+    last = weights.shape[1] - 1
+    firsts = (weights * (total - weights)).cumsum(1)
+    first = torch.searchsorted(firsts, first_at * firsts[:, -1:], right=True).clamp_(max=last)
+    ends = weights.cumsum(1)
+    own = weights.gather(1, first)
+    point = second_at * (total - own)
+    # What lies beyond the first one's own share moves up by it.
+    point += own * (point >= ends.gather(1, first) - own)
+    second = torch.searchsorted(ends, point, right=True).clamp_(max=last)
+    # Rounding may lead to an end of the row, where nothing has a weight.
+    second = second.where((weights.gather(1, second) > 0) & (own > 0), first)
+    return torch.minimum(first, second), torch.maximum(first, second)
+
+
+class UnKDLoss(KDLoss):
+    """UnKD. Training positives are in no pair.
+
+    The teacher is asked once about each context; its lists are remembered, 4 bytes an entry:
+    ``unkd_groups · unkd_pool`` of them for each context.
+    """
+
+    settings_type = UnKDSettings
+    settings: UnKDSettings
+    _pools: Tensor
+    _known: Tensor
+
+    def prepare(self, n_contexts: int, device: torch.device) -> None:
+        """Make room for the teacher's lists of each context."""
+        s = self.settings
+        pools = torch.zeros((n_contexts, s.unkd_groups, s.unkd_pool), dtype=torch.int32, device=device)
+        self.register_buffer("_pools", pools, persistent=False)
+        self.register_buffer("_known", torch.zeros(n_contexts, dtype=torch.bool, device=device), persistent=False)
+        self._group: Tensor | None = None
+        self._quotas: list[int] = []
+
+    def select(self, lists: Lists) -> ItemSets:
+        """``[better of each pair (n) | worse (n)]``; both 0 where a group has fewer than two items for a user."""
+        s = self.settings
+        pools = self._pools_of(lists)
+        rank = torch.arange(1, s.unkd_pool + 1, dtype=torch.float64, device=pools.device)
+        by_rank = torch.exp(-rank / s.unkd_sampling_temperature)
+        better, worse = [], []
+        for pool, n in zip(pools.unbind(1), self._quotas, strict=True):
+            high, low = draw_pairs(by_rank * (pool != 0), n, lists.generator)
+            two = high != low
+            better.append(pool.gather(1, high) * two)
+            worse.append(pool.gather(1, low) * two)
+        return ItemSets(torch.cat(better + worse, dim=1))
+
+    def _pools_of(self, lists: Lists) -> Tensor:
+        """The teacher's best unseen items of each group, ``[n, G, P]``; asked for once."""
+        s = self.settings
+        if self._group is None:
+            popularity = lists.popularity()
+            self._group = popularity_groups(popularity, s.unkd_groups)
+            self._quotas = quotas(popularity, self._group, s.unkd_groups, s.unkd_pairs, s.unkd_quota_power)
+        new = (~self._known[lists.ids]).nonzero().squeeze(1)
+        if len(new):
+            part = lists.part(new)
+            found = part.teacher_top_of_groups(self._group, s.unkd_groups, s.unkd_pool)
+            self._pools[part.ids] = found.int()
+            self._known[part.ids] = True
+        return self._pools[lists.ids].long()
+
+    def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
+        """``softplus(s_worse − s_better)`` per row, the mean over its pairs."""
+        n = self.settings.unkd_pairs
+        pairs = sets.items[:, :n] != 0
+        scores = at_least_float32(student_scores)
+        # Masked before, so that nothing of a struck score is in the gradient; and after, since softplus(0) is not 0.
+        better, worse = scores[:, :n].masked_fill(~pairs, 0.0), scores[:, n:].masked_fill(~pairs, 0.0)
+        return softplus(worse - better).masked_fill(~pairs, 0.0).sum(-1) / pairs.sum(-1).clamp(min=1)

@@ -1,0 +1,263 @@
+"""A search for the settings of each method, by RecBole's ``HyperTuning``, on the validation data alone.
+
+Every method gets the same number of trials. All trials share one split, one teacher and its stored scores. Finished trials
+are kept and found again, so that an interrupted search goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from importlib import resources
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import yaml
+from recbole.trainer import HyperTuning
+from recbole.utils import set_color
+from tabulate import tabulate
+
+from recbole_rcekd.config import parts_of
+from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.quick_start import Experiment, command_config
+from recbole_rcekd.report import write_whole
+
+# The seed of hyperopt's choice of trials.
+_SEED = "HYPEROPT_FMIN_SEED"
+
+
+class Setting:
+    """Where trials take place: a command's data and teacher, read with the first trial (once in each process).
+
+    Args:
+        arguments: of :func:`~recbole_rcekd.quick_start.run_recbole_kd`: ``model``, ``dataset``, ``config_file_list``,
+            ``config_dict``, ``teacher``, ``kd_loss``.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self._arguments = arguments
+        self._prepared: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Data and teacher stay behind when it travels to another process."""
+        return {**vars(self), "_prepared": None}
+
+    def prepared(self) -> tuple[Experiment, Any, Any, Any]:
+        """The command behind the trials, its data, teacher and report."""
+        if self._prepared is None:
+            given = dict(self._arguments)
+            model, dataset, files, extra = (
+                given.pop(key, None) for key in ("model", "dataset", "config_file_list", "config_dict")
+            )
+            experiment = Experiment(command_config(model, dataset, files, extra, given), saved=False)
+            self._prepared = (experiment, *experiment.prepare())
+        prepared: tuple[Experiment, Any, Any, Any] = self._prepared
+        return prepared
+
+
+class Objective:
+    """What a trial is: an objective function for RecBole's ``HyperTuning`` (and others, see docs/tuning.md).
+
+    ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and says how it validates; the test
+    data are not looked at.
+
+    Args:
+        kd_loss: the method that is tuned.
+        folder: where finished trials are kept; ``None``: nowhere.
+        setting: shared with other objectives; default: one of its own, of ``arguments``.
+        arguments: of :class:`Setting`.
+
+    Example:
+        >>> objective = Objective("rce", config_file_list=["mine.yaml"])  # doctest: +SKIP
+        >>> HyperTuning(objective, params_file="properties/hyper/rce.test", max_evals=8).run()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, kd_loss: str, folder: Path | None = None, setting: Setting | None = None, **arguments: Any
+    ) -> None:
+        self.kd_loss = kd_loss
+        self.folder = folder
+        self.setting = setting or Setting(kd_loss=kd_loss, **arguments)
+
+    def __call__(self, config_dict: Mapping[str, Any], config_file_list: Any = None) -> dict[str, Any]:
+        """Train with these settings.
+
+        Args:
+            config_dict: the settings that are tried.
+            config_file_list: not needed; ``HyperTuning`` hands it over.
+
+        Returns:
+            RecBole's keys: ``model``, ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, and an empty
+            ``test_result``.
+
+        Raises:
+            SettingsError: a setting does not exist or does not fit.
+        """
+        experiment, data, teacher, report = self.setting.prepared()
+        seed = experiment.seeds[0]
+        tried = {key: _plain_number(value) for key, value in config_dict.items()}
+        config = experiment.run_config(self.kd_loss, tried)
+        name = hashlib.sha256(json.dumps([report.fingerprint(config, teacher), seed]).encode()).hexdigest()[:16]
+        file = None if self.folder is None else self.folder / self.kd_loss / f"{name}.json"
+        if file is not None and file.exists():
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            return known
+        learns_from, _ = experiment.teacher_of(self.kd_loss, data, teacher, report)
+        trainer = experiment.trainer(config, seed, data, learns_from)
+        score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
+        found = {
+            "model": config["model"],
+            "best_valid_score": float(score),
+            "valid_score_bigger": bool(config["valid_metric_bigger"]),
+            "best_valid_result": {key: float(value) for key, value in (result or {}).items()},
+            "test_result": {},
+            "tried": tried,
+            "epochs": len(trainer.history.rows),
+        }
+        if file is not None:
+            write_whole(file, json.dumps(found, indent=1) + "\n")
+        return found
+
+
+def tune_recbole_kd(
+    trials: int,
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: list[str] | None = None,
+    config_dict: dict[str, Any] | None = None,
+    teacher: Any = None,
+    kd_loss: str | list[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    params_file: str | os.PathLike[str] | None = None,
+    algo: str = "exhaustive",
+) -> dict[str, Any]:
+    """Search the settings of each method of ``kd_loss``, all with the same number of trials.
+
+    Args:
+        trials: so many for each method, or as many as its ranges allow.
+        model: the student; this and the next ones as for :func:`~recbole_rcekd.quick_start.run_recbole_kd`.
+        dataset: likewise.
+        config_file_list: likewise.
+        config_dict: likewise.
+        teacher: likewise.
+        kd_loss: the methods, ``scratch`` too.
+        output_dir: where ``tuning/`` goes: the trials, ``tuning.json``, ``tuning.md`` and ``best.yaml``, a property file
+            with the best settings of all methods. Default: nothing is written.
+        params_file: ranges in RecBole's format, for one method; default: ``properties/hyper/<loss>.test``, for a sum
+            those of its losses together.
+        algo: of RecBole's ``HyperTuning``: ``exhaustive`` (the combinations of choices, in a random order), ``random``
+            or ``bayes``.
+
+    Returns:
+        For each method ``{"best": settings, "best_valid_score": …, "trials": [...]}``.
+
+    Raises:
+        SettingsError: hyperopt is not installed, the ranges are missing, or a setting is wrong.
+    """
+    try:
+        import hyperopt  # noqa: F401
+    except ImportError as error:
+        raise SettingsError("[tune] needs hyperopt, as RecBole's HyperTuning does: pip install hyperopt") from error
+    if trials < 1:
+        raise SettingsError(f"[tune] is {trials}, but must be at least 1, the trials of each method.")
+    folder = Path(output_dir) / "tuning" if output_dir else None
+    arguments = {
+        "model": model,
+        "dataset": dataset,
+        "config_file_list": config_file_list,
+        "config_dict": config_dict,
+        "teacher": teacher,
+        "kd_loss": kd_loss,
+    }
+    setting = Setting(**arguments)
+    with ExitStack() as files:
+        experiment = setting.prepared()[0]
+        if params_file is not None and len(experiment.losses) > 1:
+            raise SettingsError("[params_file] has the ranges of one method, but [kd_loss] names several.")
+        spaces = {
+            name: str(params_file) if params_file is not None else str(_ranges(name, files))
+            for name in experiment.losses
+        }
+        found = {name: _search(Objective(name, folder, setting), space, trials, algo) for name, space in spaces.items()}
+    _write(folder, found)
+    getLogger().info(
+        f"{trials} trials each, best by {experiment.config['valid_metric']} on the validation data\n{_table(found)}"
+    )
+    return found
+
+
+def _search(objective: Objective, space: str, trials: int, algo: str) -> dict[str, Any]:
+    getLogger().info(set_color("Tuning", "pink") + f": {objective.kd_loss}, ranges of [{space}]")
+    tried: list[dict[str, Any]] = []
+
+    def one(config_dict: Mapping[str, Any], config_file_list: Any = None) -> dict[str, Any]:
+        tried.append(objective(config_dict, config_file_list))
+        return tried[-1]
+
+    try:
+        tuning = HyperTuning(one, params_file=space, algo=algo, max_evals=trials, early_stop=trials)
+    except OSError as error:
+        raise SettingsError(f"[params_file] {space} cannot be read: {error.strerror}.") from error
+    tuning.max_evals = min(trials, int(tuning.max_evals))
+    before = os.environ.get(_SEED)
+    os.environ[_SEED] = before or "0"
+    try:
+        tuning.run()
+    finally:
+        if before is None:
+            del os.environ[_SEED]
+    bigger = max if tried[0]["valid_score_bigger"] else min
+    best = bigger(tried, key=lambda trial: trial["best_valid_score"])
+    return {"best": best["tried"], "best_valid_score": best["best_valid_score"], "trials": tried}
+
+
+def _ranges(name: str, files: ExitStack) -> Path:
+    """The shipped ranges; of a sum those of all its losses, in a file that is made now."""
+    texts = []
+    for part in parts_of(name):
+        file = resources.files("recbole_rcekd.properties") / "hyper" / f"{part}.test"
+        if not file.is_file():
+            raise SettingsError(f"[params_file] is missing: there are no ranges for {part}.")
+        if part == name:
+            return files.enter_context(resources.as_file(file))
+        texts.append(file.read_text(encoding="utf-8"))
+    import tempfile
+
+    folder = files.enter_context(tempfile.TemporaryDirectory())
+    joined = Path(folder) / f"{name}.test"
+    joined.write_text("\n".join(texts), encoding="utf-8")
+    return joined
+
+
+def _write(folder: Path | None, found: dict[str, Any]) -> None:
+    if folder is None:
+        return
+    best = {key: value for method in found.values() for key, value in method["best"].items()}
+    note = "# The best settings of each method, found by run_recbole_kd.py --tune on the validation data.\n"
+    write_whole(folder / "best.yaml", note + yaml.safe_dump(best, sort_keys=False))
+    write_whole(folder / "tuning.json", json.dumps(found, indent=1) + "\n")
+    write_whole(folder / "tuning.md", _table(found, "github") + "\n")
+
+
+def _table(found: dict[str, Any], style: str = "simple_outline") -> str:
+    rows = [
+        [
+            name,
+            len(method["trials"]),
+            f"{method['best_valid_score']:.5f}",
+            ", ".join(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}" for k, v in method["best"].items()),
+        ]
+        for name, method in found.items()
+    ]
+    return str(
+        tabulate(rows, ["method", "trials", "best validation score", "with"], tablefmt=style, disable_numparse=True)
+    )
+
+
+def _plain_number(value: Any) -> Any:
+    """Hyperopt hands over tuples and numpy's numbers, which no checkpoint and no JSON should hold."""
+    return value.item() if hasattr(value, "item") else list(value) if isinstance(value, tuple) else value
