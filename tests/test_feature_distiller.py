@@ -236,6 +236,18 @@ def test_half_precision_is_no_other_run(folder: Path, teacher_file: Path, method
         assert rows[1][key] == pytest.approx(rows[0][key], rel=0.01)
 
 
+def test_in_half_precision_only_the_model_computes(folder: Path, teacher_file: Path) -> None:
+    bundle, trainer = make(folder, teacher_file)
+    batch = next(iter(bundle.train))
+    with trainer.distilling(bundle.train):
+        distiller = distiller_of(trainer)
+        exact = distiller.step(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = distiller.step(batch)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, exact)
+
+
 # --- from whom, and who -------------------------------------------------------------------------------------
 
 
@@ -475,6 +487,9 @@ def test_a_second_method_does_not_change_the_draws_of_the_first(folder: Path, te
     for method in ("rce", "rce+de"):
         bundle, trainer = make(folder, teacher_file, epochs=1, kd_loss=method, de_weight=0.0)
         found.append(course(bundle, trainer)[0])
+        seeds = [term.distiller.generator.initial_seed() for term in trainer.terms]
+        assert seeds[0] == 2020
+        assert len(set(seeds)) == len(seeds)
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name])
 
