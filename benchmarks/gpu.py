@@ -70,8 +70,7 @@ def one(model: str, loss: str, device: str) -> tuple[float, float, float, float]
     """KD loss of the first and the last epoch, validation score, seconds of an epoch after the first."""
     sequential = model in ("SASRec", "HSTU")
     settings = {
-        "use_gpu": device == "cuda",
-        "gpu_id": "0",
+        "gpu_id": "0" if device == "cuda" else "",
         "embedding_size": 16,
         "hidden_size": 16,
         "teacher_embedding_size": 64,

@@ -71,7 +71,7 @@ class RowDistiller:
         self.loss = loss
         self.settings = settings
         self._scorer = scorer
-        self._teaching = teaching
+        self._teaching = teaching.to(scorer.device)
         self._ranks = ranks = ranks or Ranks()
         self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
         self._rows = Rows(dataset)

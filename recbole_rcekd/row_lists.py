@@ -11,7 +11,7 @@ Two kinds of teachers say different things of a row:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -45,6 +45,11 @@ class Teaching:
     list_field: str
     users: Tensor | None = None
     taken: Seen | None = None
+
+    def to(self, device: torch.device) -> Teaching:
+        """The same where the student is."""
+        users = None if self.users is None else self.users.to(device)
+        return replace(self, users=users, taken=None if self.taken is None else self.taken.to(device))
 
 
 def teaching_of(dataset: Any, scores: TeacherScores, by_rows: bool | None = None) -> Teaching:
@@ -102,7 +107,7 @@ class RowLists(Lists):
         self._teaching = teaching
         self._batch = batch
         self._targets = batch[teaching.item_field].long()
-        self._asked_of_batch = rows if teaching.users is None else teaching.users.to(rows.device)[rows]
+        self._asked_of_batch = rows if teaching.users is None else teaching.users[rows]
 
     @property
     def _asked(self) -> Tensor:
