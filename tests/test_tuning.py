@@ -139,6 +139,12 @@ def test_what_is_refused(folder: Path, words: dict[str, Any], message: str) -> N
         tune_recbole_kd(**{"trials": 1, "kd_loss": "ce", **arguments(folder), **words})
 
 
+def test_the_command_refuses_what_a_search_ignores(capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("--seeds=0,1", "--nproc=2"):
+        assert main(["--model=BPR", "--dataset=tiny", "--kd_loss=ce", "--tune=1", word]) == 2
+        assert "[seeds] and [nproc] have no effect on a search" in capsys.readouterr().err
+
+
 def test_a_wrong_key_in_the_ranges_is_named(folder: Path, tmp_path: Path) -> None:
     file = ranges(tmp_path / "x.test", "ce_wieght choice [0.5,2.0]")
     with pytest.raises(
