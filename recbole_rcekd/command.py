@@ -88,9 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
         }
         if known.tune is not None:
             if run.pop("seeds") is not None or known.nproc > 1:
-                raise SettingsError(
-                    "[seeds] and [nproc] have no effect on a search, which trains one student at a time: leave them out."
+                print(
+                    "error: [seeds] and [nproc] have no effect on a search, which trains one at a time.",
+                    file=sys.stderr,
                 )
+                return 2
             tune_recbole_kd(known.tune, **run, params_file=known.params_file, algo=known.algo)
         elif known.nproc == 1 and known.world_size <= 0:
             run_recbole_kd(**run)
