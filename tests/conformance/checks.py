@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd import KDError, distill_trainer, load_teacher
-from recbole_rcekd import trainer as trainer_module
+from recbole_rcekd import terms as terms_module
 from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.models import MODELS
@@ -278,7 +278,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     shutil.rmtree(folder / "saved" / "teacher_scores", ignore_errors=True)  # of other sources, perhaps
     with (
         inside(folder),
-        mock.patch.object(trainer_module, "open_scores", open_scores),
+        mock.patch.object(terms_module, "open_scores", open_scores),
         mock.patch.object(Distiller, "begin_epoch", begin_epoch),
         mock.patch.object(RowDistiller, "begin_epoch", begin_epoch),
     ):
