@@ -108,6 +108,7 @@ class Objective:
             return known
         learns_from, _ = experiment.teacher_of(self.kd_loss, data, teacher, report)
         trainer = experiment.trainer(config, seed, data, learns_from)
+        trainer.history.file = None
         score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
         found = {
             "model": config["model"],

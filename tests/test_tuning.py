@@ -72,6 +72,7 @@ def test_recboles_hypertuning_takes_the_objective(
     best = max(tuning.params2result.values(), key=lambda result: result["best_valid_score"])
     assert tuning.best_score == best["best_valid_score"]
     assert best["test_result"] == {}  # nobody looked
+    assert not list(tmp_path.glob("saved/BPR-rce*"))  # nothing is left of a trial
 
 
 def test_a_trial_is_the_run_that_the_command_would_make(folder: Path) -> None:
