@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recbole_rcekd.diagnostics import Watched, closure_numbers
 from recbole_rcekd.item_sets import Lists
-from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.settings import KDSettings
@@ -25,8 +25,6 @@ from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 _REFRESHED_AT_A_TIME = 1024
 # Full rows of scores with a gradient: 128 MB of float32.
 _SCORED_AT_A_TIME = 32_000_000
-# So many contexts are looked at in full where a loss tunes itself once per epoch.
-_TUNED_ON = 64
 
 
 @dataclass
@@ -137,10 +135,9 @@ class Distiller:
         whole = self._lists(side, due, epoch)
         for part in torch.split(torch.arange(len(due), device=due.device), _REFRESHED_AT_A_TIME):
             block = side.loss.select(whole.part(part))
-            part = due[part]
             if side.sets is None:
                 side.sets = block.empty_like(len(side.contexts))
-            side.sets.put(part, block)
+            side.sets.put(due[part], block)
 
     def _lists(self, side: _Side, rows: Tensor, epoch: int) -> Lists:
         return Lists(
@@ -159,7 +156,7 @@ class Distiller:
     def _some_of(self, side: _Side) -> Tensor:
         """A few random rows, others in each epoch."""
         device = self.generator.device
-        return torch.randperm(len(side.contexts), generator=self.generator, device=device)[:_TUNED_ON]
+        return torch.randperm(len(side.contexts), generator=self.generator, device=device)[:TUNED_ON]
 
     def _partition(self, side: _Side, n_steps: int) -> Iterator[tuple[Tensor, float]]:
         """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps.

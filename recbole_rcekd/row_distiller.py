@@ -19,7 +19,7 @@ from recbole_rcekd.batch_scores import BatchScores
 from recbole_rcekd.contexts import ROW_FIELD, Rows
 from recbole_rcekd.diagnostics import OVERLAP_AT, closure_numbers, distance_to_teacher
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.products import Product
 from recbole_rcekd.row_lists import RowLists, Teaching
@@ -27,9 +27,6 @@ from recbole_rcekd.scoring import ModelScorer, preserved_random_state
 from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, TeacherScores
-
-# As in the distiller of users.
-_TUNED_ON = 64
 
 
 class RowDistiller:
@@ -108,7 +105,7 @@ class RowDistiller:
         with torch.no_grad():
             lists = self._lists(batch, rows, student)
             if self._untuned:
-                self.loss.tune(lists.part(lists.contexts[:_TUNED_ON]))
+                self.loss.tune(lists.part(lists.contexts[:TUNED_ON]))
                 self._untuned = False
             sets = self.loss.select(lists)
             if sets.gamma is not None:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -72,6 +73,11 @@ class Maker:
     n_epochs: int
     show_progress: bool = False
 
+    @cached_property
+    def seen(self) -> Seen:
+        """The training interactions; rows of sequential students do without."""
+        return training_interactions(self.dataset)
+
     def terms(self, losses: Mapping[str, Loss]) -> list[Term]:
         """A term for each loss, and for each loss of vectors that belongs to one.
 
@@ -103,7 +109,6 @@ class Maker:
             if isinstance(loss, KDLoss) and loss.uses_trajectory:
                 common = (self.settings, self.scorer.device, self.show_progress, self.ranks)
                 trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *common)
-        seen = training_interactions(self.dataset)
         by_rows = None if loaded is None else loaded.scores_rows
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
         terms: list[Term] = []
@@ -117,14 +122,14 @@ class Maker:
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
                     try:
-                        term = self._of_vectors(name, part, weight, raw, scores, seen, seed)
+                        term = self._of_vectors(name, part, weight, raw, scores, seed)
                     except (SettingsError, TeacherError) as error:
                         if not part.left_out_by:
                             raise
                         raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
                     terms.append(term if part is loss else dataclasses.replace(term, name=f"{name}_of_vectors"))
                 elif isinstance(part, KDLoss):
-                    terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seen, seed))
+                    terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seed))
         return terms
 
     def _of_scores(
@@ -135,14 +140,13 @@ class Maker:
         scores: TeacherScores,
         trajectories: Sequence[Sequence[TeacherScores]],
         teaching: Teaching | None,
-        seen: Seen,
         seed: int,
     ) -> Term:
         common = (loss, self.settings)
         if teaching is not None:
             rows = RowDistiller(self.scorer, teaching, *common, self.dataset, seed, self.ranks, trajectories)
             return Term(name, loss, weight, rows, rows.step)
-        users = Distiller(self.scorer, scores, *common, seen, seed, self.ranks, trajectories)
+        users = Distiller(self.scorer, scores, *common, self.seen, seed, self.ranks, trajectories)
         field = self.dataset.uid_field
         return Term(name, loss, weight, users, lambda batch, products: users.step(batch[field]))
 
@@ -153,13 +157,12 @@ class Maker:
         weight: float,
         raw: TeacherScores,
         scores: TeacherScores,
-        seen: Seen,
         seed: int,
     ) -> Term:
         tables = vectors(name, self.teacher, raw)
         teacher = scores if scores.n_contexts == int(self.dataset.user_num) else None
         distiller = FeatureDistiller(
-            name, self.scorer, tables, teacher, loss, self.settings, self.dataset, seen, seed, self.n_epochs
+            name, self.scorer, tables, teacher, loss, self.settings, self.dataset, self.seen, seed, self.n_epochs
         )
         return Term(name, loss, weight, distiller, lambda batch, products: distiller.step(batch))
 

@@ -515,7 +515,7 @@ class Tuned(Probe):
 
 @pytest.mark.parametrize("watched", [0, 3])
 def test_a_loss_is_tuned_on_a_few_users_before_it_lists_anything(watched: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recbole_rcekd.distiller._TUNED_ON", 4)
+    monkeypatch.setattr("recbole_rcekd.distiller.TUNED_ON", 4)
     loss = Tuned()
     distiller = make(loss, kd_diagnostic_users=watched)
     for epoch in range(3):

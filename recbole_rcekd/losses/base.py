@@ -17,6 +17,9 @@ from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.settings import LossSettings
 from recbole_rcekd.types import ItemSets, Seen, Vectors
 
+# So many contexts are looked at in full where a loss tunes itself.
+TUNED_ON = 64
+
 
 class Loss(nn.Module):
     """What every method has.
