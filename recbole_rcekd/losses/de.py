@@ -38,7 +38,7 @@ class DESettings(LossSettings):
 
 
 class Experts(nn.Module):
-    """E networks with a hidden layer each, as two products; their outputs are never there one by one.
+    """E networks with a hidden layer each; a row costs as many of them as have a share in it.
 
     Args:
         n: how many.
@@ -57,9 +57,22 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.empty(n, teacher_width).uniform_(-bound, bound))
 
     def forward(self, vectors: Tensor, shares: Tensor) -> Tensor:
-        """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``."""
-        hidden = self.first(vectors).relu().unflatten(1, (self.n, -1)) * shares.unsqueeze(2)
-        return torch.addmm(shares @ self.bias, hidden.flatten(1), self.second)
+        """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``; a share of 0 is left out."""
+        expert, row = shares.t().nonzero(as_tuple=True)
+        rows = row.split(torch.bincount(expert, minlength=self.n).tolist())
+        parts = zip(
+            rows,
+            shares.t()[expert, row].split([len(each) for each in rows]),
+            self.first.weight.unflatten(0, (self.n, -1)).unbind(),
+            self.first.bias.unflatten(0, (self.n, -1)).unbind(),
+            self.second.unflatten(0, (self.n, -1)).unbind(),
+            strict=True,
+        )
+        found = shares @ self.bias
+        for own, share, weight, bias, second in parts:
+            hidden = torch.addmm(bias, vectors.index_select(0, own), weight.t()).relu() * share.unsqueeze(1)
+            found.index_add_(0, own, hidden @ second)
+        return found
 
 
 class DELoss(FeatureLoss):
@@ -99,8 +112,9 @@ class DELoss(FeatureLoss):
         return squared_error(found, wanted, vectors.weights)
 
     def _shares(self, logits: Tensor) -> Tensor:
-        """A draw of g."""
+        """A draw of g. What is too small to change a value or a gradient (of size 1/T) is 0 and costs no expert."""
         noisy = logits.log_softmax(1) - torch.empty_like(logits).exponential_(generator=self.generator).log()
         if self.temperature < _TINY:
             return torch.nn.functional.one_hot(noisy.argmax(1), logits.shape[1]).to(logits.dtype)
-        return (noisy / self.temperature).softmax(1)
+        shares = (noisy / self.temperature).softmax(1)
+        return shares.masked_fill(shares < torch.finfo(shares.dtype).eps * self.temperature, 0.0)
