@@ -32,6 +32,8 @@ from recbole_rcekd.types import ItemSets, Seen, Vectors
 
 # Vectors are told apart from at most so many: a batch of 2,048 rows has some 4,000 items, whose square is slow on a CPU.
 _CONTRASTED_AT_A_TIME = 512
+# A squared length that is taken for 0.
+_TINY = 1e-24
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,11 @@ class TARecContrast(FeatureLoss):
         return torch.stack(terms).sum()
 
     def _contrast(self, side: str, vectors: Vectors) -> Tensor:
-        student = nn.functional.normalize(self.projections[f"of_{side}"](vectors.student), dim=1)
-        teacher = nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1)
+        # (W s)·t is s·(Wᵀ t), and |W s|² is s·(WᵀW) s: what is compared is as short as the student's vectors.
+        weight, student = self.projections[f"of_{side}"].weight, vectors.student
+        square = ((student @ (weight.t() @ weight)) * student).sum(1, keepdim=True)
+        student = student / square.clamp(min=_TINY).sqrt()
+        teacher = nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1) @ weight
         total = student.new_zeros(())
         for part in self._parts(vectors.n, student.device):
             alike = at_least_float32(student[part] @ teacher[part].t()) / self.settings.tarec_contrast_temperature
