@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from recbole_rcekd.catalogue import sum_over_blocks
 from recbole_rcekd.diagnostics import Watched, closure_numbers
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import TUNED_ON, KDLoss
@@ -186,11 +187,11 @@ class Distiller:
         for side, plan in zip(self._sides, self._plans, strict=True):
             if self.settings.kd_schedule == "interactions" and side is self._sides[0]:
                 rows, weights = self._rows_of_batch(side, users)
-                term = (self._losses(side, rows) * weights).sum() if len(rows) else None
+                term = self._sum(side, rows, weights) if len(rows) else None
             else:
                 rows, mean_length = next(plan)
                 # With one process this is the mean over the rows.
-                term = self._losses(side, rows).sum() / mean_length if len(rows) else None
+                term = self._sum(side, rows) / mean_length if len(rows) else None
             if term is not None:
                 terms.append(term if side.weight == 1.0 else side.weight * term)
         return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=self.generator.device)
@@ -203,29 +204,35 @@ class Distiller:
         known = rows >= 0
         return rows[known], counts[known] * self._ranks.world / max(1, int(counts.sum()))
 
-    def _losses(self, side: _Side, rows: Tensor) -> Tensor:
+    def _sum(self, side: _Side, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Σ weights · losses, of the rows ``rows`` of what was chosen."""
         if side.sets is None:
             raise RuntimeError("begin_epoch comes before step")
         contexts, sets = side.contexts[rows], side.sets.rows(rows)
         if not side.loss.scores_all_items:
-            return side.loss.forward(side.score(contexts, sets.items), sets)
-        at_a_time = max(1, _SCORED_AT_A_TIME // side.teacher.n_items)
-        if len(contexts) <= at_a_time:
-            return self._losses_of_all_items(side, contexts, sets)
-        # Full rows of one block at a time, in the gradient too: they are computed a second time there.
-        places = torch.split(torch.arange(len(contexts), device=contexts.device), at_a_time)
-        blocks = (
-            checkpoint(self._losses_of_all_items, side, contexts[part], sets.rows(part), use_reentrant=False)
-            for part in places
-        )
-        return torch.cat(list(blocks))
+            return _weighted_sum(side.loss.forward(side.score(contexts, sets.items), sets), weights)
 
-    def _losses_of_all_items(self, side: _Side, contexts: Tensor, sets: ItemSets) -> Tensor:
+        def losses(scores: Tensor, places: Tensor) -> Tensor:
+            return self._losses_of_all_items(side, contexts[places], sets.rows(places), scores)
+
+        if self._scorer.kind == "product":
+            return sum_over_blocks(*self._scorer.operands(contexts), losses, weights)
+
+        def scored(places: Tensor) -> Tensor:
+            return losses(side.score_all(contexts[places]), places)
+
+        # Full rows of one block at a time, in the gradient too: they are computed a second time there.
+        places = torch.arange(len(contexts), device=contexts.device)
+        blocks = torch.split(places, max(1, _SCORED_AT_A_TIME // side.teacher.n_items))
+        found = [scored(*blocks)] if len(blocks) == 1 else [checkpoint(scored, b, use_reentrant=False) for b in blocks]
+        return _weighted_sum(torch.cat(found), weights)
+
+    def _losses_of_all_items(self, side: _Side, contexts: Tensor, sets: ItemSets, scores: Tensor) -> Tensor:
         if side.loss.teaches_all_items:
             sets = dataclasses.replace(sets, teacher_scores=side.teacher.score_all(contexts))
         if side.loss.masks_seen:
             sets = dataclasses.replace(sets, seen=side.seen.among(contexts))
-        return side.loss.forward(side.score_all(contexts), sets)
+        return side.loss.forward(scores, sets)
 
     # -- diagnostics ---------------------------------------------------------------------------------------------
 
@@ -250,3 +257,7 @@ class Distiller:
         if side.sets is not None:
             found |= closure_numbers(side.loss, side.sets.rows(self._watched.places), rows)
         return found
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.sum() if weights is None else (losses * weights).sum()

@@ -54,6 +54,12 @@ def masked_log_softmax(scores: Tensor, keep: Tensor | None = None) -> Tensor:
     return filled.log_softmax(-1).masked_fill(~keep, 0.0)
 
 
+def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
+    """Probabilities of the kept entries of the last axis, 0 elsewhere; of a row that keeps nothing 0, with a gradient of 0."""
+    scores = at_least_float32(scores)
+    return scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
+
+
 def soft_cross_entropy(
     student_scores: Tensor, teacher_scores: Tensor, keep: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(recbole_rcekd.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 PURE = {
-    *("losses", "functional", "item_sets", "ranking", "types", "settings", "errors"),
+    *("losses", "functional", "catalogue", "item_sets", "ranking", "types", "settings", "errors"),
     *("batch_scores", "diagnostics", "products"),
 }
 

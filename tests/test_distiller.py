@@ -53,7 +53,8 @@ class Student:
 
     device = torch.device("cpu")
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "product") -> None:
+        self.kind = kind
         torch.manual_seed(2)
         self.users = torch.randn(N_USERS, 4, dtype=torch.float64, requires_grad=True)
         self.items = torch.randn(N_ITEMS, 4, dtype=torch.float64, requires_grad=True)
@@ -62,6 +63,9 @@ class Student:
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         self.asked.append(contexts.tolist())
         return (self.users[contexts].unsqueeze(1) * self.items[items.long()]).sum(-1)
+
+    def operands(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        return self.users[contexts], self.items
 
     def score_all(self, contexts: Tensor) -> Tensor:
         padding = torch.arange(N_ITEMS) == 0
@@ -331,9 +335,14 @@ def test_draws_follow_the_seed_and_nothing_else(loss: KDLoss, schedule: Any) -> 
 # --- losses over the catalogue, and the item side -----------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["product", "rows"])
+@pytest.mark.parametrize("cells", [N_ITEMS, 3 * N_ITEMS, 10**6])
 @pytest.mark.parametrize("target", ["teacher", "all"])
-def test_an_epoch_over_the_whole_catalogue(target: Any) -> None:
-    student = Student()
+def test_an_epoch_over_the_whole_catalogue(target: Any, cells: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of the blocks: a row, three rows, everybody."""
+    monkeypatch.setattr("recbole_rcekd.catalogue._CELLS", {"cpu": cells})
+    monkeypatch.setattr("recbole_rcekd.distiller._SCORED_AT_A_TIME", cells)
+    student = Student(kind)
     distiller = make(FCELoss(FCESettings(fce_target=target, fce_top_k=4)), student)
     distiller.begin_epoch(0, 1)
     step = distiller.step(no_batch())

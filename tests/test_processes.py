@@ -127,13 +127,13 @@ def step_of_a_rank(bundle: Bundle, loss: str, schedule: str, item_weight: float,
         for _ in range(UNEQUAL_STEP):
             distiller.step(batch["user_id"])
         rows = []
-        original = distiller._losses
+        original = distiller._sum
 
-        def noting(side: Any, chosen: Tensor) -> Tensor:
+        def noting(side: Any, chosen: Tensor, weights: Tensor | None = None) -> Tensor:
             rows.append(side.contexts[chosen])
-            return original(side, chosen)
+            return original(side, chosen, weights)
 
-        distiller._losses = noting  # type: ignore[assignment, method-assign]
+        distiller._sum = noting  # type: ignore[assignment, method-assign]
         trainer.set_reduce_hook()
         kd = distiller.step(batch["user_id"])
         (kd + trainer.sync_grad_loss()).backward()

@@ -59,13 +59,13 @@ class Experts(nn.Module):
     def forward(self, vectors: Tensor, shares: Tensor) -> Tensor:
         """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``; a share of 0 is left out."""
         expert, row = shares.t().nonzero(as_tuple=True)
-        rows = row.split(torch.bincount(expert, minlength=self.n).tolist())
+        counts = torch.bincount(expert, minlength=self.n).tolist()
         parts = zip(
-            rows,
-            shares.t()[expert, row].split([len(each) for each in rows]),
-            self.first.weight.unflatten(0, (self.n, -1)).unbind(),
-            self.first.bias.unflatten(0, (self.n, -1)).unbind(),
-            self.second.unflatten(0, (self.n, -1)).unbind(),
+            torch.split(row, counts),
+            torch.split(shares.t()[expert, row], counts),
+            self.first.weight.view(self.n, -1, vectors.shape[1]).unbind(),
+            self.first.bias.view(self.n, -1).unbind(),
+            self.second.view(self.n, -1, self.bias.shape[1]).unbind(),
             strict=True,
         )
         found = shares @ self.bias

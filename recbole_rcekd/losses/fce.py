@@ -27,8 +27,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from recbole_rcekd.catalogue import catalogue_cross_entropy
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import at_least_float32, is_member, soft_cross_entropy
+from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax, soft_cross_entropy
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -115,16 +116,13 @@ class FCELoss(KDLoss):
         tau = self.settings.fce_temperature
         if self.settings.fce_normaliser == "sampled":
             return self._estimated(at_least_float32(student_scores) / tau, sets.teacher_scores.detach() / tau, sets)
-        catalogue = student_scores[:, 1:]
         if self.teaches_all_items:
             # −inf: hidden from a row, or a whole row of whom the teacher says nothing.
             taught = sets.teacher_scores[:, 1:] != -torch.inf
-            return soft_cross_entropy(catalogue, sets.teacher_scores[:, 1:], None if taught.all() else taught, tau)
-        keep = sets.items != 0
-        target = (sets.teacher_scores.detach() / tau).masked_fill(~keep, torch.finfo(sets.teacher_scores.dtype).min)
-        listed = at_least_float32(student_scores).gather(1, sets.items.long()).masked_fill(~keep, 0.0) / tau
-        loss = (at_least_float32(catalogue) / tau).logsumexp(-1) - (target.softmax(-1) * listed).sum(-1)
-        return loss.where(keep.any(1), 0.0)
+            keep = None if taught.all() else taught
+            return soft_cross_entropy(student_scores[:, 1:], sets.teacher_scores[:, 1:], keep, tau)
+        target = masked_softmax(sets.teacher_scores.detach() / tau, sets.items != 0)
+        return catalogue_cross_entropy(at_least_float32(student_scores), sets.items, target, tau)
 
     def _estimated(self, student: Tensor, teacher: Tensor, sets: ItemSets) -> Tensor:
         if sets.keep is None or sets.log_tail is None:
@@ -133,6 +131,6 @@ class FCELoss(KDLoss):
         stands_for = torch.nn.functional.pad(sets.log_tail.unsqueeze(1).expand(-1, n), (student.shape[1] - n, 0))
         normaliser = (student + stands_for).masked_fill(~sets.keep, lowest).logsumexp(-1)
         targets = sets.keep & (teacher != -torch.inf)
-        target = teacher.masked_fill(~targets, torch.finfo(teacher.dtype).min).softmax(-1)
+        target = masked_softmax(teacher, targets)
         loss = normaliser - (target * student.masked_fill(~targets, 0.0)).sum(-1)
         return loss.where(targets.any(1), 0.0)

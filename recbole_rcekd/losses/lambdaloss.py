@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recbole_rcekd.functional import at_least_float32, is_member, places
+from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax, places
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -62,8 +62,8 @@ class LambdaLossLoss(KDLoss):
         pool, targets = items[:, :n_pool], items[:, n_pool:]
         listed = targets != 0
         counts = torch.cat([(pool != 0) & ~is_member(pool, targets), listed], dim=1)
-        teacher = at_least_float32(sets.teacher_scores.detach())[:, n_pool:] / self.settings.lambdaloss_temperature
-        gains = teacher.masked_fill(~listed, torch.finfo(teacher.dtype).min).softmax(-1) * listed
+        teacher = sets.teacher_scores.detach()[:, n_pool:]
+        gains = masked_softmax(teacher / self.settings.lambdaloss_temperature, listed)
         place = places(targets, pool)
         own_places = torch.arange(n_pool, device=pool.device).expand_as(pool)
         above = torch.cat([own_places, place.masked_fill(place < 0, n_pool)], dim=1)

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import at_least_float32
+from recbole_rcekd.catalogue import catalogue_cross_entropy
+from recbole_rcekd.functional import at_least_float32, masked_softmax
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -64,13 +65,11 @@ class SLKLoss(KDLoss):
         if sets.teacher_scores is None:
             raise ValueError("SLKLoss needs teacher_scores; see SLKLoss.select.")
         s, scores = self.settings, at_least_float32(student_scores)
-        listed = scores.gather(1, sets.items.long())
+        listed = scores.detach().gather(1, sets.items.long())
         keep = sets.items[:, :-1] != 0
         # A border that is not there (fewer items than the cut) lies below everything.
         border = listed[:, -1:].masked_fill(sets.items[:, -1:] == 0, -torch.inf)
         listed = listed[:, :-1].masked_fill(~keep, 0.0)
-        weight = torch.sigmoid((listed - border).detach() / s.slk_cut_temperature)
-        teacher = at_least_float32(sets.teacher_scores.detach()[:, :-1]) / s.slk_temperature
-        target = teacher.masked_fill(~keep, torch.finfo(teacher.dtype).min).softmax(-1) * weight
-        surprise = (scores[:, 1:] / s.slk_temperature).logsumexp(-1, keepdim=True) - listed / s.slk_temperature
-        return (target * surprise).sum(-1).where(keep.any(1), 0.0)
+        weight = torch.sigmoid((listed - border) / s.slk_cut_temperature)
+        target = masked_softmax(sets.teacher_scores.detach()[:, :-1] / s.slk_temperature, keep)
+        return catalogue_cross_entropy(scores, sets.items[:, :-1], target * weight, s.slk_temperature)

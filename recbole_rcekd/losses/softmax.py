@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from recbole_rcekd.catalogue import catalogue_cross_entropy
 from recbole_rcekd.functional import at_least_float32
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import KDLoss
@@ -48,7 +49,8 @@ class SoftmaxLoss(KDLoss):
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Per row; ``student_scores [B, N]``, column 0 is padding. Without a training item the loss is 0."""
-        scores, keep = at_least_float32(student_scores) / self.settings.softmax_temperature, sets.items != 0
-        positives = scores.gather(1, sets.items.long()).masked_fill(~keep, 0.0)
-        loss = scores[:, 1:].logsumexp(-1) - positives.sum(-1) / keep.sum(-1).clamp(min=1)
-        return loss.where(keep.any(1), 0.0)
+        keep = sets.items != 0
+        weights = keep / keep.sum(-1, keepdim=True).clamp(min=1)
+        return catalogue_cross_entropy(
+            at_least_float32(student_scores), sets.items, weights, self.settings.softmax_temperature
+        )

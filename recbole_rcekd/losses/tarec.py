@@ -19,12 +19,12 @@ code of the authors was found; see METHODS.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.functional import at_least_float32, is_member
+from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss
 from recbole_rcekd.settings import LossSettings, setting
@@ -76,7 +76,7 @@ class TARecLoss(KDLoss):
         if sets.teacher_scores is None or sets.keep is None:
             raise ValueError("TARecLoss needs teacher_scores and keep; see TARecLoss.select.")
         student, teacher = (
-            _masked_softmax(scores / self.settings.tarec_temperature, sets.keep)
+            masked_softmax(scores / self.settings.tarec_temperature, sets.keep)
             for scores in (at_least_float32(student_scores), at_least_float32(sets.teacher_scores.detach()))
         )
         return (student - teacher).cumsum(-1).abs().masked_fill(~sets.keep, 0.0).sum(-1)
@@ -85,12 +85,6 @@ class TARecLoss(KDLoss):
         """The contrast of vectors."""
         weight = self.settings.tarec_contrast_weight
         return None if weight == 0.0 else (TARecContrast(self.settings), weight)
-
-
-def _masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
-    """Probabilities of the kept entries, 0 elsewhere; a row that keeps nothing has finite gradients (0)."""
-    lowest = torch.finfo(scores.dtype).min
-    return scores.masked_fill(~keep, lowest).softmax(-1).masked_fill(~keep, 0.0)
 
 
 class TARecContrast(FeatureLoss):
@@ -121,11 +115,12 @@ class TARecContrast(FeatureLoss):
 
     def _contrast(self, side: str, vectors: Vectors) -> Tensor:
         # (W s)·t is s·(Wᵀ t), and |W s|² is s·(WᵀW) s: what is compared is as short as the student's vectors.
-        weight, student = self.projections[f"of_{side}"].weight, vectors.student
+        projection: Any = self.projections[f"of_{side}"]
+        weight, student = projection.weight, vectors.student
         square = ((student @ (weight.t() @ weight)) * student).sum(1, keepdim=True)
         student = student / square.clamp(min=_TINY).sqrt()
         teacher = nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1) @ weight
-        total = student.new_zeros(())
+        total: Tensor = student.new_zeros(())
         for part in self._parts(vectors.n, student.device):
             alike = at_least_float32(student[part] @ teacher[part].t()) / self.settings.tarec_contrast_temperature
             own = torch.arange(len(part), device=part.device)
