@@ -7,7 +7,8 @@ import sys
 from importlib import resources
 from typing import Any
 
-from recbole_rcekd.analysis import analyse, as_text
+from recbole_rcekd.analysis import analyse
+from recbole_rcekd.analysis_tables import as_text
 from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.processes import run_ranks

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from recbole_rcekd import analyse, analysis, ensemble
-from recbole_rcekd.analysis import as_text
+from recbole_rcekd.analysis_tables import as_text
 from recbole_rcekd.command import main
 from recbole_rcekd.diagnostics import quartile_groups, ranks_of, shared_items, transfer_ratio
 from recbole_rcekd.distiller import Distiller

@@ -100,6 +100,7 @@ ABOVE = [
         "analysis",
         {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"analysis", "report"}},
     ),
+    ("analysis_tables", ALL - {"analysis_tables", "curves", "diagnostics"}),
     ("curves", ALL - {"curves", "errors"}),
     ("processes", ALL - {"processes", "errors"}),
     # HSTU has data of its own.

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from recbole_rcekd import analyse, curves
-from recbole_rcekd.analysis import as_text
+from recbole_rcekd.analysis_tables import as_text
 from recbole_rcekd.command import main
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.history import History
