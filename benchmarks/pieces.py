@@ -12,7 +12,9 @@ from common import machine, median_seconds
 from tabulate import tabulate
 from torch import Tensor
 
+from recbole_rcekd.catalogue import catalogue_cross_entropy, sum_over_blocks
 from recbole_rcekd.functional import draw_without_replacement, is_member, mixed_cross_entropy, picked_products
+from recbole_rcekd.losses.de import Experts
 from recbole_rcekd.ranking import ProductRanking
 
 SIZES = {"citeulike-t, 400 -> 20": (25182, 400, 20, 109, 150), "gowalla, 300 -> 20": (40982, 300, 20, 75, 250)}
@@ -61,6 +63,31 @@ def pieces(
         scores = picked_products(step_users, step_items, step_sets)
         mixed_cross_entropy(scores, teacher_scores, k, gamma, keep).mean().backward()
 
+    target = torch.rand(batch, k).softmax(1)
+
+    def plain_catalogue() -> None:
+        scores = (step_users @ step_items.t()).masked_fill(torch.arange(n_items) == 0, -torch.inf)
+        listed_scores = scores.gather(1, step_sets[:, :k])
+        (scores[:, 1:].logsumexp(1) - (target * listed_scores).sum(1)).sum().backward()
+
+    def our_catalogue() -> None:
+        def losses(scores: Tensor, places: Tensor) -> Tensor:
+            return catalogue_cross_entropy(scores, step_sets[places, :k], target[places])
+
+        sum_over_blocks(step_users, step_items, losses).backward()
+
+    experts, vectors = Experts(30, d_student, d_teacher), torch.randn(1000, d_student)
+    # At a temperature of .02 nearly every row has one expert, a few have more.
+    shares = ((torch.randn(1000, 30) - torch.empty(1000, 30).exponential_().log()) / 0.02).softmax(1)
+    shares = shares.masked_fill(shares < 1e-9, 0.0)
+
+    def all_experts() -> None:
+        hidden = experts.first(vectors).relu().unflatten(1, (30, -1)) * shares.unsqueeze(2)
+        torch.addmm(shares @ experts.bias, hidden.flatten(1), experts.second).square().sum().backward()
+
+    def their_experts() -> None:
+        experts(vectors, shares).square().sum().backward()
+
     pool, weights = torch.randint(1, n_items, (256, 200)), torch.randn(256, 200)
     return [
         ("student top-200 of 256 users", lambda: (users @ items.t()).topk(200), lists),
@@ -80,6 +107,8 @@ def pieces(
             lambda: draw_without_replacement(weights, 50, generator),
         ),
         (f"RCE-KD step of {batch} users, with gradients", plain_step, our_step),
+        (f"CE over the catalogue of {batch} users, with gradients", plain_catalogue, our_catalogue),
+        ("30 experts for 1,000 vectors, with gradients", all_experts, their_experts),
     ]
 
 
