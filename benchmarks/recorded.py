@@ -68,7 +68,7 @@ def test_rows(folder: Path, methods: list[str]) -> list[list[str]]:
     costs = read(folder.parent / "cost.json")
     rows = [["teacher", "", *(short(teacher[metric]) for metric in METRICS), "", "", "", ""]]
     for name in sorted(mean, key=lambda name: -mean[name]):
-        values = [f"{short(sum(v) / len(v))} ± {short(stdev(v))}" for v in (scores[name][metric] for metric in METRICS)]
+        values = [spread(scores[name][metric]) for metric in METRICS]
         share = ""
         if "scratch" in mean and name != "scratch":
             share = f"{(mean[name] - mean['scratch']) / (teacher['ndcg@10'] - mean['scratch']):.0%}"
@@ -107,6 +107,12 @@ def search_rows(folder: Path, methods: list[str]) -> list[list[str]]:
                 (search["best_valid_score"], [called(name), short(search["best_valid_score"]), ", ".join(tried)])
             )
     return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+
+
+def spread(values: list[float]) -> str:
+    """Mean and deviation; of one value no deviation."""
+    mean = short(sum(values) / len(values))
+    return f"{mean} ± {short(stdev(values))}" if len(values) > 1 else mean
 
 
 def short(value: float) -> str:
