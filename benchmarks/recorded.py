@@ -15,6 +15,7 @@ from tabulate import tabulate
 
 CALLED = {
     "scratch": "student alone",
+    "scratch-plain": "student alone, weight decay as all",
     "softmax": "student alone, `softmax`",
     "rce-kdonly": "`rce`, KD only",
     "rce-auto": "`rce`, T: auto",
