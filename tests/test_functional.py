@@ -22,6 +22,7 @@ from recbole_rcekd.functional import (
     first_distinct,
     is_member,
     masked_log_softmax,
+    masked_softmax,
     mixed_cross_entropy,
     ndcg_against,
     picked_products,
@@ -81,6 +82,16 @@ def test_masked_log_softmax(data: st.DataObject, n: int, width: int) -> None:
             expected = x[row, i].item() - math.log(total) if keep[row, i] else 0.0
             assert found[row, i].item() == pytest.approx(expected, abs=1e-10)
     torch.testing.assert_close(masked_log_softmax(x), masked_log_softmax(x, torch.ones_like(keep)))
+
+
+def test_masked_softmax() -> None:
+    scores = torch.tensor([[1.0, 2.0, 50.0], [3.0, 4.0, 5.0]], dtype=torch.float64, requires_grad=True)
+    found = masked_softmax(scores, torch.tensor([[True, True, False], [False, False, False]]))
+    share = math.e / (math.e + math.e**2)
+    torch.testing.assert_close(found, torch.tensor([[share, 1 - share, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64))
+    (grad,) = torch.autograd.grad(found[:, 0].sum(), scores)
+    slope = share * (1 - share)
+    torch.testing.assert_close(grad, torch.tensor([[slope, -slope, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64))
 
 
 def test_masked_log_softmax_at_the_edges() -> None:
