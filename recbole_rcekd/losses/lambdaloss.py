@@ -62,7 +62,7 @@ class LambdaLossLoss(KDLoss):
         pool, targets = items[:, :n_pool], items[:, n_pool:]
         listed = targets != 0
         counts = torch.cat([(pool != 0) & ~is_member(pool, targets), listed], dim=1)
-        teacher = sets.teacher_scores.detach()[:, n_pool:]
+        teacher = at_least_float32(sets.teacher_scores.detach())[:, n_pool:]
         gains = masked_softmax(teacher / self.settings.lambdaloss_temperature, listed)
         place = places(targets, pool)
         own_places = torch.arange(n_pool, device=pool.device).expand_as(pool)

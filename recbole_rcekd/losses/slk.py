@@ -71,5 +71,6 @@ class SLKLoss(KDLoss):
         border = listed[:, -1:].masked_fill(sets.items[:, -1:] == 0, -torch.inf)
         listed = listed[:, :-1].masked_fill(~keep, 0.0)
         weight = torch.sigmoid((listed - border) / s.slk_cut_temperature)
-        target = masked_softmax(sets.teacher_scores.detach()[:, :-1] / s.slk_temperature, keep)
+        teacher = at_least_float32(sets.teacher_scores.detach())[:, :-1]
+        target = masked_softmax(teacher / s.slk_temperature, keep)
         return catalogue_cross_entropy(scores, sets.items[:, :-1], target * weight, s.slk_temperature)
