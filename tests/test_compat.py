@@ -25,6 +25,8 @@ import scipy.sparse
 import torch
 
 from recbole_rcekd import compat
+from recbole_rcekd.compat import stack
+from recbole_rcekd.compat.patching import rewrite
 
 compat.apply()
 
@@ -92,7 +94,7 @@ def test_numpy_aliases_fill_gaps_and_override_nothing(monkeypatch: pytest.Monkey
     theirs = object()
     monkeypatch.setattr(np, "float_", theirs)
     monkeypatch.delattr(np, "int")
-    compat.numpy_aliases()
+    stack.numpy_aliases()
     assert vars(np)["float_"] is theirs
     assert vars(np)["int"] is np.int_
     assert np.dtype(vars(np)["bool"]) == np.dtype(bool)
@@ -116,7 +118,7 @@ ndcg = NDCG({"topk": [2], "metric_decimal_place": 4}).metric_info(hits, np.array
 import recbole.quick_start
 print(json.dumps({"warnings": ours, "ndcg": ndcg.tolist(), "quick_start": "run" in dir(recbole.quick_start)}))
 """
-    root = str(Path(compat.__file__).parents[1])
+    root = str(Path(compat.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {root!r}){script}"],
         cwd=tmp_path_factory.mktemp("fresh"),
@@ -153,7 +155,7 @@ def unusable_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
         del sys.modules[name]
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == request.param else importlib)
-        compat.ray_stub()
+        stack.ray_stub()
     yield request.param
     for name in [name for name in sys.modules if name.split(".")[0] == "ray"]:
         del sys.modules[name]
@@ -182,7 +184,7 @@ def test_ray_stand_in_behaves_as_a_module() -> None:
     assert importlib.import_module("ray").tune is tune
     assert importlib.util.find_spec("ray") is not None
     assert not hasattr(tune, "__file__")
-    compat.ray_stub()
+    stack.ray_stub()
     assert importlib.import_module("ray.tune") is tune
 
 
@@ -514,7 +516,7 @@ def test_rewritten_methods_keep_their_place_in_the_source() -> None:
 
 def test_rewriting_an_unknown_recbole_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"Dataset\._filter_nan_user_or_item has no line 'gone'.*recbole==1\.2\.1"):
-        compat._rewrite(Dataset, "_filter_nan_user_or_item", {"gone": "here"})
+        rewrite(Dataset, "_filter_nan_user_or_item", {"gone": "here"})
 
 
 # --- one pipeline, the same tensors on every stack ----------------------------------------------------------
