@@ -50,6 +50,7 @@ def pieces(
     step_users, step_items = users[:batch].clone().requires_grad_(), items.clone().requires_grad_()
     step_sets, teacher_scores = sets[:batch], torch.randn(batch, listed)
     keep, gamma, k = torch.rand(batch, listed - 50) < 0.7, torch.rand(batch), 50
+    keep_all = torch.cat([torch.ones(batch, k, dtype=torch.bool), keep], dim=1)
 
     def plain_step() -> None:
         picked = torch.nn.functional.embedding(step_sets, step_items)
@@ -61,7 +62,7 @@ def pieces(
 
     def our_step() -> None:
         scores = picked_products(step_users, step_items, step_sets)
-        mixed_cross_entropy(scores, teacher_scores, k, gamma, keep).mean().backward()
+        mixed_cross_entropy(scores, teacher_scores, k, gamma, keep_all).mean().backward()
 
     target = torch.rand(batch, k).softmax(1)
 

@@ -7,6 +7,7 @@ in the student's ids, so the same code asks all of them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from logging import getLogger
@@ -38,7 +39,7 @@ from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.ranking import CELLS_AT_A_TIME, RowRanking, top_k
-from recbole_rcekd.report import TeacherAsModel, evaluated, write_json, write_whole
+from recbole_rcekd.report import EVAL_BATCH_SIZE, TeacherAsModel, evaluated, write_json, write_whole
 from recbole_rcekd.row_lists import RowLists, teaching_of
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import KDSettings, TeacherSettings, read_settings
@@ -55,8 +56,6 @@ _USED = {
     *(*_MACHINE_KEYS, *_EVALUATION_KEYS, *_OWN_KEYS, *_TEACHER_KEYS),
     *(*CESettings.keys(), *RCESettings.keys()),
 }
-# Scores that RecBole evaluates at a time, as in quick_start.
-_EVAL_BATCH_SIZE = 2**20
 
 
 def analyse(
@@ -107,7 +106,10 @@ def analyse(
         raise SettingsError(f"[analyse_users] is {users!r}, but must be a whole number of at least 0; 0 looks at all.")
     result: dict[str, Any] = {"format": ANALYSIS_FORMAT}
     if teacher is not None and student is not None:
-        result |= _Analysis(teacher, os.fspath(student), baseline, users, dataset, dict(config_dict or {})).run()
+        # RecBole unpickles what lies in the folder of a checkpoint under names of its own: it gets an empty one.
+        with tempfile.TemporaryDirectory() as empty:
+            given = dict(config_dict or {})
+            result |= _Analysis(teacher, os.fspath(student), baseline, users, dataset, given, empty).run()
     folder = Path(output_dir) if output_dir else None
     if history is not None:
         histories = curves.read_histories(source_list(history))
@@ -198,6 +200,7 @@ class _Analysis:
         users: int,
         dataset: str | None,
         given: dict[str, Any],
+        empty_folder: str,
     ) -> None:
         trust = bool(_here(dataset or "", given)["teacher_trust"])
         content = read_checkpoint(student, trust)
@@ -211,6 +214,7 @@ class _Analysis:
                 "or give a student of that dataset."
             )
         self.n_looked_at = users
+        self._empty = empty_folder
         self.losses = _losses(here)
         kd = read_settings(KDSettings, "kd", here.final_config_dict)
         self._prepare_config(here, student)
@@ -261,9 +265,9 @@ class _Analysis:
         for phase in ("valid", "test"):
             config[f"{phase}_neg_sample_args"] = {"distribution": "uniform", "sample_num": "none"}
         config["log_wandb"] = False
-        config["checkpoint_dir"] = str(Path(student).parent)  # a trainer makes it
+        config["checkpoint_dir"] = self._empty
         if config["MODEL_TYPE"] in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
-            config["eval_batch_size"] = _EVAL_BATCH_SIZE
+            config["eval_batch_size"] = EVAL_BATCH_SIZE
 
     def run(self) -> dict[str, Any]:
         """The content of ``analysis.json``."""
@@ -343,7 +347,7 @@ class _Analysis:
         """RecBole's evaluation; what each user gets comes from RecBole's own metric, too."""
         noting = _Noting(model, self.dataset.uid_field)
         with without_tensorboard():
-            trainer = Trainer(self.config, TeacherAsModel(noting, self.config["device"]))  # type: ignore[arg-type]
+            trainer = Trainer(self.config, TeacherAsModel(noting, self.config))  # type: ignore[arg-type]
         trainer.eval_collector.data_collect(self.train)
         evaluator = trainer.evaluator = _Keeping(trainer.evaluator)
         result = evaluated(trainer, self.test)

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_rcekd.errors import KDError, TeacherError
-from recbole_rcekd.functional import picked_products
+from recbole_rcekd.functional import full_precision, picked_products
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.ranking import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
 from recbole_rcekd.settings import KDSettings
@@ -69,7 +69,7 @@ class Scores(ABC):
         return torch.nn.functional.pad(lists[self._ranks.row(contexts), :width].long(), (0, k - width))
 
     def _open_lists(self, k: int, unseen: bool) -> Tensor:
-        name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}"
+        name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}{self._rounded}"
         alone = self._ranks.world == 1
         found = self._store.read(name, mmap=not alone) if self._store else None
         # They decide together: what one rank does not find, all make.
@@ -82,6 +82,11 @@ class Scores(ABC):
             if whole is not None:
                 _write_if_possible(self._store, name, {"ids": whole.numpy()})
         return lists
+
+    @property
+    def _rounded(self) -> str:
+        """How the scores are rounded, for the names of their lists: another dtype has other ties."""
+        return ""
 
     def _make_lists(self, k: int, unseen: bool) -> Tensor:
         own = self._ranks.own(torch.arange(self.n_contexts))
@@ -123,7 +128,8 @@ class FactorScores(Scores):
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
-        scores = self.context_factors[contexts] @ self.item_factors.t()
+        with full_precision(self.item_factors.device):
+            scores = self.context_factors[contexts] @ self.item_factors.t()
         scores[:, 0] = -torch.inf
         return scores
 
@@ -177,6 +183,10 @@ class DenseScores(Scores):
         rows = torch.from_numpy(self._matrix[contexts.cpu().numpy()].astype(np.float32)).to(self._device)
         rows[:, 0] = -torch.inf
         return rows
+
+    @property
+    def _rounded(self) -> str:
+        return f"-{self._matrix.dtype}"
 
     def transposed(self) -> DenseScores:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""

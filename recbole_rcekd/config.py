@@ -165,6 +165,7 @@ def teacher_config(name: str, student: Any) -> Any:
         SettingsError: a ``teacher_`` key does not exist for this model, or would give it another split.
     """
     shared_keys = {*general_arguments, *evaluation_arguments, *dataset_arguments}
+    shared_keys -= {"save_dataloaders", "dataloaders_save_path"}  # the loaders that are kept are the student's
     shared = {k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"}
     # The default differs between sequential models and others, but the split is one.
     shared["eval_args"] = {**student["eval_args"], "mode": dict(student["eval_args"]["mode"])}

@@ -106,8 +106,8 @@ def closure_numbers(loss: KDLoss, sets: ItemSets, rows: Tensor) -> dict[str, flo
         return {}
     targets, support = pair
     if support is targets:
-        return {"closure_gap": mean_closure_gaps(targets, [support], rows)[0]}
-    gap, unsampled = mean_closure_gaps(targets, [support, targets], rows)
+        return {"closure_gap": mean_closure_gaps(targets, [support], rows, loss.temperature)[0]}
+    gap, unsampled = mean_closure_gaps(targets, [support, targets], rows, loss.temperature)
     return {
         "closure_gap": gap,
         "closure_gap_unsampled": unsampled,
@@ -115,25 +115,31 @@ def closure_numbers(loss: KDLoss, sets: ItemSets, rows: Tensor) -> dict[str, flo
     }
 
 
-def mean_closure_gaps(targets: ItemSets, supports: Sequence[ItemSets], rows: Tensor) -> list[float]:
-    """The mean Δ of the targets J in each of several normalisers A, in nats.
+def mean_closure_gaps(
+    targets: ItemSets, supports: Sequence[ItemSets], rows: Tensor, temperature: float = 1.0
+) -> list[float]:
+    """The mean Δ of the targets J in each of several normalisers A, in nats, over the contexts that the teacher speaks of.
 
     Args:
         targets: J of n contexts, with the teacher's scores.
         supports: several A, J in each.
         rows: the student's scores of every item for the same contexts, ``[n, n_items]``.
+        temperature: τ of both sides' softmax.
     """
     if targets.teacher_scores is None:
         raise ValueError("A closure gap weighs by the teacher's scores, and the targets have none.")
+    taught = (targets.items != 0).any(1)
     scores = rows.gather(1, targets.items.long())
-    probs = masked_log_softmax(targets.teacher_scores, targets.keep).exp()
+    probs = masked_log_softmax(targets.teacher_scores / temperature, targets.keep).exp()
     if targets.keep is not None:
         probs = probs.masked_fill(~targets.keep, 0.0)
     above = count_above(scores, rows)
-    return [
-        float(closure_gap(probs, scores, above, rows.gather(1, support.items.long()), support.keep).mean())
-        for support in supports
-    ]
+
+    def gaps(support: ItemSets) -> Tensor:
+        listed = rows.gather(1, support.items.long()) / temperature
+        return closure_gap(probs, scores / temperature, above, listed, support.keep)
+
+    return [float(gaps(support)[taught].sum() / max(1, int(taught.sum()))) for support in supports]
 
 
 def blockers_covered(targets: ItemSets, support: ItemSets, rows: Tensor) -> float:
@@ -265,11 +271,17 @@ def quartile_groups(values: Tensor) -> list[tuple[int, int, Tensor]]:
     return [(int(values[m].min()), int(values[m].max()), m) for m in members if m.any()]
 
 
-def transfer_ratio(distilled: float, alone: float, teacher: float) -> float | None:
+def transfer_ratio(distilled: float, alone: float, teacher: float, bigger: bool = True) -> float | None:
     """(distilled − alone) / (teacher − alone): the share of the teacher's advantage that arrived; ``None`` if it has none.
+
+    Args:
+        distilled: a metric of the distilled student.
+        alone: of the student alone.
+        teacher: of the teacher.
+        bigger: whether more of it is better.
 
     >>> transfer_ratio(0.25, alone=0.125, teacher=0.375)
     0.5
     """
     gap = teacher - alone
-    return (distilled - alone) / gap if gap else None
+    return (distilled - alone) / gap if (gap > 0 if bigger else gap < 0) else None

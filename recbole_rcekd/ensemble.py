@@ -45,6 +45,7 @@ def ensemble(
     store: Store | None = None,
     ranks: Ranks | None = None,
     device: torch.device | str = "cpu",
+    of_rows: bool = False,
 ) -> TeacherScores:
     """Several teachers as one.
 
@@ -56,6 +57,7 @@ def ensemble(
         store: where best-of lists of the result are kept; its name should say what made all parts, and the weights.
         ranks: this process among those that need the scores.
         device: where the student is, and where ``reciprocal_rank`` keeps its lists.
+        of_rows: contexts are rows of sequences, from 0; users begin with padding.
 
     Returns:
         For ``standardised`` two tables if all parts are tables, lists if all parts are lists, and otherwise
@@ -64,7 +66,7 @@ def ensemble(
     counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
     some, their = [part for part, _ in counted], [weight for _, weight in counted]
     if how == "reciprocal_rank":
-        return reciprocal_rank(some, their, seen, ranks=ranks, device=device)
+        return reciprocal_rank(some, their, seen, ranks=ranks, device=device, of_rows=of_rows)
     return standardised(some, their, seen, store, ranks)
 
 
@@ -94,6 +96,10 @@ class EnsembleScores(Scores):
         self._parts = parts
         self._by_item = by_item
 
+    @property
+    def _rounded(self) -> str:
+        return "".join(part._rounded for part, _, _ in self._parts if isinstance(part, Scores))
+
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.types.TeacherScores`."""
         place = items if self._by_item else contexts.unsqueeze(1)
@@ -117,6 +123,8 @@ class EnsembleScores(Scores):
 
 class RescaledScores:
     """A teacher's scores, moved and scaled per context: (score − μ)·a, and −inf as before. Its lists are the teacher's own.
+
+    Also :meth:`transposed`, where μ and a belong to what is listed and would move ranks.
 
     Args:
         scores: of the teacher.
@@ -185,6 +193,7 @@ def reciprocal_rank(
     longest: int = _RANKED,
     ranks: Ranks | None = None,
     device: torch.device | str = "cpu",
+    of_rows: bool = False,
 ) -> ListedScores:
     """Reciprocal rank fusion of the parts' best ``longest`` items, training items included.
 
@@ -196,7 +205,7 @@ def reciprocal_rank(
     reward = 1.0 / (_RANK_OFFSET + torch.arange(1, k + 1, dtype=torch.float64, device=device))
     keys, scores = [], []
     for block in blocks(n_contexts, k * len(parts)):
-        contexts = ranks.own(block[block > 0]).to(device)
+        contexts = ranks.own(block if of_rows else block[block > 0]).to(device)
         # Part after part, as all ranks must ask for lists in the same order.
         items = torch.cat([part.top_k(contexts, k, False) for part in parts], dim=1)
         given = torch.cat([weight * reward for weight in weights]).expand(items.shape)
@@ -248,7 +257,7 @@ def rescaled(
         device: where the scores are.
     """
     if how == "standardised":
-        mean, deviation = moments(scores)
+        mean, deviation = moments(scores, device)
         scale = _scale(deviation, 1.0 / temperature).float()
     elif temperature == 1.0:
         return scores
@@ -258,7 +267,7 @@ def rescaled(
     return RescaledScores(scores, mean.float(), scale)
 
 
-def moments(part: TeacherScores) -> tuple[Tensor, Tensor]:
+def moments(part: TeacherScores, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each context's scores over the whole catalogue, ``[n_contexts]``, float64.
 
     The deviation is 0 where the scores are all one number, as far as float32 can tell, or where there are none (the mean
@@ -277,11 +286,11 @@ def moments(part: TeacherScores) -> tuple[Tensor, Tensor]:
     else:
         found = []
         for block in blocks(part.n_contexts, part.n_items):
-            scores = part.score_all(block)[:, 1:].double()
+            scores = part.score_all(block.to(device))[:, 1:].double()
             found.append(torch.stack([scores.mean(1), scores.var(1, correction=0)]))
         mean, variance = torch.cat(found, dim=1)
         size = mean.abs()
-    deviation = variance.sqrt()
+    deviation = variance.sqrt().nan_to_num(0.0)
     return mean, deviation.masked_fill(deviation <= _SMALLEST_DEVIATION * size, 0.0)
 
 

@@ -94,9 +94,9 @@ def mixed_cross_entropy(
     Args:
         student_scores: ``[..., K]``, with gradient.
         teacher_scores: ``[..., K]``, no gradient is taken.
-        first: how many columns the first set has; it counts in full.
+        first: how many columns the first set has.
         gamma: γ, ``[...]``.
-        keep: bool ``[..., K − first]``, which of the second set count (``None``: all).
+        keep: bool ``[..., K]``, which columns count (``None``: all).
         temperature: τ > 0, as in :func:`soft_cross_entropy`.
 
     Returns:
@@ -127,8 +127,10 @@ class _MixedCrossEntropy(torch.autograd.Function):
             loss, ctx.slope = _cross_entropy_and_slope(student, teacher, keep)
         else:
             gamma = gamma.to(student.dtype)
-            on_first, slope = _cross_entropy_and_slope(student[..., :first], teacher[..., :first], None)
-            on_rest, slope_of_rest = _cross_entropy_and_slope(student[..., first:], teacher[..., first:], keep)
+            (on_first, slope), (on_rest, slope_of_rest) = (
+                _cross_entropy_and_slope(student[..., s], teacher[..., s], None if keep is None else keep[..., s])
+                for s in (slice(first), slice(first, None))
+            )
             loss = torch.lerp(on_first, on_rest, gamma)
             gamma = gamma.unsqueeze(-1)
             ctx.slope = torch.cat([slope.mul_(1.0 - gamma), slope_of_rest.mul_(gamma)], dim=-1)
@@ -323,6 +325,11 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
     return (shared.float() * discount).sum(-1) / ideal
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast: a step's half precision is not for the teacher's scores, and must not reach its cached lists."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool = False) -> Tensor:
     """A few cells of a product of two tables: ``out[b, t] = rows[b] · table[items[b, t]]``.
 
@@ -343,7 +350,7 @@ def picked_products(rows: Tensor, table: Tensor, items: Tensor, sparse_gradient:
         common = torch.promote_types(rows.dtype, table.dtype)
         rows, table = rows.to(common), table.to(common)
     # Autocast would change some of the products inside to half precision, and the gradient with them, but not the tables.
-    with torch.autocast(rows.device.type, enabled=False):
+    with full_precision(rows.device):
         result: Tensor = _PickedProducts.apply(rows, table, items.long(), sparse_gradient)  # type: ignore[no-untyped-call]
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import uuid
 from pathlib import Path
 
 
@@ -32,7 +33,7 @@ class History:
         # Epochs without validation lack its columns: the header is the union, in order of appearance.
         header = list(dict.fromkeys(name for row in self.rows for name in row))
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.file.with_suffix(".partial")
+        beside = self.file.with_suffix(f".{uuid.uuid4().hex[:6]}.partial")  # two commands may write into one folder
         with beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, header)
             writer.writeheader()

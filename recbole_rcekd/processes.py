@@ -249,7 +249,7 @@ def _cause(context: Any, error: Exception, place: dict[str, Any], folder: Path) 
         local_rank = died[0] if died else int(getattr(error, "error_index", 0))
         code = codes[local_rank]
         what = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with status {code}"
-        what += " (the system does that when memory runs out)" if code == -signal.SIGKILL else ""
+        what += " (the system does that when memory runs out)" if _signal_name(-code) == "SIGKILL" else ""
     checkpoint = folder / "checkpoint"
     last = f"the last checkpoint, [{checkpoint.read_text(encoding='utf-8')}], is whole" if checkpoint.exists() else ""
     return ProcessError(

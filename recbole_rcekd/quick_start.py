@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from logging import getLogger
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from recbole.config import Config
 from recbole.data import data_preparation
@@ -28,22 +26,27 @@ from recbole_rcekd.config import (
     needs_teacher,
     overrides_for,
     read_kd_settings,
-    teacher_config,
-    trajectory_losses,
 )
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.processes import PLACE_KEYS, Ranks
+from recbole_rcekd.processes import Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
 from recbole_rcekd.scoring import require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher import split_hash
-from recbole_rcekd.teachers import LoadedTeacher, load_teacher, source_list
+from recbole_rcekd.teacher_training import (
+    Data,
+    course,
+    data_files_hash,
+    draw_apart,
+    evaluate_more,
+    found_or_trained,
+    require_earlier_states,
+    teacher_to_train,
+    train_teacher,
+)
+from recbole_rcekd.teachers import LoadedTeacher, load_teacher
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
-from recbole_rcekd.trajectory import Trajectory, folder_beside, state_files
-
-# RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
-_EVAL_BATCH_SIZE = 2**20
 
 
 def run_recbole_kd(
@@ -130,16 +133,6 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-@dataclass
-class Data:
-    """RecBole's dataset and its three loaders."""
-
-    dataset: Any
-    train: Any
-    valid: Any
-    test: Any
-
-
 class Experiment:
     """One command: a teacher, a split, and a run for each method and seed.
 
@@ -163,8 +156,8 @@ class Experiment:
         self.output_dir = Path(config["output_dir"]) if config["output_dir"] and self.ranks.first else None
         if not self.ranks.first:
             config["log_wandb"] = False
-        if _may_evaluate_more(config):
-            config["eval_batch_size"] = _EVAL_BATCH_SIZE
+        evaluate_more(config)
+        _require_validated_metric(config)
         # Every setting of every method is read now: a typing error in the last one must not cost hours.
         self.run_configs = {name: self.run_config(name) for name in self.losses}
         if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
@@ -176,10 +169,11 @@ class Experiment:
                     f"[model] {config['model']} is not trained by gradient: it can teach, but not learn."
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
-        self.teacher_config = self._read_teacher()
+        self.teacher_config = teacher_to_train(config, self.teacher_settings)
         if self.teacher_config is not None:
             self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
-        self._require_earlier_states()
+        for name, run_config in self.run_configs.items():
+            require_earlier_states(name, run_config, self.teacher_config, self.teacher_settings)
 
     def run(self) -> dict[str, Any]:
         """Train everything; what :func:`run_recbole_kd` returns."""
@@ -206,6 +200,11 @@ class Experiment:
         dataset = create_dataset(config)
         logger.info(dataset)
         data = Data(dataset, *data_preparation(config, dataset))
+        if type(data.train._dataset) is not type(dataset):
+            raise SettingsError(
+                f"[kd_sequence_split]: the data loaders that RecBole kept in [{config['checkpoint_dir']}] (save_dataloaders) are "
+                "split in another way: remove them."
+            )
         if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
             raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
         for name in self.losses:
@@ -214,7 +213,9 @@ class Experiment:
                     loss.settings.check_catalogue(int(dataset.item_num) - 1)
 
         teacher = None
-        report = Report(config, self.output_dir, split_hash(data.train._dataset), data.train._dataset)
+        report = Report(
+            config, self.output_dir, split_hash(data.train._dataset), data.train._dataset, data_files_hash(config)
+        )
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
         self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
@@ -223,108 +224,13 @@ class Experiment:
 
     # -- teacher -------------------------------------------------------------------------------------------------
 
-    def _read_teacher(self) -> Any:
-        """The Config of a teacher that is to be trained, or ``None``; read now for the same reason."""
-        given = self.config["teacher"]
-        sources = source_list(given) if given else []
-        # A RecBole model has neither of these in its name.
-        if len(sources) == 1 and not (Path(sources[0]).suffix or os.path.sep in sources[0]):
-            try:
-                model_class = get_model(sources[0])
-            except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
-                if not os.path.exists(sources[0]):
-                    raise SettingsError(
-                        f"[teacher] is {given!r}, which is neither a RecBole model nor a file."
-                    ) from error
-            else:
-                require_rankable(model_class)
-                return teacher_config(sources[0], self.config)
-        self.teacher_settings.weights_of(sources)
-        missing = [source for source in sources if not os.path.exists(source)]
-        if len(sources) > 1 and missing:
-            raise SettingsError(
-                f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: several teachers are files "
-                "(checkpoints or files of scores), so train a model by its name first."
-            )
-        known = {"teacher_trust", *TeacherSettings.keys()} - {"teacher_checkpoints"}
-        stray = [k for k in self.config.final_config_dict if k.startswith("teacher_") and k not in known]
-        stray = [k for k in stray if self.config[k] is not None]
-        if sources and stray:
-            raise SettingsError(f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already.")
-        return None
-
-    def _require_earlier_states(self) -> None:
-        for name, config in self.run_configs.items():
-            for loss in trajectory_losses(config):
-                if self.teacher_config is None or loss.checkpoints:
-                    state_files(loss, source_list(self.config["teacher"]))
-                elif self.teacher_settings.teacher_checkpoints == 0:
-                    raise SettingsError(
-                        f"[kd_loss] {name} learns from earlier states of the teacher: say with [teacher_checkpoints] how many are "
-                        "kept while it is trained, 3 for example."
-                    )
-
     def _prepare_teacher(self, data: Data) -> tuple[LoadedTeacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
-            source, trained = self._train_teacher(self.teacher_config["model"], self.teacher_config, data)
+            n_states = self.teacher_settings.teacher_checkpoints
+            source, trained = train_teacher(self.teacher_config, data, self.ranks, n_states)
         teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
-        return teacher, TeacherResult.of(teacher, self.config, data.valid, data.test, trained)
-
-    def _train_teacher(self, name: str, config: Any, data: Data) -> tuple[str, dict[str, Any]]:
-        """Train a teacher as RecBole would, or find the one that the same settings gave before."""
-        if _may_evaluate_more(config):
-            config["eval_batch_size"] = _EVAL_BATCH_SIZE
-        unimportant = (
-            "checkpoint_dir",
-            "show_progress",
-            "state",
-            "data_path",
-            "device",
-            "log_wandb",
-            "worker",
-            *PLACE_KEYS,
-        )
-        settings = {k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in unimportant}
-        n_states = self.teacher_settings.teacher_checkpoints
-        if n_states:
-            settings["teacher_checkpoints"] = repr(n_states)
-        key = hashlib.sha256(json.dumps([settings, split_hash(data.train._dataset)]).encode()).hexdigest()[:10]
-        file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
-        file = self.ranks.broadcast(file)  # settings of the other ranks name the file otherwise
-        facts, states = file.with_suffix(".json"), folder_beside(file)
-        logger = getLogger()
-        if self.ranks.all(file.exists() and facts.exists() and (states.exists() or not n_states)):
-            logger.info(set_color("Teacher", "pink") + f": {name} trained before, from [{file}]")
-            return str(file), json.loads(facts.read_text(encoding="utf-8"))
-        logger.info(set_color("Teacher", "pink") + f": training {name}, kept in [{file}]")
-        if self.ranks.first and not file.exists():
-            shutil.rmtree(states, ignore_errors=True)  # of a training that was interrupted in its last step
-        logger.info(config)
-        init_seed(config["seed"], config["reproducibility"])
-        dataset = create_dataset(config)
-        train, valid, _ = data_preparation(config, dataset)
-        init_seed(config["seed"], config["reproducibility"])
-        model = get_model(name)(config, train._dataset).to(config["device"])
-        logger.info(model)
-        trainer = recording_trainer(config)(config, model)
-        if n_states and self.ranks.first:
-            trainer.trajectory = Trajectory(folder_beside(trainer.saved_model_file), n_states)
-        self._draw_apart(config, config["seed"])
-        started = perf_counter()
-        trainer.fit(train, valid, saved=True, show_progress=config["show_progress"])
-        trained = _course(trainer, perf_counter() - started)
-        # The last step: a teacher whose training was interrupted is not found the next time.
-        if self.ranks.first:
-            facts.write_text(json.dumps(trained), encoding="utf-8")
-            if trainer.trajectory is not None:
-                epochs = trainer.trajectory.finish(states)
-                logger.info(
-                    set_color("Teacher", "pink") + f": its states after the epochs {epochs} are kept in [{states}]"
-                )
-            os.replace(trainer.saved_model_file, file)
-        self.ranks.barrier()
-        return str(file), trained
+        return teacher, TeacherResult.of(teacher, self.config, data.train, data.valid, data.test, trained)
 
     # -- assistants ----------------------------------------------------------------------------------------------
 
@@ -358,28 +264,18 @@ class Experiment:
         title = set_color(f"Assistant, {name}", "pink")
         key = report.fingerprint(config, teacher)[:10]
         file = Path(config["checkpoint_dir"]) / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
-        file = self.ranks.broadcast(file)
-        facts = file.with_suffix(".json")
-        if self.ranks.all(file.exists() and facts.exists()):
-            logger.info(f"{title}: trained before, from [{file}]")
-            trained = json.loads(facts.read_text(encoding="utf-8"))
-        else:
+
+        def train() -> tuple[str, dict[str, Any]]:
             size = config["embedding_size"]
             logger.info(f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]")
             trainer = self.trainer(config, int(config["seed"]), data, teacher)
             started = perf_counter()
             trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
-            trained = _course(trainer, perf_counter() - started)
-            # As with a teacher, the last step.
-            if self.ranks.first:
-                facts.write_text(json.dumps(trained), encoding="utf-8")
-                learned = Path(trainer.saved_model_file).with_suffix(".kd.pth")
-                if learned.exists():
-                    os.replace(learned, file.with_suffix(".kd.pth"))
-                os.replace(trainer.saved_model_file, file)
-            self.ranks.barrier()
+            return trainer.saved_model_file, course(trainer, perf_counter() - started)
+
+        file, trained = found_or_trained(file, self.ranks, f"{title}:", train)
         assistant = load_teacher(str(file), data.train)
-        result = TeacherResult.of(assistant, self.config, data.valid, data.test, trained)
+        result = TeacherResult.of(assistant, self.config, data.train, data.valid, data.test, trained)
         logger.info(f"{title}: " + set_color("test result", "yellow") + f": {result.test_result}")
         return assistant, {"embedding_size": config["embedding_size"], **asdict(result)}
 
@@ -439,7 +335,7 @@ class Experiment:
             ranking_ms_per_1000_users=ranking_time(trainer.model, data.train._dataset),
             fingerprint=fingerprint,
             assistant=assistant,
-            **_course(trainer, seconds),
+            **course(trainer, seconds),
         )
 
     def trainer(self, config: Any, seed: int, data: Data, teacher: LoadedTeacher | None) -> Any:
@@ -456,6 +352,8 @@ class Experiment:
         # A knowledge-aware loader is two loaders in one.
         for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
             if hasattr(loader, "generator"):
+                if loader.generator is None:  # RecBole takes it away from a loader that it saves
+                    loader.generator = loader.sampler.generator = torch.Generator()
                 loader.generator.manual_seed(seed)
                 if self.ranks.world > 1:
                     loader.sampler.seed = seed  # which orders the rows then
@@ -468,30 +366,19 @@ class Experiment:
         else:
             # To a control it makes no difference whether the command has a teacher.
             trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
-        self._draw_apart(config, seed)
+        draw_apart(config, seed, self.ranks)
         return trainer
 
-    def _draw_apart(self, config: Any, seed: int) -> None:
-        """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""
-        if not self.ranks.first:
-            init_seed(self.ranks.seed(seed), config["reproducibility"])
 
-
-def _may_evaluate_more(config: Any) -> bool:
-    """RecBole counts scores for models that score users (rows, and pairs of rows with features, are larger)."""
-    small = (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL)
-    return "eval_batch_size" not in config.external_config_dict and config["MODEL_TYPE"] in small
-
-
-def _course(trainer: Any, seconds: float) -> dict[str, Any]:
-    """How long the training was."""
-    rows = trainer.history.rows
-    in_training = sum(row.get("train_seconds", 0.0) for row in rows)
-    return {
-        "epochs": len(rows),
-        "seconds": round(seconds, 3),
-        "seconds_per_epoch": round(in_training / max(1, len(rows)), 4),
-    }
+def _require_validated_metric(config: Any) -> None:
+    """Students and teacher are compared by ``valid_metric``, which must be among what is measured."""
+    name, _, k = str(config["valid_metric"]).lower().partition("@")
+    lengths = config["topk"] if isinstance(config["topk"], list) else [config["topk"]]
+    if name not in [str(metric).lower() for metric in config["metrics"]] or (k and k not in map(str, lengths)):
+        raise SettingsError(
+            f"[valid_metric] is {config['valid_metric']}, but what is measured are {', '.join(config['metrics'])} at "
+            f"{', '.join(map(str, lengths))}: choose one of these, or add it to [metrics] and [topk]."
+        )
 
 
 def _kd_settings_of(config: Any, name: str) -> dict[str, Any]:

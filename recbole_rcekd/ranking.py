@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import scores_at
+from recbole_rcekd.functional import full_precision, scores_at
 from recbole_rcekd.types import Seen
 
 # Full rows are scored and ranked so many cells at a time: 4 MB of float32, which stay in a processor's cache between
@@ -189,7 +189,8 @@ class ProductRanking(Ranking):
         return torch.cat(lists)
 
     def _score_all(self, contexts: Tensor) -> Tensor:
-        scores = self._rows_of(contexts) @ self._table.t()
+        with full_precision(self._table.device):
+            scores = self._rows_of(contexts).to(self._table.dtype) @ self._table.t()
         scores[:, 0] = -torch.inf
         return scores
 

@@ -27,6 +27,7 @@ from scipy.stats import ttest_rel
 from tabulate import tabulate
 
 from recbole_rcekd.cache import blocks
+from recbole_rcekd.compat import without_tensorboard
 from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of, trajectory_losses
 from recbole_rcekd.diagnostics import transfer_ratio
 from recbole_rcekd.processes import PLACE_KEYS
@@ -37,6 +38,10 @@ from recbole_rcekd.teachers import LoadedTeacher, source_list
 from recbole_rcekd.trajectory import state_files
 
 RESULT_FORMAT = 1
+# RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many fit any machine.
+EVAL_BATCH_SIZE = 2**20
+# Of a teacher that is asked for some items only, full rows of so many users or sequences are made together.
+_PREDICTED_AT_A_TIME = 64
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
 _UNIMPORTANT = frozenset(
     {
@@ -98,12 +103,20 @@ class TeacherResult:
 
     @classmethod
     def of(
-        cls, teacher: LoadedTeacher, config: Any, valid_data: Any, test_data: Any, course: dict[str, Any]
+        cls,
+        teacher: LoadedTeacher,
+        config: Any,
+        train_data: Any,
+        valid_data: Any,
+        test_data: Any,
+        course: dict[str, Any],
     ) -> TeacherResult:
         """Measure a teacher with RecBole's evaluation on the student's data."""
         parts: Any = getattr(teacher, "parts", [teacher])
         models = [part for part in parts if isinstance(part, Teacher)]
-        trainer = Trainer(config, TeacherAsModel(teacher, config["device"]))
+        with without_tensorboard():
+            trainer = Trainer(config, TeacherAsModel(teacher, config))
+        trainer.eval_collector.data_collect(train_data)  # for metrics of popularity and coverage
         valid, test = (evaluated(trainer, data) for data in (valid_data, test_data))
         return cls(
             model=teacher.name,
@@ -121,15 +134,36 @@ class TeacherResult:
 class TeacherAsModel(torch.nn.Module):
     """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
 
-    def __init__(self, teacher: LoadedTeacher, device: torch.device) -> None:
+    def __init__(self, teacher: LoadedTeacher, config: Any) -> None:
         super().__init__()
-        self.device = device
+        self.device = config["device"]
         self._teacher = teacher
-        self.unused = torch.nn.Parameter(torch.zeros(1, device=device))  # the trainer builds an optimiser
+        self._user, self._item = config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
+        self._sequence = f"{self._item}{config['LIST_SUFFIX']}"
+        self.unused = torch.nn.Parameter(torch.zeros(1, device=self.device))  # the trainer builds an optimiser
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
-        """Called by RecBole's evaluation."""
+        """Called by RecBole's evaluation of all items."""
         return self._teacher.score_rows(interaction)
+
+    def predict(self, interaction: Any) -> torch.Tensor:
+        """Called by RecBole's evaluation of sampled or labelled items, ``[n]``; whoever stands in many rows is scored once."""
+        asked = interaction[self._user].unsqueeze(1)
+        if self._sequence in interaction.columns:
+            asked = torch.cat([asked, interaction[self._sequence]], dim=1)
+        distinct, place = torch.unique(asked, dim=0, return_inverse=True)
+        rows = torch.arange(len(place), device=place.device)
+        first = place.new_zeros(len(distinct)).scatter_(0, place, rows)
+        order = place.argsort()
+        counts = torch.bincount(place)
+        found = torch.empty(len(place), device=self.device)
+        ends = torch.split(counts, _PREDICTED_AT_A_TIME)
+        for some, own in zip(
+            torch.split(first, _PREDICTED_AT_A_TIME), torch.split(order, [int(c.sum()) for c in ends]), strict=True
+        ):
+            scores = self._teacher.score_rows(interaction[some]).to(self.device)
+            found[own] = scores[place[own] - place[own[0]], interaction[self._item][own]]
+        return found
 
 
 def evaluated(trainer: Any, data: Any) -> dict[str, float]:
@@ -157,6 +191,8 @@ def _time_ranking(scorer: ModelScorer) -> float:
                 rows = scorer.score_all(users[users > 0].to(scorer.device))
                 rows.topk(min(10, scorer.n_items - 1), dim=1)
                 done += len(rows)
+        if scorer.device.type == "cuda":
+            torch.cuda.synchronize(scorer.device)
         times.append((perf_counter() - started) * 1e6 / done)
     return round(statistics.median(times), 2)
 
@@ -170,12 +206,14 @@ class Report:
         folder: ``output_dir``; ``None``: nothing is written.
         split: hash of the training interactions.
         dataset: the training dataset.
+        data: hash of the data files, which hold features, validation and test data too.
     """
 
     config: Any
     folder: Path | None
     split: str
     dataset: Any
+    data: str = ""
     teacher: TeacherResult | None = None
     runs: list[RunResult] = field(default_factory=list)
 
@@ -204,7 +242,7 @@ class Report:
             for k, v in sorted(config.final_config_dict.items())
             if k not in _UNIMPORTANT and not k.startswith(foreign) and owner(k) in (None, *own)
         }
-        parts: list[Any] = [method, settings, self.split, teacher.fingerprint if teacher else ""]
+        parts: list[Any] = [method, settings, self.split, self.data, teacher.fingerprint if teacher else ""]
         if teacher is not None:
             # Of one teacher's training: the numbers of the epochs say which states they are.
             for loss in trajectory_losses(config):
@@ -284,7 +322,8 @@ class Report:
     def _transfer_ratio(self, loss: str, means: dict[str, float]) -> float | None:
         if self.teacher is None or SCRATCH not in means or loss == SCRATCH:
             return None
-        return transfer_ratio(means[loss], means[SCRATCH], self.teacher.test_result[self.metric])
+        bigger = bool(self.config["valid_metric_bigger"])
+        return transfer_ratio(means[loss], means[SCRATCH], self.teacher.test_result[self.metric], bigger)
 
     def _p_value(self, by_loss: dict[str, list[RunResult]], loss: str, other: str | None) -> float | None:
         """Two-sided paired t-test over common seeds against the best other method."""

@@ -133,7 +133,9 @@ class RowDistiller:
             sets = dataclasses.replace(sets, teacher_scores=lists.teacher_scores_of_all())
         if self.loss.masks_seen:
             sets = dataclasses.replace(sets, seen=lists.seen())
-        return self.loss.forward(lists.without_hidden(student.score_all()), sets)
+        scores = student.score_all()
+        # What is hidden is hidden from the teacher's opinion; a control has none to hide.
+        return self.loss.forward(lists.without_hidden(scores) if self.loss.needs_teacher else scores, sets)
 
     def diagnostics(self) -> dict[str, float]:
         """How far the student is: as :meth:`Distiller.diagnostics`, on the same few rows in every epoch."""

@@ -65,7 +65,7 @@ class Store:
         scratch.mkdir(parents=True)
         try:
             yield scratch
-            files = {path.name: _checksum(path) for path in sorted(scratch.glob("*.npy"))}
+            files = {path.name: file_checksum(path) for path in sorted(scratch.glob("*.npy"))}
             manifest = {"format": FORMAT, "made_by": self.root.name, "files": files}
             (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             self._put_in_place(scratch, self.root / name)
@@ -90,7 +90,7 @@ class Store:
         if manifest["made_by"] != self.root.name:
             raise ValueError("it was made by another teacher")
         for file, checksum in manifest["files"].items():
-            if _checksum(folder / file) != checksum:
+            if file_checksum(folder / file) != checksum:
                 raise ValueError(f"{file} is damaged")
         return list(manifest["files"])
 
@@ -111,7 +111,8 @@ class Store:
         os.rename(scratch, place)
 
 
-def _checksum(path: Path) -> str:
+def file_checksum(path: Path) -> str:
+    """A hash of a file's content."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):

@@ -7,6 +7,8 @@ split, so a teacher of another seed has most likely seen the student's test set,
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 from collections.abc import Mapping
 from functools import cached_property
 from logging import getLogger
@@ -41,6 +43,11 @@ from recbole_rcekd.types import Seen
 _SEQUENCES_AT_A_TIME = 1024
 # What decides the training interactions, besides RecBole's dataset arguments.
 _SPLIT_KEYS = ("seed", "repeatable")
+# What decides how features are read, and is none of RecBole's dataset arguments.
+_FEATURE_KEYS = (
+    *("numerical_features", "discretization", "kg_reverse_r"),
+    *("entity_kg_num_interval", "relation_kg_num_interval"),
+)
 # A Config may name other files to be unpickled; the weights come from the checkpoint alone.
 _NEUTRAL = {
     "dataset_save_path": None,
@@ -181,9 +188,9 @@ class Teacher:
         _hash_value(digest, self._content()["state_dict"])
         _hash_value(digest, learned)
         digest.update(split_hash(self._student_dataset).encode())
+        digest.update(feature_hash(self._dataset).encode())
         if self.scores_rows:
-            features = self._student_dataset.inter_feat
-            _hash_value(digest, {name: features[name] for name in features if name != ROW_FIELD})
+            digest.update(feature_hash(self._student_dataset).encode())
         for ids in (self.user_ids, self.item_ids):
             digest.update(b"same" if ids is None else ids.numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -270,9 +277,12 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
             f"The teacher in [{checkpoint}] was trained on [{config['dataset']}], the student's dataset is "
             f"[{student_config['dataset']}]. Train a teacher on the student's dataset."
         )
-    for key in ("data_path", "checkpoint_dir"):
-        config[key] = student_config[key]
-    if _same_split_by_settings(config, student_config):
+    config["checkpoint_dir"] = student_config["checkpoint_dir"]
+    # Equal settings of other files are another split; files that are gone must have been moved here.
+    elsewhere = _are_other_files(config["data_path"], student_config["data_path"])
+    if not elsewhere:
+        config["data_path"] = student_config["data_path"]
+    if not elsewhere and _same_split_by_settings(config, student_config):
         dataset = student_dataset
     else:
         dataset = _rebuild_training_data(config)
@@ -300,9 +310,13 @@ def own_config(content: dict[str, Any], source: Any) -> Any:
     for key, value in {**_NEUTRAL, "single_spec": True, "local_rank": 0}.items():
         config[key] = value
     try:
-        require_rankable(get_model(config["model"]))
+        model_class = get_model(config["model"])
+        require_rankable(model_class)
     except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
         raise TeacherError(f"[{source}] holds a [{config['model']}], which this RecBole does not know.") from error
+    # KD_DAGFM evaluates this setting as Python.
+    if config["model"] == "KD_DAGFM" and not hasattr(sys.modules[model_class.__module__], str(config["teacher"])):
+        raise TeacherError(f"[{source}] names a network [teacher] {config['teacher']!r}, which KD_DAGFM does not have.")
     return config
 
 
@@ -319,6 +333,18 @@ def split_hash(dataset: Any) -> str:
     digest.update(seen.ids.numpy().tobytes())
     for field in (dataset.uid_field, dataset.iid_field):
         digest.update("\n".join(map(str, dataset.field2id_token[field])).encode())
+    return digest.hexdigest()[:32]
+
+
+def feature_hash(dataset: Any) -> str:
+    """A hash of all that models read beside the ids: features of users and items; of sequences also those of the rows, in order."""
+    digest = hashlib.sha256()
+    tables = [dataset.user_feat, dataset.item_feat]
+    if is_sequential(dataset):
+        tables.append(dataset.inter_feat)
+    for table in tables:
+        columns = {} if table is None else {name: table[name] for name in table if name != ROW_FIELD}
+        _hash_value(digest, columns)
     return digest.hexdigest()[:32]
 
 
@@ -345,7 +371,7 @@ def _same_split_by_settings(teacher: Any, student: Any) -> bool:
     """Equal settings of data and split give equal interactions; then nothing has to be read again."""
     if _draws_negatives(student) and not _draws_negatives(teacher):
         return False  # the student's loader names more columns, which a model of features would take for its own
-    keys = [k for k in dataset_arguments if k != "data_path"]
+    keys = [*dataset_arguments, *_FEATURE_KEYS]
     ready_split = teacher["benchmark_filename"] is not None
     if not ready_split:
         keys += _SPLIT_KEYS
@@ -353,6 +379,10 @@ def _same_split_by_settings(teacher: Any, student: Any) -> bool:
         if any(teacher["eval_args"].get(p) != student["eval_args"].get(p) for p in parts):
             return False
     return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
+
+
+def _are_other_files(own: str, students: str) -> bool:
+    return os.path.isdir(own) and os.path.isdir(students) and not os.path.samefile(own, students)
 
 
 def _draws_negatives(config: Any) -> bool:

@@ -205,7 +205,7 @@ def open_scores(
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
     # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
     owners = None if teacher.for_rows else ranks
-    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, owners, device)
+    return ensemble(parts, teacher.weights, teacher.how, teacher.seen, store, owners, device, teacher.scores_rows)
 
 
 def vectors(

@@ -241,7 +241,7 @@ class DistillMixin(RecordingMixin):
         learned = {term.name: part for term in self.terms if (part := term.loss.state_dict())}
         if learned and self.ranks.first:
             file = parts_file(kwargs.get("saved_model_file", self.saved_model_file))
-            beside = file.with_suffix(".partial")
+            beside = file.with_suffix(f".{uuid.uuid4().hex[:6]}.partial")
             torch.save(learned, beside)
             os.replace(beside, file)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import rescaled
 from recbole_rcekd.errors import SettingsError, TeacherError
+from recbole_rcekd.functional import full_precision
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.settings import KDSettings
@@ -174,7 +175,8 @@ def open_trajectories(
     owners = Ranks() if is_sequential(dataset) else ranks or Ranks()
 
     def open_state(state: Any) -> TeacherScores:
-        opened = open_scores(state, settings, device, show_progress, ranks)
+        with full_precision(device):  # a sequential student's step may be the first to ask
+            opened = open_scores(state, settings, device, show_progress, ranks)
         return rescaled(opened, settings.kd_teacher_scores, settings.kd_teacher_temperature, device)
 
     def scores_of(state: Any) -> TeacherScores:

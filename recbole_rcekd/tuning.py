@@ -59,6 +59,11 @@ class Setting:
         return prepared
 
 
+# RecBole's error where a training diverges (trainer/trainer.py `_check_nan`), and what such a trial scores; JSON has no infinity.
+_DIVERGED = "Training loss is nan"
+_WORST = 1e9
+
+
 class Objective:
     """What a trial is: an objective function for RecBole's ``HyperTuning`` (and others, see docs/tuning.md).
 
@@ -109,7 +114,15 @@ class Objective:
         learns_from, _ = experiment.teacher_of(self.kd_loss, data, teacher, report)
         trainer = experiment.trainer(config, seed, data, learns_from)
         trainer.history.file = None
-        score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
+        try:
+            score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
+        except ValueError as error:
+            if str(error) != _DIVERGED:
+                raise
+            getLogger().warning(
+                f"{self.kd_loss} with {tried}: the training loss is no number, so this trial is the worst."
+            )
+            score, result = -_WORST if config["valid_metric_bigger"] else _WORST, {}
         found = {
             "model": config["model"],
             "best_valid_score": float(score),
@@ -237,9 +250,17 @@ def _ranges(name: str, files: ExitStack) -> Path:
 def _write(folder: Path | None, found: dict[str, Any]) -> None:
     if folder is None:
         return
-    best = {key: value for method in found.values() for key, value in method["best"].items()}
-    note = "# The best settings of each method, found by run_recbole_kd.py --tune on the validation data.\n"
-    write_whole(folder / "best.yaml", note + yaml.safe_dump(best, sort_keys=False))
+    note = "# The best settings of {}, found by run_recbole_kd.py --tune on the validation data.\n"
+    best: dict[str, Any] = {}
+    for name, method in found.items():
+        if any(best.get(key, value) != value for key, value in method["best"].items()):
+            # Of rce and rce+freqd each may want its own rce_weight.
+            file = folder / f"best-{name}.yaml"
+            write_whole(file, note.format(name) + yaml.safe_dump(method["best"], sort_keys=False))
+            getLogger().info(f"{name} wants other values than the methods before it: they are in [{file}].")
+        else:
+            best |= method["best"]
+    write_whole(folder / "best.yaml", note.format("each method") + yaml.safe_dump(best, sort_keys=False))
     write_whole(folder / "tuning.json", json.dumps(found, indent=1) + "\n")
     write_whole(folder / "tuning.md", _table(found, "github") + "\n")
 

@@ -72,7 +72,7 @@ def test_pure_code_imports_neither_recbole_nor_what_lies_above(name: str) -> Non
 
 
 ALL = {name.split(".")[1] for name in MODULES if "." in name}
-COMMAND = {"quick_start", "tuning", "report", "analysis", "command"}
+COMMAND = {"quick_start", "teacher_training", "tuning", "report", "analysis", "command"}
 TEACHERS = {"teacher", "teachers", "trajectory", "outside", "ensemble", "cache", "store"}
 RUN = {"config", "row_lists", "distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND}
 ABOVE = [
@@ -95,6 +95,7 @@ ABOVE = [
     ("trainer", COMMAND),
     ("tuning", {"analysis", "command"}),
     ("report", {"distiller", "row_distiller", "feature_distiller", "terms", "trainer", *COMMAND - {"report"}}),
+    ("teacher_training", {"quick_start", "tuning", "analysis", "command"}),
     ("quick_start", {"tuning", "analysis", "command"}),
     (
         "analysis",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import io
 import os
+import pickle
 import subprocess
 import warnings
 import zipfile
@@ -17,7 +19,7 @@ import pytest
 import scipy.sparse
 import torch
 
-from recbole_rcekd.checkpoint import read_checkpoint
+from recbole_rcekd.checkpoint import _AllowListUnpickler, read_checkpoint
 from recbole_rcekd.errors import TeacherError
 from tests.helpers import build, save_untrained, train_and_save, write_dataset, write_knowledge
 
@@ -297,3 +299,13 @@ def test_checkpoint_of_a_gpu_opens_on_the_cpu(folder: Path, tmp_path: Path) -> N
     read = read_checkpoint(tmp_path / "x.pth")
     assert read["config"]["device"] == torch.device("cuda", 1)
     assert torch.equal(read["state_dict"]["user_embedding.weight"], model.user_embedding.weight)
+
+
+def test_a_class_is_not_changed() -> None:
+    """Pickle sets attributes of whatever it has in hand, of a class too, and then every matrix would have them."""
+    before = vars(scipy.sparse.csr_matrix).copy()
+    attributes = b"}X\x05\x00\x00\x00tocoocbuiltins\ndict\ns"
+    spoiled = b"\x80\x02cscipy.sparse._csr\ncsr_matrix\nN" + attributes + b"\x86b."
+    with pytest.raises(pickle.UnpicklingError, match="the file changes a class"):
+        _AllowListUnpickler(io.BytesIO(spoiled)).load()
+    assert vars(scipy.sparse.csr_matrix) == before

@@ -169,6 +169,14 @@ def test_moments(names: str) -> None:
     close(deviation[1:], whole(part).std(1))
 
 
+def test_the_deviation_of_nothing_is_0() -> None:
+    matrix = draw(1, N_USERS, N_ITEMS)
+    matrix[2] = -torch.inf
+    mean, deviation = moments(DenseScores(matrix.numpy(), SEEN))
+    assert mean[2] == -torch.inf
+    assert deviation[2] == 0.0
+
+
 def shifted(part: FactorScores, scale: Tensor, shift: Tensor) -> FactorScores:
     """Every user's scores times its scale, plus its shift."""
     ones = torch.ones(N_ITEMS, 1)
@@ -255,9 +263,10 @@ def test_lists_are_kept_on_disk(tmp_path: Path) -> None:
         store = Store(tmp_path / names)
         scores = ensemble(mix(names), [1.0, 1.0], "standardised", SEEN, store)
         scores.top_k(USERS, 4, False)
-        assert (tmp_path / names / "top-4-all-users").exists()
+        dtype = "-float32" if "dense" in names else ""
+        assert (tmp_path / names / f"top-4-all-users{dtype}").exists()
         scores.transposed().top_k(torch.tensor([1, 2]), 3, True)
-        assert (tmp_path / names / "top-3-unseen-by-users").exists()
+        assert (tmp_path / names / f"top-3-unseen-by-users{dtype}").exists()
 
 
 # --- reciprocal ranks -------------------------------------------------------------------------------------------
@@ -302,3 +311,11 @@ def test_of_whom_nobody_says_anything_there_is_no_list() -> None:
     scores = reciprocal_rank([lists(0, [1, 3])], [1.0], SEEN)
     assert (scores.score_all(torch.tensor([2])) == -torch.inf).all()
     assert scores.top_k(torch.tensor([2]), 2).tolist() == [[0, 0]]
+
+
+def test_rows_have_no_padding_in_front() -> None:
+    """The first of the rows of a sequential student is a row like any other."""
+    table = DenseScores(torch.arange(1.0, N_ITEMS + 1).expand(N_USERS, -1).numpy(), SEEN)
+    for of_rows in (False, True):
+        scores = ensemble([table, table], [1.0, 1.0], "reciprocal_rank", SEEN, of_rows=of_rows)
+        assert scores.top_k(torch.tensor([0, 1]), 2, False).tolist() == [[11, 10] if of_rows else [0, 0], [11, 10]]

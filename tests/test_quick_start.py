@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import csv
 import json
 import logging
@@ -11,24 +12,40 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
+from torch import Tensor
 
 from recbole_rcekd import KDError, run_recbole_kd
 from recbole_rcekd.command import main
 from recbole_rcekd.errors import ScoringError, SettingsError, TeacherError
-from recbole_rcekd.report import Report, RunResult, TeacherResult
+from recbole_rcekd.history import History
+from recbole_rcekd.quick_start import command_config
+from recbole_rcekd.report import Report, RunResult, TeacherAsModel, TeacherResult
 from recbole_rcekd.teacher import split_hash
+from recbole_rcekd.teacher_training import evaluate_more
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
-from tests.helpers import example_data_path, train_teacher, write_dataset, write_knowledge
+from tests.helpers import (
+    block_pairs,
+    example_data_path,
+    train_teacher,
+    write_atomic_file,
+    write_dataset,
+    write_knowledge,
+)
 
 # isort: split
+from recbole.data import create_dataset, data_preparation
+from recbole.data.interaction import Interaction
 from recbole.quick_start import run_recbole
+from recbole.utils import get_model, get_trainer, init_seed
 
 # RecBole's init_logger opens a file per run and closes none.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -427,7 +444,8 @@ def test_a_teacher_is_trained_on_the_students_split(folder: Path, monkeypatch: p
 
         return Watching
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.recording_trainer", watch)
+    for module in ("quick_start", "teacher_training"):
+        monkeypatch.setattr(f"recbole_rcekd.{module}.recording_trainer", watch)
     run(folder, {"seed": 5, "epochs": 1}, kd_loss="scratch", seeds=[1])
     run(folder, {"seed": 6, "epochs": 1}, kd_loss="scratch", seeds=[1])
     teacher, student, other_teacher, other_student = hashes
@@ -764,3 +782,158 @@ def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
         run(folder, model="BRP")
     with pytest.raises(SettingsError, match=r"EASE is not trained by gradient"):
         run(folder, model="EASE")
+
+
+# --- how it is evaluated, and what is found again -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode", ["full", "uni20", "labeled", "rows"], ids=["all items", "sampled items", "labels", "rows of sequences"]
+)
+def test_a_teacher_is_evaluated_as_students_are(folder: Path, mode: str) -> None:
+    """A student with its teacher's weights has its teacher's results, whatever is measured."""
+    settings: dict[str, Any] = {"embedding_size": 4, "teacher_embedding_size": 4, "teacher_epochs": 2}
+    model = "BPR"
+    if mode == "rows":
+        model = "GRU4Rec"
+        settings |= {"loss_type": "CE", "train_neg_sample_args": None, "hidden_size": 8, "num_layers": 1}
+        settings |= {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "teacher_hidden_size": 8}
+        settings |= {
+            "MAX_ITEM_LIST_LENGTH": 5,
+            "dropout_prob": 0.0,
+            "eval_args": {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "uni20"},
+        }
+    elif mode == "labeled":
+        settings |= {
+            "metrics": ["AUC", "LogLoss"],
+            "valid_metric": "AUC",
+            "load_col": {"inter": ["user_id", "item_id", "rating"]},
+        }
+        settings |= {"threshold": {"rating": 4}, "eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}, "mode": "labeled"}}
+    else:
+        settings |= {"metrics": ["NDCG", "ItemCoverage", "AveragePopularity"]}
+        settings |= {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": mode}}
+    result = run(folder, settings, model=model, teacher=model, kd_loss="scratch", seeds=[2020])
+    found = result["teacher"]["test_result"]
+    assert set(found) == set(result["test_result"])
+    state = torch.load(result["teacher"]["checkpoint"], weights_only=False)
+    config = state["config"]
+    config["train_neg_sample_args"] = config["train_neg_sample_args"] or {"distribution": "none"}
+    dataset = create_dataset(config)
+    init_seed(config["seed"], config["reproducibility"])
+    train, _, test = data_preparation(config, dataset)
+    student = get_model(model)(config, train._dataset)
+    student.load_state_dict(state["state_dict"])
+    trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, student)
+    trainer.eval_collector.data_collect(train)
+    expected = trainer.evaluate(test, load_best_model=False)
+    assert found == pytest.approx(dict(expected), abs=0.1 if "uni" in str(config["eval_args"]["mode"]) else 2e-4)
+
+
+def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
+    table = torch.arange(24.0).view(4, 6)
+
+    class Asked:
+        calls: ClassVar[list[list[int]]] = []
+
+        def score_rows(self, rows: Any) -> Tensor:
+            self.calls.append(rows["user_id"].tolist())
+            return table[rows["user_id"]]
+
+    config = {
+        "device": torch.device("cpu"),
+        "USER_ID_FIELD": "user_id",
+        "ITEM_ID_FIELD": "item_id",
+        "LIST_SUFFIX": "_list",
+    }
+    users, items = torch.tensor([3, 1, 3, 2, 1, 3]), torch.tensor([1, 2, 5, 4, 3, 0])
+    found = TeacherAsModel(Asked(), config).predict(Interaction({"user_id": users, "item_id": items}))  # type: ignore[arg-type]
+    assert torch.equal(found, table[users, items])
+    assert sorted(user for call in Asked.calls for user in call) == [1, 2, 3]
+
+
+def test_a_loader_that_recbole_saves(folder: Path) -> None:
+    """It takes the generator away; draws must be those of a run that saves nothing."""
+    plain = run(folder, kd_loss="rce", seeds=[1])
+    assert metrics(run(folder, {"save_dataloaders": True}, kd_loss="rce", seeds=[1])) == metrics(plain)
+
+
+def test_loaders_of_another_split_are_refused(folder: Path) -> None:
+    settings: dict[str, Any] = {"train_neg_sample_args": None, "loss_type": "CE", "hidden_size": 4, "epochs": 1}
+    settings |= {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "eval_args": {"order": "TO"}}
+    settings = without_teacher_keys(**settings)
+    run(folder, {**settings, "save_dataloaders": True}, model="GRU4Rec", teacher=None, kd_loss="scratch")
+    with pytest.raises(SettingsError, match=r"\[kd_sequence_split\]: the data loaders that RecBole kept in \[saved\]"):
+        run(folder, {**settings, "kd_sequence_split": "interactions"}, model="GRU4Rec", teacher=None, kd_loss="scratch")
+
+
+def test_other_test_data_are_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pairs = block_pairs()
+    for part, rows in (("train", pairs[::2]), ("valid", pairs[1::4]), ("test", pairs[3::4])):
+        write_atomic_file(tmp_path / "tiny" / f"tiny.{part}.inter", ["user_id:token", "item_id:token"], rows)
+    ready = {"benchmark_filename": ["train", "valid", "test"], "load_col": None}
+    with caplog.at_level(logging.INFO):
+        for rows in (pairs[3::4], pairs[3::8]):
+            write_atomic_file(tmp_path / "tiny/tiny.test.inter", ["user_id:token", "item_id:token"], rows)
+            run(tmp_path, ready, kd_loss="rce", output_dir="out")
+            run(tmp_path, ready, kd_loss="rce", output_dir="out")
+    assert trainings(caplog) == ["Teacher: training BPR", "rce, seed 2020: training BPR"] * 2
+
+
+def test_facts_that_were_cut_off_are_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = Path(run(folder, kd_loss="scratch")["teacher"]["checkpoint"]).with_suffix(".json")
+    whole = json.loads(file.read_text())
+    file.write_text(file.read_text()[:20])
+    with caplog.at_level(logging.INFO):
+        run(folder, kd_loss="scratch")
+    assert "Teacher: training BPR" in trainings(caplog)
+    assert json.loads(file.read_text())["epochs"] == whole["epochs"]
+
+
+@pytest.mark.parametrize("metric", ["NDCG@20", "MRR@10", "AUC"])
+def test_a_validated_metric_that_is_not_measured(folder: Path, metric: str) -> None:
+    with pytest.raises(
+        SettingsError, match=rf"\[valid_metric\] is {metric}, but what is measured are NDCG, Recall at 10"
+    ):
+        run(folder, {"valid_metric": metric})
+
+
+def test_sampled_items_are_evaluated_in_recboles_batches(folder: Path) -> None:
+    """For these it makes full rows of all users of a batch."""
+    for mode, size in (("full", 2**20), ("uni20", 4096), ({"valid": "uni20", "test": "full"}, 4096)):
+        config = command_config("BPR", "tiny", None, given(folder, eval_args={"mode": mode}), {})
+        evaluate_more(config)
+        assert config["eval_batch_size"] == size
+
+
+def test_a_teacher_that_is_worse_has_nothing_to_hand_on() -> None:
+    for bigger, teacher in ((True, 0.2), (False, 0.4)):
+        made = report({"scratch": [0.3], "rce": [0.25]}, teacher=teacher)
+        made.config["valid_metric_bigger"] = bigger
+        assert all(row["transfer_ratio"] is None for row in made.summary())
+
+
+def test_two_commands_in_one_folder(tmp_path: Path) -> None:
+    """Each writes its history whole; neither takes the other's away."""
+    one, other = (History(tmp_path / "history.csv") for _ in range(2))
+    for number in range(3):
+        for history in (one, other):
+            history.begin(number)
+    started, write = threading.Barrier(2), 30
+
+    def many(history: History) -> None:
+        started.wait()
+        for number in range(write):
+            history.note(kd_loss=float(number))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(many, (one, other)))
+    assert [file.name for file in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_all_packages_are_installed() -> None:
+    """An editable install finds those that setup.cfg forgets."""
+    listed = configparser.ConfigParser()
+    listed.read(ROOT / "setup.cfg", encoding="utf-8")
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("recbole_rcekd/**/__init__.py")}
+    assert {*listed["options"]["packages"].split()} == {*there, "recbole_rcekd.properties"}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd import DistillTrainer
+from recbole_rcekd.cache import FactorScores
 from recbole_rcekd.contexts import ROW_FIELD, numbered_rows
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import CELoss, FCELoss, KDLoss, RCELoss, RRDLoss
@@ -19,6 +20,7 @@ from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
+from recbole_rcekd.losses.softmax import SoftmaxLoss, SoftmaxSettings
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.row_distiller import RowDistiller, _first_places
 from recbole_rcekd.row_lists import RowLists, teaching_of
@@ -235,6 +237,30 @@ def test_a_catalogue_of_targets(folder: Path) -> None:
     _, scores = one_forward(model, "GRU4Rec", batch)
     expected = slow_ce(scores, bundle.train._dataset, batch, True, N_ITEMS, True)
     torch.testing.assert_close(taught_step(distiller, model, batch)[1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_control_hides_nothing_from_itself(folder: Path) -> None:
+    """Whoever stands beside it: the full softmax has all items in its normaliser."""
+    found = []
+    for general in (False, True):
+        bundle, model = student_of(folder, "GRU4Rec")
+        distiller = distiller_of(bundle, model, SoftmaxLoss(SoftmaxSettings()), general)
+        found.append(float(taught_step(distiller, model, first_batch(bundle))[1].detach()))
+    assert found[0] == found[1]
+
+
+def test_half_precision_of_a_step_is_not_for_the_teacher(folder: Path) -> None:
+    bundle, _ = student_of(folder, "GRU4Rec")
+    n_rows, n_items = len(bundle.train._dataset), int(bundle.train._dataset.item_num)
+    draw = torch.Generator().manual_seed(4)
+    queries, table = (torch.randn(n, 16, generator=draw) for n in (n_rows, n_items))
+    rows = torch.arange(n_rows)
+    plain, under = (FactorScores(queries, table, Seen.nothing(n_rows, n_items)) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (queries @ table.t()).dtype == torch.bfloat16
+        assert torch.equal(under.score_all(rows), plain.score_all(rows))
+        assert torch.equal(under.top_k(rows, 8), plain.top_k(rows, 8))
+    assert torch.equal(plain.top_k(rows, 8), plain.score_all(rows).topk(8, dim=1).indices)
 
 
 def test_a_model_that_scores_pairs(folder: Path) -> None:

@@ -274,11 +274,70 @@ def test_weights_that_do_not_fit(folder: Path, student: Bundle, tmp_path: Path) 
         read_teacher(path, student.train).model  # noqa: B018
     assert "\n" not in str(caught.value)
 
-    # The same name and settings, other files.
+    # The same name and settings, other files, where the teacher's own are gone.
     write_dataset(tmp_path, pairs=block_pairs(n_users=30))
     other = build(tmp_path, "BPR")
+    moved = with_settings(folder / "BPR.pth", tmp_path / "y.pth", data_path=str(tmp_path / "gone"))
     with pytest.raises(TeacherError, match="do not fit a BPR on this dataset"):
-        read_teacher(folder / "BPR.pth", other.train).scorer  # noqa: B018
+        read_teacher(moved, other.train).scorer  # noqa: B018
+
+
+def test_the_same_settings_of_other_files_are_another_split(folder: Path, tmp_path: Path) -> None:
+    """Ready splits of the same names, in two folders: what one tests is what the other trains on."""
+    pairs = block_pairs()
+    for name, first in (("one", 0), ("two", 1)):
+        for part, rows in (("train", pairs[first::2]), ("valid", pairs[:5]), ("test", pairs[1 - first :: 2])):
+            file = tmp_path / name / "tiny" / f"tiny.{part}.inter"
+            write_atomic_file(file, ["user_id:token", "item_id:token"], rows)
+    ready: dict[str, Any] = {"benchmark_filename": ["train", "valid", "test"], "checkpoint_dir": str(tmp_path)}
+    save_untrained(build(tmp_path / "one", **ready), tmp_path / "teacher.pth")
+    with pytest.raises(TeacherError, match=r"learned from other interactions.*may have seen the student's test set"):
+        read_teacher(tmp_path / "teacher.pth", build(tmp_path / "two", **ready).train)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "one/tiny").rename(tmp_path / "moved/tiny")
+    read_teacher(tmp_path / "teacher.pth", build(tmp_path / "moved", **ready).train)
+
+
+def test_features_that_only_the_teacher_reads(tmp_path: Path) -> None:
+    """Which columns are numbers, RecBole is told by a key that is none of its dataset's."""
+    write_dataset(tmp_path)
+    write_atomic_file(tmp_path / "tiny/tiny.item", ["item_id:token", "price:float"], [(f"i{i}", i) for i in range(60)])
+    common: dict[str, Any] = {"load_col": {"inter": ["user_id", "item_id"], "item": ["item_id", "price"]}}
+    common["eval_args"] = {"split": {"RS": [0.8, 0.1, 0.1]}, "group_by": "user", "order": "RO", "mode": "full"}
+    teacher = build(tmp_path, "FM", numerical_features=["price"], **common)
+    save_untrained(teacher, tmp_path / "fm.pth", build_model(teacher, 1))
+    read = read_teacher(tmp_path / "fm.pth", build(tmp_path, "NeuMF", **common).train)
+    own = read_teacher(tmp_path / "fm.pth", teacher.train)
+    users = torch.tensor([1, 5])
+    torch.testing.assert_close(read.score_all(users), own.score_all(users))
+
+
+def test_a_setting_that_would_be_run_is_refused(folder: Path, tmp_path: Path, student: Bundle) -> None:
+    """KD_DAGFM hands the name of its network to ``eval``."""
+    file = with_settings(folder / "BPR.pth", tmp_path / "x.pth", model="KD_DAGFM", teacher="print('run') or CrossNet")
+    with pytest.raises(TeacherError, match=r"names a network .*which KD_DAGFM does not have"):
+        read_teacher(file, student.train)
+
+
+def test_building_a_teacher_leaves_the_switches_of_cudnn(folder: Path, student: Bundle) -> None:
+    for switches in ((True, False), (False, True)):
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = switches
+        read_teacher(folder / "BPR.pth", student.train).model  # noqa: B018
+        assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == switches
+
+
+def test_other_features_are_another_teacher(tmp_path: Path) -> None:
+    """The same weights read other side information; a sequential one another order."""
+    write_dataset(tmp_path)
+    columns = ["item_id:token", "price:float"]
+    keys = []
+    for price in (1, 1, 2):
+        write_atomic_file(tmp_path / "tiny/tiny.item", columns, [(f"i{i}", price * i) for i in range(1, 31)])
+        bundle = build(tmp_path, "FM", load_col={"inter": ["user_id", "item_id"], "item": ["item_id", "price"]})
+        torch.manual_seed(0)
+        save_untrained(bundle, tmp_path / "fm.pth", build_model(bundle, 1))
+        keys.append(read_teacher(tmp_path / "fm.pth", bundle.train).fingerprint)
+    assert keys[0] == keys[1] != keys[2]
 
 
 @pytest.mark.parametrize("path", ["BPR.pth", "CKE.pth"])

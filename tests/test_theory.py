@@ -16,7 +16,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from recbole_rcekd.diagnostics import closure_numbers
 from recbole_rcekd.functional import closure_gap, count_above, soft_cross_entropy
+from recbole_rcekd.losses.ce import CELoss, CESettings
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
 from recbole_rcekd.types import ItemSets
 from tests.reference.ce import softmax
@@ -219,3 +221,25 @@ def test_t3_the_items_that_best_close_a_set_are_the_students_best(
     for added in itertools.combinations(others, n):
         gap, _ = gap_and_ce(student, teacher, targets, [*targets, *added])
         assert best <= gap + SLACK
+
+
+@given(catalogues(), st.sampled_from([0.5, 1.0, 10.0]), st.data())
+def test_the_reported_gap_closes_the_bound_at_any_temperature(
+    scores: tuple[list[float], list[float]], tau: float, data: st.DataObject
+) -> None:
+    student, teacher = scores
+    items = torch.tensor([[i + 1 for i in data.draw(subsets(range(len(student))))]])
+    rows, of_teacher = (torch.cat([torch.full((1, 1), -torch.inf).double(), row(x)], 1) for x in (student, teacher))
+    loss = CELoss(CESettings(ce_temperature=tau))
+    sets = ItemSets(items, of_teacher.gather(1, items), torch.ones_like(items, dtype=torch.bool))
+    ce = loss.forward(rows.gather(1, items), sets).item()
+    gains = softmax(teacher, (items[0] - 1).tolist(), tau)
+    assert minus_log_ndcg(gains, ranks(student)) <= ce + closure_numbers(loss, sets, rows)["closure_gap"] + SLACK
+
+
+def test_who_is_not_taught_has_no_closure_gap() -> None:
+    loss = CELoss(CESettings())
+    items = torch.tensor([[2], [0]])
+    sets = ItemSets(items, torch.zeros(2, 1), items != 0)
+    rows = torch.tensor([[-torch.inf, 1.0, 0.0]] * 2)
+    assert closure_numbers(loss, sets, rows) == {"closure_gap": pytest.approx(math.log(2))}

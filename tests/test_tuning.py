@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from recbole_rcekd import quick_start, teacher_training, tuning
 from recbole_rcekd.command import main
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses import LOSSES
-from recbole_rcekd.quick_start import Experiment
 from recbole_rcekd.settings import read_settings
 from recbole_rcekd.tuning import Objective, tune_recbole_kd
 from tests.helpers import write_dataset
@@ -41,14 +41,14 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Method and λ of each student that is trained."""
     seen: list[tuple[str, float]] = []
-    trainer = Experiment.trainer
+    trainer = quick_start.Experiment.trainer
 
     def noted(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         name = config["kd_loss"]
         seen.append((name, config[f"{name}_weight"] if name == "rce" else 0.0))
         return trainer(self, config, *args, **kwargs)
 
-    monkeypatch.setattr(Experiment, "trainer", noted)
+    monkeypatch.setattr(quick_start.Experiment, "trainer", noted)
     return seen
 
 
@@ -87,8 +87,13 @@ def test_every_method_gets_the_same_number_of_trials_and_one_teacher(
     folder: Path, tmp_path: Path, fits: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teachers: list[str] = []
-    train = Experiment._train_teacher
-    monkeypatch.setattr(Experiment, "_train_teacher", lambda *args: teachers.append(args[1]) or train(*args))  # type: ignore[func-returns-value]
+    train = teacher_training.train_teacher
+
+    def noted(config: Any, *args: Any) -> Any:
+        teachers.append(config["model"])
+        return train(config, *args)
+
+    monkeypatch.setattr(quick_start, "train_teacher", noted)
     given_ = arguments(folder)
     found = tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out")
     assert teachers == ["BPR"]
@@ -175,3 +180,20 @@ def test_shipped_ranges_are_valid_and_equally_wide() -> None:
             if name != "scratch":
                 for value in listed:
                     read_settings(LOSSES[name].settings_type, f"loss/{name}", {key: value})
+
+
+def test_a_trial_that_diverges_is_the_worst(folder: Path, tmp_path: Path) -> None:
+    file = ranges(tmp_path / "rce.test", "rce_learning_rate choice [1e30,0.02]")
+    found = tune_recbole_kd(2, **arguments(folder), kd_loss="rce", output_dir=tmp_path / "out", params_file=file)["rce"]
+    scores = {trial["tried"]["rce_learning_rate"]: trial["best_valid_score"] for trial in found["trials"]}
+    assert scores[1e30] == -1e9
+    assert found["best"] == {"rce_learning_rate": 0.02}
+
+
+def test_a_sum_keeps_its_own_weights(tmp_path: Path) -> None:
+    trials = [{"best_valid_score": 0.1}]
+    best = {"rce": {"rce_weight": 1.0}, "rce+ce": {"rce_weight": 9.0, "ce_weight": 2.0}, "ce": {"ce_weight": 3.0}}
+    found = {name: {"best": values, "best_valid_score": 0.1, "trials": trials} for name, values in best.items()}
+    tuning._write(tmp_path, found)
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {"rce_weight": 1.0, "ce_weight": 3.0}
+    assert yaml.safe_load((tmp_path / "best-rce+ce.yaml").read_text()) == best["rce+ce"]

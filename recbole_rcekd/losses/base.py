@@ -62,6 +62,7 @@ class KDLoss(Loss, ABC):
         masks_seen: ``forward`` is told in ``sets.seen`` what the B contexts have in the training data (their places 0 to
             B − 1 as contexts).
         tuned: :meth:`tune` wants to be called.
+        temperature: τ, by which both sides' scores are divided before their softmax; read by the closure gap.
         uses_trajectory: lists are taken from the teacher's earlier checkpoints too (``lists.trajectories``).
         checkpoints: files of these, the least trained first; none: those that lie beside the teacher's.
     """
@@ -71,6 +72,7 @@ class KDLoss(Loss, ABC):
     teaches_all_items: bool = False
     masks_seen: bool = False
     tuned: bool = False
+    temperature: float = 1.0
     uses_trajectory: bool = False
     checkpoints: Sequence[str] = ()
 

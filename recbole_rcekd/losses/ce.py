@@ -53,6 +53,7 @@ class CELoss(KDLoss):
     def __init__(self, settings: CESettings) -> None:
         super().__init__(settings)
         self.renewed = settings.ce_items != "teacher"
+        self.temperature = settings.ce_temperature
 
     def select(self, lists: Lists) -> ItemSets:
         """``[Q_T]``, ``[Q_S]`` or ``[Q_T | Q_S]``, each item counted once."""
@@ -77,7 +78,7 @@ class CELoss(KDLoss):
         """Soft cross-entropy per row."""
         if sets.teacher_scores is None:
             raise ValueError("CELoss needs teacher_scores; see CELoss.select.")
-        return soft_cross_entropy(student_scores, sets.teacher_scores, sets.keep, self.settings.ce_temperature)
+        return soft_cross_entropy(student_scores, sets.teacher_scores, sets.keep, self.temperature)
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
         """The list is both target and normaliser."""

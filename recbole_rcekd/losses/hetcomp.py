@@ -92,19 +92,35 @@ class HetCompLoss(KDLoss):
         self.stage = torch.zeros((0, 0), dtype=torch.int64)
         self._stored = torch.zeros((0, 0))  # how far the student was from the next state when this one took over
         self._looked = torch.zeros(0, dtype=torch.int64)
-        self._arrived = False
+        self._arrived: bool | None = False
 
     @property
     def hard(self) -> bool:
         """See the class."""
         objective = self.settings.hetcomp_objective
-        return objective == "hard" or (objective == "dynamic" and self._arrived)
+        return objective == "hard" or (objective == "dynamic" and bool(self._arrived))
 
     def prepare(self, n_contexts: int, device: torch.device) -> None:
         """Nobody was looked at yet."""
         self._looked = torch.full((n_contexts,), -1, dtype=torch.int64, device=device)
         self.stage = self.stage.new_zeros((n_contexts, 0), device=device)
         self._arrived = False
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """Who is taught by which state; kept with what losses learn, so that a resumed run goes on where it was."""
+        return {"stage": self.stage, "stored": self._stored, "looked": self._looked}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Take it back.
+
+        Raises:
+            RuntimeError: it is of other contexts.
+        """
+        if state["looked"].shape != self._looked.shape:
+            raise RuntimeError(f"HetComp's state is of {len(state['looked'])} contexts, not of {len(self._looked)}.")
+        device = self._looked.device
+        self.stage, self._stored, self._looked = (state[name].to(device) for name in ("stage", "stored", "looked"))
+        self._arrived = None  # found out when there are lists
 
     def select(self, lists: Lists) -> ItemSets:
         """``[P (K/10) | Q (K), best first]``; 0 where there are fewer.
@@ -145,6 +161,9 @@ class HetCompLoss(KDLoss):
     def _move_on(self, lists: Lists, trajectories: Sequence[Sequence[Lists]]) -> None:
         interval = self.settings.hetcomp_interval
         self._looked[lists.ids] = self._looked[lists.ids].clamp(min=0)
+        ends = self.stage.new_tensor([len(states) - 1 for states in trajectories])
+        if self._arrived is None:
+            self._arrived = self._all_at(ends)
         due = (lists.epoch - self._looked[lists.ids] >= interval).nonzero().squeeze(1)
         if self._arrived or len(due) == 0:
             return
@@ -166,8 +185,10 @@ class HetCompLoss(KDLoss):
             following = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
             self.stage[ids, teacher] = stage
             self._stored[ids, teacher] = following.where(moves | stored.isnan(), stored)
-        ends = self.stage.new_tensor([len(states) - 1 for states in trajectories])
-        self._arrived = bool((self.stage >= ends)[self._looked >= 0].all())
+        self._arrived = self._all_at(ends)
+
+    def _all_at(self, ends: Tensor) -> bool:
+        return bool((self.stage >= ends)[self._looked >= 0].all())
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Per row; ``student_scores [B, N]``, column 0 is padding; ``sets.seen`` as ``masks_seen`` has it."""

@@ -123,6 +123,7 @@ class RCELoss(KDLoss):
         super().__init__(settings)
         temperature = settings.rce_sampling_temperature
         self.tuned = temperature == "auto"
+        self.temperature = settings.rce_temperature
         self._sampling_temperature = _FIRST_TEMPERATURE if temperature == "auto" else temperature
 
     def select(self, lists: Lists) -> ItemSets:
@@ -133,9 +134,11 @@ class RCELoss(KDLoss):
 
     def _select(self, teacher_top: Tensor, pool: Tensor, temperature: float, lists: Lists) -> ItemSets:
         s = self.settings
-        place = places(pool, teacher_top)
+        # Rows to which little is allowed have short lists, with 0 at the end, which is no item.
+        place = places(pool, teacher_top).masked_fill_(pool == 0, -1)
         votes = blocker_votes(place >= 0, s.rce_top_k, s.rce_votes)
-        drawn = draw_without_replacement(votes / temperature, s.rce_samples, lists.generator)
+        log_weights = (votes / temperature).masked_fill_(pool == 0, -torch.inf)
+        drawn = draw_without_replacement(log_weights, s.rce_samples, lists.generator)
         shared = _marked(place[:, : s.rce_top_k], s.rce_top_k)
         in_sample = _marked(place.gather(1, drawn), s.rce_top_k)
         sampled = pool.gather(1, drawn)
@@ -173,7 +176,7 @@ class RCELoss(KDLoss):
             lists.generator.set_state(state)
             pairs.append(self.closure_sets(self._select(teacher_top, pool, temperature, lists)))
         # The targets are the same in all: they are not drawn.
-        gaps = mean_closure_gaps(pairs[0][0], [support for _, support in pairs], rows)
+        gaps = mean_closure_gaps(pairs[0][0], [support for _, support in pairs], rows, self.temperature)
         self._sampling_temperature = _TEMPERATURES[gaps.index(min(gaps))]
 
     def numbers(self) -> dict[str, float]:
@@ -217,7 +220,7 @@ class RCELoss(KDLoss):
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """``(1 − γ)·ℓ1 + γ·ℓ2`` per row."""
-        k, tau, teacher = self.settings.rce_top_k, self.settings.rce_temperature, sets.teacher_scores
+        k, tau, teacher = self.settings.rce_top_k, self.temperature, sets.teacher_scores
         if teacher is None or sets.keep is None or sets.gamma is None:
             raise ValueError("RCELoss needs teacher_scores, keep and gamma; see RCELoss.select.")
         terms = self.settings.rce_terms
@@ -227,7 +230,7 @@ class RCELoss(KDLoss):
             return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], sets.items[:, :k] != 0, tau)
         if terms == "l2":
             return soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
-        return mixed_cross_entropy(student_scores, teacher, k, sets.gamma, sets.keep, tau)
+        return mixed_cross_entropy(student_scores, teacher, k, sets.gamma, self._keep_all(sets), tau)
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
         """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -341,7 +342,33 @@ def test_checkpoints_are_a_list_of_files() -> None:
             make_loss(hetcomp_checkpoints=wrong)
 
 
-def test_nothing_of_it_is_saved() -> None:
-    loss = make_loss()
+def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    history, users, file = random_history([4, 3]), torch.arange(1, 13), tmp_path / "learned.pth"
+    students = [torch.randn(13, 61) for _ in range(30)]
+    loss = make_loss(hetcomp_top_k=10, hetcomp_interval=1)
+    loss.prepare(13, CPU)
+    stages, hard = [], []
+    for epoch, student in enumerate(students):
+        loss.select(history.lists(student, epoch, users))
+        stages.append(loss.stage.clone())
+        hard.append(loss.hard)
+        if epoch in (2, 25):
+            torch.save(loss.state_dict(), file.with_suffix(f".{epoch}"))
+    assert stages[2].any()
+    assert hard.index(True) < 25
+    for stopped in (2, 25):
+        resumed = make_loss(hetcomp_top_k=10, hetcomp_interval=1)
+        resumed.prepare(13, CPU)
+        resumed.load_state_dict(torch.load(file.with_suffix(f".{stopped}"), weights_only=True))
+        for epoch in range(stopped + 1, 30):
+            resumed.select(history.lists(students[epoch], epoch, users))
+            assert torch.equal(resumed.stage, stages[epoch])
+            assert resumed.hard == hard[epoch]
+
+
+def test_a_state_of_other_data_is_refused() -> None:
+    loss, other = make_loss(), make_loss()
     loss.prepare(5, CPU)
-    assert loss.state_dict() == {}
+    other.prepare(6, CPU)
+    with pytest.raises(RuntimeError, match="of 5 contexts, not of 6"):
+        other.load_state_dict(loss.state_dict())

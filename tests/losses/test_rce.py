@@ -13,7 +13,8 @@ from recbole_rcekd.functional import is_member
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses import rce
 from recbole_rcekd.losses.rce import RCELoss, RCESettings, blocker_votes
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.ranking import Ranking
+from recbole_rcekd.types import ItemSets, Seen
 from tests.reference import rce as slow
 from tests.reference.ce import soft_ce
 from tests.tables import Golden, Table, World, make_world, ranking_of, seen_of
@@ -434,3 +435,32 @@ def test_scores_mask_and_weights_are_required() -> None:
         make().forward(torch.zeros(1, 14), sets)
     with pytest.raises(ValueError, match="keep"):
         make().closure_sets(sets)
+
+
+def test_the_end_of_a_short_list_is_no_item() -> None:
+    """A row that may be recommended two items only: 0 after them is neither shared, nor drawn, nor scored."""
+
+    class Short(Ranking):
+        def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
+            return torch.tensor([[2, 1] + [0] * (k - 2)])
+
+    class Terse(Table):
+        def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+            return torch.tensor([[1] + [0] * (k - 1)])
+
+    seen = seen_of([], 2, 6)
+    teacher = Terse(TEACHER.clone(), seen)
+    loss = make(rce_top_k=3, rce_samples=2, rce_pool=4, rce_beta=1.0)
+    for seed in range(20):
+        lists = Lists(torch.tensor([1]), teacher, Short(), seen, torch.Generator().manual_seed(seed))
+        sets = loss.select(lists)
+        assert sets.overlap is not None
+        assert sets.overlap.tolist() == [1.0]
+        assert sorted(sets.items[0, 3:5].tolist()) == [1, 2]
+        student = STUDENT[1:].clone().requires_grad_()
+        value = loss.forward(student.gather(1, sets.items), sets)
+        (slope,) = torch.autograd.grad(value.sum(), student)
+        assert slope[0, 0] == 0.0
+        louder = student.detach().clone()
+        louder[0, 0] = 9.0
+        assert torch.equal(loss.forward(louder.gather(1, sets.items), sets), value)
