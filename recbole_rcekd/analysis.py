@@ -27,7 +27,7 @@ from recbole_rcekd import curves
 from recbole_rcekd.analysis_tables import OF_LISTS, as_text
 from recbole_rcekd.checkpoint import read_checkpoint
 from recbole_rcekd.compat import without_tensorboard
-from recbole_rcekd.config import RUN_KEYS, check_keys, owner
+from recbole_rcekd.config import RUN_KEYS, check_keys, owner, read_trust
 from recbole_rcekd.contexts import Rows, is_sequential
 from recbole_rcekd.diagnostics import NDCG_AT, Comparison, quartile_groups, transfer_ratio
 from recbole_rcekd.ensemble import combined_rows, rescaled
@@ -92,6 +92,7 @@ def analyse(
         SettingsError: there is nothing to analyse, a setting is unknown or has no effect, or a file is missing.
         TeacherError: a checkpoint is not usable, or of other data.
     """
+    history = history or None  # --history= names none
     if teacher is None and student is None and history is None:
         history = output_dir
     if history is None and (teacher is None or student is None):
@@ -202,7 +203,7 @@ class _Analysis:
         given: dict[str, Any],
         empty_folder: str,
     ) -> None:
-        trust = bool(_here(dataset or "", given)["teacher_trust"])
+        trust = read_trust(_here(dataset or "", given))
         content = read_checkpoint(student, trust)
         self.config = config = own_config(content, student)
         here = _here(config["dataset"], given)
@@ -416,7 +417,7 @@ def _require_used(here: Any, student: Any) -> None:
     """A key that RecBole or this package knows must have an effect."""
     known = {*student.final_config_dict, *here.internal_config_dict}
     for key in here.external_config_dict:
-        if key not in _USED and (key in known or key in RUN_KEYS or key.startswith("kd_") or owner(key)):
+        if key not in _USED and (key in known or key in RUN_KEYS or key.startswith(("kd_", "teacher_")) or owner(key)):
             raise SettingsError(
                 f"[{key}] has no effect on an analysis, in which data, split and models are as the checkpoints say: leave it out."
             )

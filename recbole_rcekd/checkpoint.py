@@ -141,7 +141,10 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise TeacherError(f"There is no checkpoint at [{path}].")
     if not zipfile.is_zipfile(path):
-        raise TeacherError(f"[{path}] is not a checkpoint, or was cut off while it was written: train it again.")
+        raise TeacherError(
+            f"[{path}] is not a checkpoint, or was cut off while it was written: train it again. (Files of scores end in .csv, "
+            ".tsv, .parquet or .npz.)"
+        )
     try:
         # torch.load runs the code of such an archive, whatever the unpickler is.
         if not trust and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():

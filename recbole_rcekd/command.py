@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from importlib import resources
 from typing import Any
@@ -27,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", "-m", help="the student, a RecBole model name")
     parser.add_argument("--dataset", "-d", help="RecBole dataset name")
-    parser.add_argument("--config_files", help='RecBole property files: "a.yaml b.yaml"')
+    parser.add_argument("--config_files", "--config_file", help='RecBole property files: "a.yaml b.yaml"')
     parser.add_argument(
         "--teacher",
         "-t",
@@ -45,7 +46,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--params_file", help="with --tune: ranges in RecBole's format (default: properties/hyper/*.test)"
     )
-    parser.add_argument("--algo", default="exhaustive", help="with --tune: exhaustive, random or bayes, as RecBole's")
+    parser.add_argument(
+        "--algo",
+        default="exhaustive",
+        choices=("exhaustive", "random", "bayes"),
+        help="with --tune: how RecBole's HyperTuning goes through the ranges",
+    )
     parser.add_argument("--nproc", type=int, default=1, help="processes on this machine, that share the training")
     parser.add_argument("--world_size", type=int, default=-1, help="processes on all machines (default: nproc)")
     parser.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
@@ -64,13 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
         "--analyse_users", type=int, default=1000, help="training users looked at in full; 0: all (default: 1000)"
     )
     known, others = parser.parse_known_args(arguments)
+    for other in others:
+        if not re.match(r"--\w+=", other):
+            parser.error(f"{other} is not understood: write RecBole's keys, and ours, as --key=value")
     if known.analyse:
         return _analyse(known, others)
     for key in ("student", "baseline", "history"):
         if getattr(known, key):
             parser.error(f"--{key} is for --analyse")
 
-    files = known.config_files.strip().split(" ") if known.config_files else []
+    files = (known.config_files or "").split()
     if not (known.model or known.dataset or known.teacher or files):
         with resources.as_file(resources.files("recbole_rcekd.properties") / "quick_start.yaml") as default:
             files = [str(default)]
@@ -103,10 +112,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "Stopped. Checkpoints and histories so far are whole; the same command goes on with what is missing.",
-            file=sys.stderr,
+        again = (
+            "the same command goes on with what is not finished, from its beginning"
+            if known.output_dir
+            else "with --output_dir, the same command would not repeat what is finished"
         )
+        print(f"Stopped. Checkpoints and histories so far are whole; {again}.", file=sys.stderr)
         return 130
     finally:
         sys.argv = argv

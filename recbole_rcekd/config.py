@@ -18,7 +18,7 @@ from typing import Any
 
 import recbole
 from recbole.config import Config
-from recbole.utils import ModelType
+from recbole.utils import EvaluatorType, InputType, ModelType
 from recbole.utils.argument_list import (
     dataset_arguments,
     evaluation_arguments,
@@ -38,6 +38,13 @@ RUN_KEYS = frozenset(
     {
         *("kd_loss", "teacher", "teacher_config_files", "teacher_trust", "seeds", "output_dir"),
         *TeacherSettings.keys(),
+    }
+)
+# Of the command line alone.
+COMMAND_KEYS = frozenset(
+    {
+        *("config_files", "tune", "params_file", "algo"),
+        *("analyse", "student", "baseline", "history", "analyse_users"),
     }
 )
 # RecBole's training keys that may differ between the methods of one command: `rce_weight_decay`, `scratch_epochs`.
@@ -111,6 +118,18 @@ def trajectory_losses(config: Any) -> list[KDLoss]:
     return [loss for loss in losses if isinstance(loss, KDLoss) and loss.uses_trajectory]
 
 
+def read_trust(config: Any) -> bool:
+    """``teacher_trust``, which lets a checkpoint run any code.
+
+    Raises:
+        SettingsError: it is neither True nor False. (``no`` is a text, and a text is true.)
+    """
+    value = config["teacher_trust"]
+    if value is not None and not isinstance(value, bool):
+        raise SettingsError(f"[teacher_trust] is {value!r}, but must be True or False.")
+    return bool(value)
+
+
 def owner(key: str) -> str | None:
     """The loss whose prefix a key carries: ``dcd_port_top_k`` → ``dcd_port``, though there is a ``dcd`` too."""
     names = [name for name in (*LOSSES, SCRATCH) if key.startswith(f"{name}_")]
@@ -130,13 +149,14 @@ def check_keys(config: Any) -> None:
         ours |= prefixes[name]
     prefixes[SCRATCH] = {f"{SCRATCH}_{key}" for key in PER_LOSS_KEYS}
     known = _known_to_recbole(config)
+    elsewhere = known | COMMAND_KEYS
     for key in _plain(config):
         prefix = "kd" if key.startswith("kd_") else owner(key)
         if prefix is not None:
             if key not in prefixes[prefix] and key not in known:
                 raise SettingsError(f"[{key}] is not a setting of distillation. {nearest(key, prefixes[prefix])}")
-        elif known and key not in known and key not in ours and not key.startswith("teacher_"):
-            close = difflib.get_close_matches(key, ours, n=1, cutoff=0.8)
+        elif known and key not in elsewhere | ours and not key.startswith("teacher_"):
+            close = difflib.get_close_matches(key, elsewhere | ours, n=1, cutoff=0.8)
             if close and key not in _keys_of_all_models():
                 raise SettingsError(f"[{key}] is known neither to RecBole nor here. Did you mean [{close[0]}]?")
 
@@ -168,12 +188,19 @@ def teacher_config(name: str, student: Any) -> Any:
     shared_keys -= {"save_dataloaders", "dataloaders_save_path"}  # the loaders that are kept are the student's
     shared = {k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"}
     # The default differs between sequential models and others, but the split is one.
+    # What a context-aware model measures by default is no ranking.
+    shared |= {key: student[key] for key in ("metrics", "topk", "valid_metric")}
     shared["eval_args"] = {**student["eval_args"], "mode": dict(student["eval_args"]["mode"])}
     own = {
         key.removeprefix("teacher_"): value
         for key, value in _plain(student).items()
         if key.startswith("teacher_") and key not in RUN_KEYS
     }
+    for key in ("model", "dataset"):
+        if key in own:
+            raise SettingsError(
+                f"[teacher_{key}] has no effect: [teacher] names the model, and its data are the student's."
+            )
     if "seed" in own:
         raise SettingsError("[teacher_seed] has no effect: the seed is part of the split, which the student decides.")
     if not student["single_spec"]:
@@ -185,16 +212,22 @@ def teacher_config(name: str, student: Any) -> Any:
     with _no_command_line():
         try:
             config = Config(**given, config_dict={**shared, **own})
-        except ValueError:
-            if "train_neg_sample_args" in own:
-                raise
+        except ValueError as error:
+            if "train_neg_sample_args" in own or "train_neg_sample_args" not in str(error):
+                raise SettingsError(f"RecBole cannot read the settings of the teacher {name}: {error}") from error
             # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
             config = Config(**given, config_dict={**shared, **own, "train_neg_sample_args": None})
-    known = _known_to_recbole(config)
+    known = _known_to_recbole(config) - {"config_files"}
     for key in own:
         if key not in known:
             raise SettingsError(f"[teacher_{key}]: {name} has no setting [{key}]. {nearest(key, known)}")
     config["seed"] = student["seed"]  # the seed is part of the split
+    labelled = config["threshold"] or config["LABEL_FIELD"] in ((config["load_col"] or {}).get("inter") or [])
+    if config["eval_type"] == EvaluatorType.VALUE and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE and not labelled:
+        raise SettingsError(
+            f"[teacher] {name} is validated as the student is, on labels, but learns from pairs, which have none: say with "
+            "threshold: {rating: 4} what a label is, or rank all items, with eval_args: {mode: full}, [metrics] and [valid_metric]."
+        )
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["eval_args"]["order"] != "TO":
         raise SettingsError(
             f"[teacher] {name} learns sequences, but [eval_args] has order {config['eval_args']['order']!r}, so that the test "

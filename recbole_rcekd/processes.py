@@ -30,6 +30,8 @@ from recbole_rcekd.errors import KDError, ProcessError, SettingsError
 T = TypeVar("T")
 # The keys of RecBole's Config that place a process among the others; none of them changes what is computed.
 PLACE_KEYS = frozenset({"nproc", "ip", "port", "offset", "group_offset"})
+# These say where it is computed, from what and to where: another place gives the same results, but for roundings.
+MACHINE_KEYS = PLACE_KEYS | {"device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path"}
 # RecBole's default; used where another machine has to know it.
 _PORT = 5678
 # Seeds of ranks lie further apart than the seeds that people try one after the other.
@@ -254,7 +256,7 @@ def _cause(context: Any, error: Exception, place: dict[str, Any], folder: Path) 
     last = f"the last checkpoint, [{checkpoint.read_text(encoding='utf-8')}], is whole" if checkpoint.exists() else ""
     return ProcessError(
         f"Process {place['offset'] + local_rank} of {place['world_size']} {what}, so the others were stopped; "
-        f"{last or 'there is no checkpoint yet'}. The same command goes on with what is missing."
+        f"{last or 'there is no checkpoint yet'}. With [output_dir], the same command goes on with what is not finished."
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from recbole.config import Config
 from recbole.data import data_preparation
 from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
@@ -26,8 +27,9 @@ from recbole_rcekd.config import (
     needs_teacher,
     overrides_for,
     read_kd_settings,
+    read_trust,
 )
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
 from recbole_rcekd.scoring import require_rankable
@@ -47,6 +49,9 @@ from recbole_rcekd.teacher_training import (
 )
 from recbole_rcekd.teachers import LoadedTeacher, load_teacher
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
+
+# RecBole's error where a training diverges (trainer/trainer.py `_check_nan`).
+DIVERGED = "Training loss is nan"
 
 
 def run_recbole_kd(
@@ -117,13 +122,40 @@ def command_config(
         SettingsError: RecBole has no such model.
     """
     extra = {key: _plain(value) for key, value in given.items() if value is not None}
+    settings = {**(config_dict or {}), **extra}
+    for file in config_file_list or []:
+        if not os.path.isfile(file):
+            raise SettingsError(f"[config_files] names [{file}], but there is no such file.")
     try:
-        return Config(model, dataset, config_file_list, {**(config_dict or {}), **extra})
+        try:
+            return Config(model, dataset, config_file_list, settings)
+        except ValueError as error:
+            # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
+            if "train_neg_sample_args" not in str(error) or _is_given(
+                "train_neg_sample_args", config_file_list, settings
+            ):
+                raise
+            return Config(model, dataset, config_file_list, {**settings, "train_neg_sample_args": None})
+    except KDError:
+        raise
     except ModuleNotFoundError as error:
         # RecBole looks for a name that it does not know among the models that need these.
         if error.name not in ("lightgbm", "xgboost"):
             raise
-        raise SettingsError(f"[model] names no RecBole model{f': {model!r}' if model else ''}.") from error
+        name = f": {model!r}" if model else ""
+        raise SettingsError(
+            f"[model] names no RecBole model{name}, or one that needs the package {error.name}."
+        ) from error
+    except AttributeError as error:
+        raise SettingsError(f"[model] is {model!r}, but RecBole's models are written as in BPR, LightGCN.") from error
+    except (KeyError, TypeError, ValueError, SyntaxError, NotImplementedError, yaml.YAMLError) as error:
+        what = "what is given names no [model] or no [dataset]" if isinstance(error, KeyError) else str(error)
+        raise SettingsError(f"RecBole cannot read these settings: {what}") from error
+
+
+def _is_given(key: str, files: list[str] | None, settings: dict[str, Any]) -> bool:
+    texts = [*sys.argv[1:], *(Path(file).read_text(encoding="utf-8") for file in files or [])]
+    return key in settings or any(key in text for text in texts)
 
 
 def _plain(value: Any) -> Any:
@@ -149,11 +181,12 @@ class Experiment:
         self.saved = saved
         self.ranks = Ranks.of(config)
         check_keys(config)
+        read_trust(config)
         if config["single_spec"] and int(config["nproc"] or 1) > 1:
             raise SettingsError("[nproc] is read by run_recbole_kd.py from its command line only: --nproc=2.")
         self.losses = loss_names(config["kd_loss"] or "rce")
         self.seeds = _seeds(config)
-        self.output_dir = Path(config["output_dir"]) if config["output_dir"] and self.ranks.first else None
+        self.output_dir = _output_dir(config) if self.ranks.first else None
         if not self.ranks.first:
             config["log_wandb"] = False
         evaluate_more(config)
@@ -178,9 +211,14 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         """Train everything; what :func:`run_recbole_kd` returns."""
         data, teacher, report = self.prepare()
-        for seed in self.seeds:
-            for name in self.losses:
-                report.add(self._run(name, seed, data, teacher, report))
+        try:
+            for seed in self.seeds:
+                for name in self.losses:
+                    report.add(self._run(name, seed, data, teacher, report))
+        except BaseException:
+            if report.runs:
+                report.show()  # what was finished
+            raise
         logger = getLogger()
         logger.info("The running environment of this training is as follows:\n" + get_environment(self.config).draw())
         report.show()
@@ -229,7 +267,7 @@ class Experiment:
         if self.teacher_config is not None:
             n_states = self.teacher_settings.teacher_checkpoints
             source, trained = train_teacher(self.teacher_config, data, self.ranks, n_states)
-        teacher = load_teacher(source, data.train, bool(self.config["teacher_trust"]), self.teacher_settings)
+        teacher = load_teacher(source, data.train, read_trust(self.config), self.teacher_settings)
         return teacher, TeacherResult.of(teacher, self.config, data.train, data.valid, data.test, trained)
 
     # -- assistants ----------------------------------------------------------------------------------------------
@@ -312,12 +350,21 @@ class Experiment:
         logger.info(f"{title}: training {config['model']}")
         trainer = self.trainer(config, seed, data, teacher)
         folder = report.run_folder(name, seed)
+        report.make_room(name, seed)
         if folder is not None:
             trainer.history.file = folder / "history.csv"
         started = perf_counter()
-        best_score, best_valid = trainer.fit(
-            data.train, data.valid, saved=self.saved, show_progress=config["show_progress"]
-        )
+        try:
+            best_score, best_valid = trainer.fit(
+                data.train, data.valid, saved=self.saved, show_progress=config["show_progress"]
+            )
+        except ValueError as error:
+            if str(error) != DIVERGED:
+                raise
+            raise KDError(
+                f"The training loss of {name}, seed {seed}, is no number any more: lower [learning_rate], or the weights of the "
+                "method's terms."
+            ) from error
         seconds = perf_counter() - started
         test = trainer.evaluate(data.test, load_best_model=self.saved, show_progress=config["show_progress"])
         logger.info(f"{title}: " + set_color("best valid", "yellow") + f": {best_valid}")
@@ -399,13 +446,31 @@ def _settings_of(config: Any) -> dict[str, Any]:
     return found
 
 
+def _output_dir(config: Any) -> Path | None:
+    """Made now: that it cannot be written must not be found out after hours."""
+    if config["output_dir"] is None:
+        return None
+    folder = Path(str(config["output_dir"]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"[output_dir] is {str(folder)!r}, which is no folder and cannot be made one: {error}"
+        ) from error
+    return folder
+
+
 def _seeds(config: Any) -> list[int]:
     value = config["seeds"]
     if value is None:
+        if not isinstance(config["seed"], int):
+            raise SettingsError(f"[seed] is {config['seed']!r}, but must be one whole number; several are [seeds].")
         return [int(config["seed"])]
     values = list(value) if isinstance(value, (list, tuple, str)) else [value]
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
         raise SettingsError(f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2.")
+    if not all(0 <= v < 2**32 for v in values):
+        raise SettingsError(f"[seeds] is {value!r}, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2.")
     if len(set(values)) < len(values):
         raise SettingsError(f"[seeds] is {value!r}, but must name each seed once.")
     return values

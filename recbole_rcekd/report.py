@@ -30,7 +30,7 @@ from recbole_rcekd.cache import blocks
 from recbole_rcekd.compat import without_tensorboard
 from recbole_rcekd.config import SCRATCH, needs_teacher, owner, parts_of, trajectory_losses
 from recbole_rcekd.diagnostics import transfer_ratio
-from recbole_rcekd.processes import PLACE_KEYS
+from recbole_rcekd.processes import MACHINE_KEYS
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.teacher import Teacher
@@ -45,11 +45,10 @@ _PREDICTED_AT_A_TIME = 64
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
 _UNIMPORTANT = frozenset(
     {
-        *PLACE_KEYS,
-        "checkpoint_dir",
+        *MACHINE_KEYS,
+        "eval_batch_size",
         "show_progress",
         "state",
-        "data_path",
         "output_dir",
         "seeds",
         "log_wandb",
@@ -225,6 +224,18 @@ class Report:
             write_json(folder / "run.json", asdict(run))
             write_json(self.folder / "result.json", self.as_dict())
             write_whole(self.folder / "summary.md", self.table("github") + "\n")
+
+    def make_room(self, loss: str, seed: int) -> None:
+        """Put what an earlier command of other settings finished in a run's folder aside, under a name of its own."""
+        folder = self.run_folder(loss, seed)
+        if folder is None or not (folder / "run.json").exists():
+            return
+        aside, number = folder.with_name(f"{folder.name}.1"), 1
+        while aside.exists():
+            number += 1
+            aside = folder.with_name(f"{folder.name}.{number}")
+        folder.rename(aside)
+        getLogger().warning(f"[{folder}] holds a run with other settings, data or teacher: it is kept as [{aside}].")
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""

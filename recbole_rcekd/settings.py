@@ -215,9 +215,10 @@ class LossSettings(Settings):
         keys = self.longest_list()
         needed = sum(getattr(self, key) for key in keys)
         if needed > n_items:
+            which = "it" if len(keys) == 1 else "the sum"
             raise SettingsError(
                 f"{' + '.join(f'[{key}]={getattr(self, key)}' for key in keys)} needs a catalogue of at least {needed} "
-                f"items, but this dataset has {n_items}. Lower it to {n_items} or less."
+                f"items, but this dataset has {n_items}. Lower {which} to {n_items} or less."
             )
 
 

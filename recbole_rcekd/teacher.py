@@ -35,7 +35,7 @@ from recbole_rcekd.contexts import (
     is_sequential,
 )
 from recbole_rcekd.errors import TeacherError
-from recbole_rcekd.processes import PLACE_KEYS
+from recbole_rcekd.processes import MACHINE_KEYS
 from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_rankable
 from recbole_rcekd.sequences import create_dataset, training_pairs
 from recbole_rcekd.types import Seen
@@ -64,9 +64,8 @@ _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
     "RaCT": {"train_stage": "actor_pretrain"},
     "S3Rec": {"train_stage": "pretrain"},
 }
-_MACHINE_KEYS = PLACE_KEYS | {
-    *("device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path", "local_rank", "world_size"),
-}
+# Of several processes, other draws made the weights, which have a hash of their own.
+_UNIMPORTANT = MACHINE_KEYS | {"local_rank", "world_size"}
 
 
 class Teacher:
@@ -84,6 +83,7 @@ class Teacher:
 
     Attributes:
         n_contexts: how many contexts it scores: users, or, for a sequential student, rows of the training data.
+        student_dataset: as given.
         for_rows: the student is sequential.
         scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a sequential one each with
             the whole training sequence.
@@ -110,7 +110,7 @@ class Teacher:
         self._checkpoint: dict[str, Any] | None = checkpoint
         self.trust = trust
         self._dataset = dataset
-        self._student_dataset = student_dataset
+        self.student_dataset = student_dataset
         same = dataset is student_dataset
         self.user_ids = None if same else _translate(student_dataset, dataset, student_dataset.uid_field, source)
         self.item_ids = None if same else _translate(student_dataset, dataset, student_dataset.iid_field, source)
@@ -128,11 +128,11 @@ class Teacher:
     def _contexts(self) -> Contexts:
         if not is_sequential(self._dataset):
             return Users(self._dataset, self.user_ids, self.config)
-        if not is_sequential(self._student_dataset):
+        if not is_sequential(self.student_dataset):
             return WholeSequences(self._dataset, self.user_ids)
-        if self._dataset is self._student_dataset:
+        if self._dataset is self.student_dataset:
             return Rows(self._dataset, self.config)
-        return TranslatedRows(self._student_dataset, self._dataset)
+        return TranslatedRows(self.student_dataset, self._dataset)
 
     @cached_property
     def model(self) -> Any:
@@ -181,16 +181,16 @@ class Teacher:
         digest = hashlib.sha256()
         settings = self.config.final_config_dict
         for key in sorted(settings):
-            if key not in _MACHINE_KEYS:
+            if key not in _UNIMPORTANT:
                 digest.update(f"{key}={settings[key]!r};".encode())
         other = self._content().get("other_parameter") or {}
         learned = {name: value for name, value in other.items() if name not in EVALUATION_CACHES}
         _hash_value(digest, self._content()["state_dict"])
         _hash_value(digest, learned)
-        digest.update(split_hash(self._student_dataset).encode())
+        digest.update(split_hash(self.student_dataset).encode())
         digest.update(feature_hash(self._dataset).encode())
         if self.scores_rows:
-            digest.update(feature_hash(self._student_dataset).encode())
+            digest.update(feature_hash(self.student_dataset).encode())
         for ids in (self.user_ids, self.item_ids):
             digest.update(b"same" if ids is None else ids.numpy().tobytes())
         return digest.hexdigest()[:32]
@@ -234,7 +234,7 @@ class Teacher:
         A teacher that scores users is asked for the rows' users.
         """
         if not isinstance(self.contexts, (Rows, TranslatedRows)):
-            return self.score_all(rows[self._student_dataset.uid_field])
+            return self.score_all(rows[self.student_dataset.uid_field])
         rows = self.contexts.translated(rows)
         with preserved_random_state(), self.scorer.evaluating():
             return self._in_student_ids(self.scorer.score_batch(rows, []).score_all())
@@ -246,8 +246,8 @@ class Teacher:
         """The names of users in the user's data, for messages."""
         users = contexts
         if self.scores_rows:
-            users = self._student_dataset.inter_feat[self._student_dataset.uid_field][contexts]
-        tokens = self._student_dataset.field2id_token[self._student_dataset.uid_field]
+            users = self.student_dataset.inter_feat[self.student_dataset.uid_field][contexts]
+        tokens = self.student_dataset.field2id_token[self.student_dataset.uid_field]
         return [str(tokens[int(i)]) for i in users]
 
 

@@ -18,7 +18,7 @@ from recbole.utils import ModelType, get_model, init_seed, set_color
 
 from recbole_rcekd.config import teacher_config, trajectory_losses
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.processes import PLACE_KEYS, Ranks
+from recbole_rcekd.processes import MACHINE_KEYS, Ranks
 from recbole_rcekd.report import EVAL_BATCH_SIZE, write_json
 from recbole_rcekd.scoring import require_rankable
 from recbole_rcekd.sequences import create_dataset
@@ -30,9 +30,7 @@ from recbole_rcekd.trainer import recording_trainer
 from recbole_rcekd.trajectory import Trajectory, folder_beside, state_files
 
 # None changes the teacher that comes out.
-_UNIMPORTANT = frozenset(
-    {"checkpoint_dir", "show_progress", "state", "data_path", "device", "log_wandb", "worker", *PLACE_KEYS}
-)
+_UNIMPORTANT = frozenset({*MACHINE_KEYS, "eval_batch_size", "show_progress", "state", "log_wandb"})
 
 
 @dataclass
@@ -62,9 +60,11 @@ def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
     if len(sources) == 1 and not (Path(sources[0]).suffix or os.path.sep in sources[0]):
         try:
             model_class = get_model(sources[0])
-        except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+        except (ValueError, AttributeError, ImportError) as error:  # it looks among models that need lightgbm, too
             if not os.path.exists(sources[0]):
-                raise SettingsError(f"[teacher] is {given!r}, which is neither a RecBole model nor a file.") from error
+                raise SettingsError(
+                    f"[teacher] is {given!r}, which is neither a RecBole model (written as in BPR, LightGCN) nor a file."
+                ) from error
         else:
             require_rankable(model_class)
             return teacher_config(sources[0], config)
@@ -184,9 +184,10 @@ def found_or_trained(
     made, trained = train()
     if ranks.first:
         write_json(facts, trained)
-        learned = Path(made).with_suffix(".kd.pth")
-        if learned.exists():
-            os.replace(learned, file.with_suffix(".kd.pth"))
+        for suffix in (".kd.pth", ".history.csv"):
+            beside = Path(made).with_suffix(suffix)
+            if beside.exists():
+                os.replace(beside, file.with_suffix(suffix))
         os.replace(made, file)
     ranks.barrier()
     return file, trained

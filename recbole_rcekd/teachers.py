@@ -15,10 +15,10 @@ from torch import Tensor
 from recbole_rcekd.cache import FactorScores, open_teacher_scores
 from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.ensemble import combined_rows, ensemble
-from recbole_rcekd.errors import TeacherError
+from recbole_rcekd.errors import SettingsError, TeacherError
 from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
 from recbole_rcekd.processes import Ranks
-from recbole_rcekd.settings import KDSettings, TeacherSettings
+from recbole_rcekd.settings import KDSettings, TeacherSettings, read_settings
 from recbole_rcekd.store import Store
 from recbole_rcekd.teacher import Teacher, read_teacher, split_hash
 from recbole_rcekd.types import TeacherScores
@@ -37,6 +37,7 @@ class ScoreFile:
 
     def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
         self.source = path
+        self.student_dataset = student_dataset
         self.name = Path(path).name
         self.for_rows = is_sequential(student_dataset)
         self.scores: ListedScores = read_scores(path, student_dataset, settings)
@@ -153,7 +154,7 @@ def load_teacher(
             (:func:`~recbole_rcekd.outside.read_scores`); or several, as a list or with commas between.
         train_data: the student's training data, as ``data_preparation`` returned it (or its dataset).
         trust: allow pickled content beyond RecBole's own (see :mod:`recbole_rcekd.checkpoint`).
-        settings: of score files, and of several teachers.
+        settings: of score files, and of several teachers; default: those in the data's Config.
 
     Returns:
         The teacher, answering in the student's ids.
@@ -165,10 +166,13 @@ def load_teacher(
     Example:
         >>> teacher = load_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
     """
-    settings = settings or TeacherSettings()
-    sources = source_list(source)
-    weights = settings.weights_of(sources) if len(sources) > 1 else [1.0]
     dataset = getattr(train_data, "_dataset", train_data)
+    if settings is None:
+        settings = read_settings(TeacherSettings, "teacher", dataset.config.final_config_dict)
+    sources = source_list(source)
+    if not sources:
+        raise SettingsError(f"[teacher] is {source!r}, but must name a checkpoint or a file of scores.")
+    weights = settings.weights_of(sources) if len(sources) > 1 else [1.0]
     parts = [
         ScoreFile(each, dataset, settings) if is_score_file(each) else read_teacher(each, train_data, trust)
         for each in sources
@@ -186,7 +190,7 @@ def source_list(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 def is_score_file(source: str) -> bool:
     """Whether a file holds scores and no model, by its name."""
-    return Path(source).suffix in SCORE_FILES
+    return Path(source).suffix.lower() in SCORE_FILES
 
 
 def open_scores(

@@ -22,12 +22,13 @@ from recbole.trainer import Trainer
 from recbole.utils import ModelType, get_local_time, get_trainer, set_color
 
 from recbole_rcekd.compat import without_anomaly_detection
-from recbole_rcekd.config import loss_names, read_kd_settings
-from recbole_rcekd.errors import KDError, ScoringError, SettingsError
+from recbole_rcekd.config import loss_names, overrides_for, read_kd_settings
+from recbole_rcekd.errors import KDError, ScoringError, SettingsError, TeacherError
 from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.scoring import ModelScorer, require_rankable
+from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teachers import LoadedTeacher
 from recbole_rcekd.terms import AnyDistiller, Maker, Term
 from recbole_rcekd.trajectory import Trajectory
@@ -143,12 +144,18 @@ class DistillMixin(RecordingMixin):
         self, config: Any, model: Any, teacher: LoadedTeacher | TeacherScores | None, seed: int | None = None
     ) -> None:
         self.kd_settings, self.kd_losses = read_kd_settings(config)
+        (self.run_label,) = loss_names(config["kd_loss"] or "rce")
+        for key, value in overrides_for(self.run_label, config).items():  # rce_learning_rate
+            config[key] = value
         require_rankable(type(model))
+        if isinstance(teacher, (str, os.PathLike)):
+            raise SettingsError(
+                f"[teacher] is the name of a file: open it with load_teacher({os.fspath(teacher)!r}, train_data)."
+            )
         if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(f"{config['model']} is not trained by gradient: it can teach, but not learn.")
         if teacher is None and any(loss.needs_teacher for loss in self.kd_losses.values()):
             raise SettingsError(f"[teacher] is missing: {' + '.join(self.kd_losses)} learns from one.")
-        (self.run_label,) = loss_names(config["kd_loss"] or "rce")
         super().__init__(config, model)
         self.teacher = teacher
         self.seed = int(config["seed"] if seed is None else seed)
@@ -177,6 +184,7 @@ class DistillMixin(RecordingMixin):
     def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[AnyDistiller]:
         """While this lasts, the model's ``calculate_loss`` includes the KD terms."""
         dataset = train_data._dataset
+        _require_same_data(self.teacher, dataset)
         scorer = ModelScorer(self.model, dataset, trainable=True)
         maker = Maker(
             scorer, dataset, self.teacher, self.kd_settings, self.seed, self.ranks, int(self.epochs), show_progress
@@ -322,6 +330,17 @@ class DistillMixin(RecordingMixin):
         """Whether RecBole's trainer of knowledge-aware models spends this epoch on the knowledge graph alone (KTUP)."""
         rec, graph = (getattr(self, f"train_{part}_step", None) for part in ("rec", "kg"))
         return rec is not None and graph is not None and epoch_idx % (rec + graph) >= rec
+
+
+def _require_same_data(teacher: Any, dataset: Any) -> None:
+    """A teacher's lists of unseen items leave the training data out that it was loaded with."""
+    for part in getattr(teacher, "parts", [teacher]):
+        known = getattr(part, "student_dataset", dataset)
+        if known is not dataset and split_hash(known) != split_hash(dataset):
+            raise TeacherError(
+                "[teacher] was loaded with other data than those of this training, so it may know the test set: give "
+                "load_teacher the train_data that fit gets."
+            )
 
 
 def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:

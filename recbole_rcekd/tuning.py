@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from recbole_rcekd.config import parts_of
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.quick_start import Experiment, command_config
+from recbole_rcekd.quick_start import DIVERGED, Experiment, command_config
 from recbole_rcekd.report import write_whole
 
 # The seed of hyperopt's choice of trials.
@@ -40,27 +40,33 @@ class Setting:
 
     def __init__(self, **arguments: Any) -> None:
         self._arguments = arguments
+        self._experiment: Experiment | None = None
         self._prepared: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Data and teacher stay behind when it travels to another process."""
-        return {**vars(self), "_prepared": None}
+        return {**vars(self), "_experiment": None, "_prepared": None}
 
-    def prepared(self) -> tuple[Experiment, Any, Any, Any]:
-        """The command behind the trials, its data, teacher and report."""
-        if self._prepared is None:
+    @property
+    def experiment(self) -> Experiment:
+        """The command behind the trials; its settings are checked, and no data were read."""
+        if self._experiment is None:
             given = dict(self._arguments)
             model, dataset, files, extra = (
                 given.pop(key, None) for key in ("model", "dataset", "config_file_list", "config_dict")
             )
-            experiment = Experiment(command_config(model, dataset, files, extra, given), saved=False)
-            self._prepared = (experiment, *experiment.prepare())
+            self._experiment = Experiment(command_config(model, dataset, files, extra, given), saved=False)
+        return self._experiment
+
+    def prepared(self) -> tuple[Experiment, Any, Any, Any]:
+        """The command behind the trials, its data, teacher and report."""
+        if self._prepared is None:
+            self._prepared = (self.experiment, *self.experiment.prepare())
         prepared: tuple[Experiment, Any, Any, Any] = self._prepared
         return prepared
 
 
-# RecBole's error where a training diverges (trainer/trainer.py `_check_nan`), and what such a trial scores; JSON has no infinity.
-_DIVERGED = "Training loss is nan"
+# What a trial scores whose training diverges; JSON has no infinity.
 _WORST = 1e9
 
 
@@ -117,7 +123,7 @@ class Objective:
         try:
             score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
         except ValueError as error:
-            if str(error) != _DIVERGED:
+            if str(error) != DIVERGED:
                 raise
             getLogger().warning(
                 f"{self.kd_loss} with {tried}: the training loss is no number, so this trial is the worst."
@@ -189,14 +195,19 @@ def tune_recbole_kd(
     }
     setting = Setting(**arguments)
     with ExitStack() as files:
-        experiment = setting.prepared()[0]
+        experiment = setting.experiment
         if params_file is not None and len(experiment.losses) > 1:
             raise SettingsError("[params_file] has the ranges of one method, but [kd_loss] names several.")
         spaces = {
             name: str(params_file) if params_file is not None else str(_ranges(name, files))
             for name in experiment.losses
         }
-        found = {name: _search(Objective(name, folder, setting), space, trials, algo) for name, space in spaces.items()}
+        # All ranges are read before a teacher is trained.
+        searches = {
+            name: _Search(Objective(name, folder, setting), space, trials, algo) for name, space in spaces.items()
+        }
+        setting.prepared()
+        found = {name: search.run() for name, search in searches.items()}
     _write(folder, found)
     getLogger().info(
         f"{trials} trials each, best by {experiment.config['valid_metric']} on the validation data\n{_table(found)}"
@@ -204,29 +215,47 @@ def tune_recbole_kd(
     return found
 
 
-def _search(objective: Objective, space: str, trials: int, algo: str) -> dict[str, Any]:
-    getLogger().info(set_color("Tuning", "pink") + f": {objective.kd_loss}, ranges of [{space}]")
-    tried: list[dict[str, Any]] = []
+class _Search:
+    """RecBole's search through the ranges of one method.
 
-    def one(config_dict: Mapping[str, Any], config_file_list: Any = None) -> dict[str, Any]:
-        tried.append(objective(config_dict, config_file_list))
-        return tried[-1]
+    Raises:
+        SettingsError: the ranges cannot be read.
+    """
 
-    try:
-        tuning = HyperTuning(one, params_file=space, algo=algo, max_evals=trials, early_stop=trials)
-    except OSError as error:
-        raise SettingsError(f"[params_file] {space} cannot be read: {error.strerror}.") from error
-    tuning.max_evals = min(trials, int(tuning.max_evals))
-    before = os.environ.get(_SEED)
-    os.environ[_SEED] = before or "0"
-    try:
-        tuning.run()
-    finally:
-        if before is None:
-            del os.environ[_SEED]
-    bigger = max if tried[0]["valid_score_bigger"] else min
-    best = bigger(tried, key=lambda trial: trial["best_valid_score"])
-    return {"best": best["tried"], "best_valid_score": best["best_valid_score"], "trials": tried}
+    def __init__(self, objective: Objective, space: str, trials: int, algo: str) -> None:
+        self._title = f"{objective.kd_loss}, ranges of [{space}]"
+        self._tried: list[dict[str, Any]] = []
+
+        def one(config_dict: Mapping[str, Any], config_file_list: Any = None) -> dict[str, Any]:
+            self._tried.append(objective(config_dict, config_file_list))
+            return self._tried[-1]
+
+        try:
+            self._tuning = HyperTuning(one, params_file=space, algo=algo, max_evals=trials, early_stop=trials)
+        except OSError as error:
+            raise SettingsError(f"[params_file] {space} cannot be read: {error.strerror}.") from error
+        except (ValueError, IndexError, SyntaxError, NameError) as error:
+            raise SettingsError(
+                f"[params_file] {space} has no ranges as RecBole writes them ({error}): a line is rce_weight choice [1.0,10.0], "
+                "for example."
+            ) from error
+        if not self._tuning.space:
+            raise SettingsError(f"[params_file] {space} has no ranges as RecBole writes them: it is empty.")
+        self._tuning.max_evals = min(trials, int(self._tuning.max_evals))
+
+    def run(self) -> dict[str, Any]:
+        """Make the trials, and tell the best."""
+        getLogger().info(set_color("Tuning", "pink") + f": {self._title}")
+        before = os.environ.get(_SEED)
+        os.environ[_SEED] = before or "0"
+        try:
+            self._tuning.run()
+        finally:
+            if before is None:
+                del os.environ[_SEED]
+        bigger = max if self._tried[0]["valid_score_bigger"] else min
+        best = bigger(self._tried, key=lambda trial: trial["best_valid_score"])
+        return {"best": best["tried"], "best_valid_score": best["best_valid_score"], "trials": self._tried}
 
 
 def _ranges(name: str, files: ExitStack) -> Path:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import yaml
 from torch import Tensor
 
 from recbole_rcekd import KDError, run_recbole_kd
@@ -31,6 +32,7 @@ from recbole_rcekd.quick_start import command_config
 from recbole_rcekd.report import Report, RunResult, TeacherAsModel, TeacherResult
 from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teacher_training import evaluate_more
+from recbole_rcekd.teachers import Teachers, load_teacher
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 from tests.helpers import (
     block_pairs,
@@ -370,7 +372,11 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, {"kd_loss": "rce,rec"}, r"\[kd_loss\] names 'rec'"),
         ({}, {"kd_loss": ["rce", "rce"]}, "name each method once"),
         ({}, {"teacher": None}, r"\[teacher\] is missing: give a model name"),
-        ({}, {"teacher": "BRP"}, r"\[teacher\] is 'BRP', which is neither a RecBole model nor a file"),
+        (
+            {},
+            {"teacher": "BRP"},
+            r"\[teacher\] is 'BRP', which is neither a RecBole model .written as in BPR, LightGCN. nor a file",
+        ),
         ({}, {"teacher": "saved/BPR.pth"}, r"\[teacher_\w+\] has no effect"),
         ({"teacher_embedding_sice": 8}, {}, r"\[teacher_embedding_sice\].*\[embedding_size\]"),
         ({"teacher_seed": 8}, {}, r"\[teacher_seed\] has no effect"),
@@ -693,7 +699,9 @@ def test_ctrl_c_of_the_command(
 
     monkeypatch.setattr("recbole_rcekd.command.run_recbole_kd", stop)
     assert main(["--model=BPR"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "with --output_dir, the same command would not repeat what is finished" in capsys.readouterr().err
+    assert main(["--model=BPR", "--output_dir=out"]) == 130
+    assert "the same command goes on with what is not finished" in capsys.readouterr().err
 
 
 def test_without_arguments_the_shipped_example_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -937,3 +945,111 @@ def test_all_packages_are_installed() -> None:
     listed.read(ROOT / "setup.cfg", encoding="utf-8")
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("recbole_rcekd/**/__init__.py")}
     assert {*listed["options"]["packages"].split()} == {*there, "recbole_rcekd.properties"}
+
+
+# --- what a user gets wrong -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--teacher_trust=no"], "[teacher_trust] is 'no', but must be True or False."),
+        (["--seeds=0-3"], "[seeds] is -3, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2."),
+        (["--seed=1,2"], "[seed] is (1, 2), but must be one whole number; several are [seeds]."),
+        (["--config_files=missing.yaml"], "[config_files] names [missing.yaml], but there is no such file."),
+        (["--learning_rte=0.1"], "[learning_rte] is known neither to RecBole nor here. Did you mean [learning_rate]?"),
+        (["--analyse_user=5"], "[analyse_user] is known neither to RecBole nor here. Did you mean [analyse_users]?"),
+        (["--teacher_model=LightGCN"], "[teacher_model] has no effect: [teacher] names the model"),
+        (["--teacher_topk=0"], "RecBole cannot read the settings of the teacher BPR"),
+        (["--topk=[0]"], "RecBole cannot read these settings"),
+        (["--kd_loss=scratch+rce"], "[kd_loss] sums scratch with something"),
+        (["--output_dir=s.yaml"], "[output_dir] is 's.yaml', which is no folder and cannot be made one"),
+    ],
+)
+def test_one_sentence_for_each_mistake(
+    folder: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("s.yaml").write_text(yaml.safe_dump(given(folder)))
+    loss = [] if any(word.startswith("--kd_loss") for word in words) else ["--kd_loss=rce"]
+    files = [] if any(word.startswith("--config_files") for word in words) else ["--config_files=s.yaml"]
+    assert main(["--model=BPR", "--dataset=tiny", "--teacher=BPR", *loss, *files, *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {message}")
+    assert said.count("\n") == 1
+    assert not list(Path("saved").glob("*.pth"))
+
+
+def test_a_word_that_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--model=BPR", "--epochs", "1"])
+    assert "--epochs is not understood: write RecBole's keys, and ours, as --key=value" in capsys.readouterr().err
+
+
+def test_models_are_written_as_recbole_writes_them(folder: Path) -> None:
+    with pytest.raises(SettingsError, match=r"\[model\] is 'bpr', but RecBole's models are written as in BPR"):
+        run(folder, model="bpr")
+    with pytest.raises(SettingsError, match=r"\[teacher\] is 'bpr', which is neither a RecBole model"):
+        run(folder, teacher="bpr")
+
+
+def test_a_teacher_that_measures_no_ranking_by_default(folder: Path) -> None:
+    """What is validated is the student's to say; a context-aware student validates labels, which pairs have not."""
+    settings: dict[str, Any] = {"threshold": {"rating": 4}, "load_col": {"inter": ["user_id", "item_id", "rating"]}}
+    result = run(folder, settings, teacher="DeepFM", kd_loss="scratch")
+    assert set(result["teacher"]["test_result"]) == {"ndcg@10", "recall@10"}
+    settings = dict.fromkeys(("metrics", "topk", "valid_metric"), "nothing")
+    with pytest.raises(SettingsError, match=r"BPR is validated as the student is, on labels, but learns from pairs"):
+        run(folder, settings, model="DeepFM")
+
+
+def test_a_sequential_student_needs_no_word_on_negatives(folder: Path) -> None:
+    settings = without_teacher_keys(load_col={"inter": ["user_id", "item_id", "timestamp"]}, hidden_size=4)
+    assert run(folder, settings, model="GRU4Rec", teacher=None, kd_loss="scratch")["test_result"]
+    with pytest.raises(SettingsError, match=r"train_neg_sample_args .* should be None when the loss_type is CE"):
+        run(folder, {**settings, "train_neg_sample_args": {"distribution": "uniform"}}, model="GRU4Rec")
+
+
+def test_another_device_is_the_same_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run(folder, kd_loss="rce", output_dir="out")
+    with caplog.at_level(logging.INFO):
+        run(folder, {"gpu_id": "1", "worker": 0, "eval_batch_size": 300}, kd_loss="rce", output_dir="out")
+    assert trainings(caplog) == []
+
+
+def test_a_run_of_other_settings_is_put_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for beta in (5.0, 3.0, 1.0):
+        run(folder, {"rce_beta": beta}, kd_loss="rce", output_dir="out")
+    found = [json.loads(Path(f"out/rce-seed2020{end}/run.json").read_text()) for end in (".1", ".2", "")]
+    assert [each["settings"]["rce_beta"] for each in found] == [5.0, 3.0, 1.0]
+    assert "it is kept as [out/rce-seed2020.1]" in caplog.text
+
+
+def test_what_was_finished_is_shown_before_an_error(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.INFO),
+        pytest.raises(KDError, match="The training loss of ce, seed 2020, is no number any more"),
+    ):
+        run(folder, {"ce_learning_rate": 1e30}, kd_loss="rce,ce")
+    assert "student, rce" in caplog.text
+
+
+def test_a_teacher_of_other_data_than_those_of_the_training(folder: Path) -> None:
+    """``load_teacher(path, dataset)`` instead of ``train_data``: its lists would know the test items."""
+    config = command_config("BPR", "tiny", None, given(folder, kd_loss="rce", rce_epochs=1), {})
+    init_seed(config["seed"], config["reproducibility"])
+    dataset = create_dataset(config)
+    train, valid, _ = data_preparation(config, dataset)
+    path = train_teacher(folder, eval_args=config["eval_args"])
+    teacher = load_teacher(path, train)
+    model = get_model("BPR")(config, train._dataset)
+    trainer = distill_trainer(config)(config, model, teacher)
+    assert trainer.epochs == 1  # rce_epochs
+    trainer.fit(train, valid, show_progress=False)
+    with pytest.raises(TeacherError, match="was loaded with other data than those of this training"):
+        distill_trainer(config)(config, model, load_teacher(path, valid)).fit(train, valid)
+    with pytest.raises(SettingsError, match=r"open it with load_teacher\('t.pth', train_data\)"):
+        distill_trainer(config)(config, model, "t.pth")  # type: ignore[arg-type]
+    config["teacher_weights"] = [1, 0]
+    both = load_teacher([path, path], train)
+    assert isinstance(both, Teachers)
+    assert both.weights == [1.0, 0.0]

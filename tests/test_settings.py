@@ -165,7 +165,7 @@ def test_a_catalogue_that_is_too_small(settings: Any, needed: int, named: str) -
     settings.check_catalogue(needed)
     message = (
         f"{named} needs a catalogue of at least {needed} items, but this dataset has {needed - 1}. "
-        f"Lower it to {needed - 1} or less."
+        f"Lower {'the sum' if '+' in named else 'it'} to {needed - 1} or less."
     )
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         settings.check_catalogue(needed - 1)

@@ -197,3 +197,10 @@ def test_a_sum_keeps_its_own_weights(tmp_path: Path) -> None:
     tuning._write(tmp_path, found)
     assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {"rce_weight": 1.0, "ce_weight": 3.0}
     assert yaml.safe_load((tmp_path / "best-rce+ce.yaml").read_text()) == best["rce+ce"]
+
+
+@pytest.mark.parametrize("line", ["rce_weight chioce [1.0]", "rce_weight [1.0, 10.0]", ""])
+def test_ranges_are_read_before_a_teacher_is_trained(folder: Path, tmp_path: Path, line: str) -> None:
+    with pytest.raises(SettingsError, match=r"\[params_file\] .*mine.test has no ranges as RecBole writes them"):
+        tune_recbole_kd(1, **arguments(folder), kd_loss="rce", params_file=ranges(tmp_path / "mine.test", line))
+    assert not list(Path("saved").glob("*.pth"))

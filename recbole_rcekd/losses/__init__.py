@@ -88,6 +88,10 @@ def get_loss(name: str) -> type[Loss]:
     Raises:
         SettingsError: there is none; the message lists what exists.
     """
+    if name == "scratch":
+        raise SettingsError(
+            "[kd_loss] sums scratch with something, but it stands alone, for the student alone: scratch,rce."
+        )
     if name not in LOSSES:
         raise SettingsError(f"[kd_loss] names {name!r}, which is not a loss. {nearest(name, [*LOSSES, 'scratch'])}")
     return LOSSES[name]
