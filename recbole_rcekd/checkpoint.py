@@ -142,8 +142,8 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
         raise TeacherError(f"There is no checkpoint at [{path}].")
     if not zipfile.is_zipfile(path):
         raise TeacherError(
-            f"[{path}] is not a checkpoint, or was cut off while it was written: train it again. (Files of scores end in .csv, "
-            ".tsv, .parquet or .npz.)"
+            f"[{path}] is not a checkpoint, or was cut off while it was written: train it again. Names of files of scores end in "
+            ".csv, .tsv, .parquet or .npz."
         )
     try:
         # torch.load runs the code of such an archive, whatever the unpickler is.

@@ -119,7 +119,7 @@ def command_config(
         given: keys of ours that were given as arguments; ``None`` where not.
 
     Raises:
-        SettingsError: RecBole has no such model.
+        SettingsError: RecBole has no such model, or a file is missing or cannot be read.
     """
     extra = {key: _plain(value) for key, value in given.items() if value is not None}
     settings = {**(config_dict or {}), **extra}
@@ -127,15 +127,7 @@ def command_config(
         if not os.path.isfile(file):
             raise SettingsError(f"[config_files] names [{file}], but there is no such file.")
     try:
-        try:
-            return Config(model, dataset, config_file_list, settings)
-        except ValueError as error:
-            # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
-            if "train_neg_sample_args" not in str(error) or _is_given(
-                "train_neg_sample_args", config_file_list, settings
-            ):
-                raise
-            return Config(model, dataset, config_file_list, {**settings, "train_neg_sample_args": None})
+        return _recboles_config(model, dataset, config_file_list, settings)
     except KDError:
         raise
     except ModuleNotFoundError as error:
@@ -149,8 +141,18 @@ def command_config(
     except AttributeError as error:
         raise SettingsError(f"[model] is {model!r}, but RecBole's models are written as in BPR, LightGCN.") from error
     except (KeyError, TypeError, ValueError, SyntaxError, NotImplementedError, yaml.YAMLError) as error:
-        what = "what is given names no [model] or no [dataset]" if isinstance(error, KeyError) else str(error)
-        raise SettingsError(f"RecBole cannot read these settings: {what}") from error
+        raise SettingsError(f"RecBole cannot read these settings: {' '.join(str(error).split())}") from error
+
+
+def _recboles_config(model: str | None, dataset: str | None, files: list[str] | None, settings: dict[str, Any]) -> Any:
+    try:
+        return Config(model, dataset, files, settings)
+    except ValueError as error:
+        # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
+        key = "train_neg_sample_args"
+        if key not in str(error) or _is_given(key, files, settings):
+            raise
+        return Config(model, dataset, files, {**settings, key: None})
 
 
 def _is_given(key: str, files: list[str] | None, settings: dict[str, Any]) -> bool:
@@ -229,7 +231,8 @@ class Experiment:
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
         # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
-        os.makedirs(Path("log") / config["model"], exist_ok=True)
+        for folder in (Path("log") / config["model"], config["checkpoint_dir"]):
+            os.makedirs(folder, exist_ok=True)
         if self.ranks.first:
             init_logger(config)
         logger = getLogger()

@@ -543,7 +543,7 @@ def test_a_killed_process_ends_the_command_with_a_message(folder: Path, teachers
     assert len(errors) == 1
     found = re.fullmatch(
         r"error: Process 1 of 2 was killed by SIGKILL \(the system does that when memory runs out\), so the others were "
-        r"stopped; the last checkpoint, \[(.*)\], is whole. The same command goes on with what is missing.",
+        r"stopped; the last checkpoint, \[(.*)\], is whole. With .output_dir., the same command goes on with what is not finished.",
         errors[0],
     )
     assert found, errors
