@@ -1,4 +1,4 @@
-"""From RecBole's Config to settings: the strict check of our keys, and the Configs of teachers and assistants trained here.
+"""RecBole's Configs of commands, teachers and assistants, and the settings in them, of which ours are checked strictly.
 
 RecBole reads a missing key as ``None`` and accepts every unknown one, so that a typing error means "trained with the
 default". Keys with our prefixes are therefore checked by name here, before anything is computed.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import recbole
+import yaml
 from recbole.config import Config
 from recbole.utils import EvaluatorType, InputType, ModelType
 from recbole.utils.argument_list import (
@@ -26,7 +28,7 @@ from recbole.utils.argument_list import (
     training_arguments,
 )
 
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.losses import LOSSES, get_loss
 from recbole_rcekd.losses.base import KDLoss, Loss
 from recbole_rcekd.processes import PLACE_KEYS
@@ -40,6 +42,7 @@ RUN_KEYS = frozenset(
         *TeacherSettings.keys(),
     }
 )
+_NEGATIVES = "train_neg_sample_args"
 # Of the command line alone.
 COMMAND_KEYS = frozenset(
     {
@@ -49,6 +52,73 @@ COMMAND_KEYS = frozenset(
 )
 # RecBole's training keys that may differ between the methods of one command: `rce_weight_decay`, `scratch_epochs`.
 PER_LOSS_KEYS = frozenset({"learning_rate", "weight_decay", "learner", "epochs", "eval_step", "stopping_step"})
+
+
+def command_config(
+    model: str | None,
+    dataset: str | None,
+    config_file_list: list[str] | None,
+    config_dict: dict[str, Any] | None,
+    given: dict[str, Any],
+) -> Any:
+    """RecBole's Config of a command.
+
+    Args:
+        model: as of :func:`run_recbole_kd`, and so on.
+        dataset: likewise.
+        config_file_list: likewise.
+        config_dict: likewise.
+        given: keys of ours that were given as arguments; ``None`` where not.
+
+    Raises:
+        SettingsError: RecBole has no such model, or a file is missing or cannot be read.
+    """
+    extra = {key: _as_text(value) for key, value in given.items() if value is not None}
+    settings = {**(config_dict or {}), **extra}
+    for file in config_file_list or []:
+        if not os.path.isfile(file):
+            raise SettingsError(f"[config_files] names [{file}], but there is no such file.")
+    try:
+        given_negatives = _is_given(_NEGATIVES, config_file_list, settings)
+        return _recboles_config(model, dataset, config_file_list, settings, given_negatives)
+    except KDError:
+        raise
+    except ModuleNotFoundError as error:
+        # RecBole looks for a name that it does not know among the models that need these.
+        if error.name not in ("lightgbm", "xgboost"):
+            raise
+        name = f": {model!r}" if model else ""
+        raise SettingsError(
+            f"[model] names no RecBole model{name}, or one that needs the package {error.name}."
+        ) from error
+    except AttributeError as error:
+        raise SettingsError(f"[model] is {model!r}, but RecBole's models are written as in BPR, LightGCN.") from error
+    except (KeyError, TypeError, ValueError, SyntaxError, NotImplementedError, yaml.YAMLError) as error:
+        raise SettingsError(f"RecBole cannot read these settings: {' '.join(str(error).split())}") from error
+
+
+def _recboles_config(
+    model: str | None, dataset: str | None, files: list[str] | None, settings: dict[str, Any], given: bool
+) -> Any:
+    """Sequential models learn from the whole catalogue by default, and RecBole wants to be told; ``given``: something else was."""
+    try:
+        return Config(model, dataset, files, settings)
+    except ValueError as error:
+        if given or _NEGATIVES not in str(error):
+            raise
+        return Config(model, dataset, files, {**settings, _NEGATIVES: None})
+
+
+def _is_given(key: str, files: list[str] | None, settings: dict[str, Any]) -> bool:
+    texts = [*sys.argv[1:], *(Path(file).read_text(encoding="utf-8") for file in files or [])]
+    return key in settings or any(key in text for text in texts)
+
+
+def _as_text(value: Any) -> Any:
+    """Paths as text: the Config goes into checkpoints, which hold no other objects."""
+    if isinstance(value, (list, tuple)):
+        return [_as_text(each) for each in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def loss_names(value: Any) -> list[str]:
@@ -208,15 +278,11 @@ def teacher_config(name: str, student: Any) -> Any:
         own |= {key: student[key] for key in (*PLACE_KEYS, "world_size", "local_rank") if key in _plain(student)}
     files = student["teacher_config_files"] or []
     files = files.split() if isinstance(files, str) else list(files)
-    given = {"model": name, "dataset": student["dataset"], "config_file_list": files}
     with _no_command_line():
         try:
-            config = Config(**given, config_dict={**shared, **own})
+            config = _recboles_config(name, student["dataset"], files, {**shared, **own}, _NEGATIVES in own)
         except ValueError as error:
-            if "train_neg_sample_args" in own or "train_neg_sample_args" not in str(error):
-                raise SettingsError(f"RecBole cannot read the settings of the teacher {name}: {error}") from error
-            # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
-            config = Config(**given, config_dict={**shared, **own, "train_neg_sample_args": None})
+            raise SettingsError(f"RecBole cannot read the settings of the teacher {name}: {error}") from error
     known = _known_to_recbole(config) - {"config_files"}
     for key in own:
         if key not in known:

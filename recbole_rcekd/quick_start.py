@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
-from recbole.config import Config
 from recbole.data import data_preparation
 from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
 
@@ -23,6 +21,7 @@ from recbole_rcekd.config import (
     SCRATCH,
     assistant_config,
     check_keys,
+    command_config,
     loss_names,
     needs_teacher,
     overrides_for,
@@ -100,71 +99,6 @@ def run_recbole_kd(
         dist.barrier()  # the first process keeps the connections for all
         dist.destroy_process_group()
     return result
-
-
-def command_config(
-    model: str | None,
-    dataset: str | None,
-    config_file_list: list[str] | None,
-    config_dict: dict[str, Any] | None,
-    given: dict[str, Any],
-) -> Any:
-    """RecBole's Config of a command.
-
-    Args:
-        model: as of :func:`run_recbole_kd`, and so on.
-        dataset: likewise.
-        config_file_list: likewise.
-        config_dict: likewise.
-        given: keys of ours that were given as arguments; ``None`` where not.
-
-    Raises:
-        SettingsError: RecBole has no such model, or a file is missing or cannot be read.
-    """
-    extra = {key: _plain(value) for key, value in given.items() if value is not None}
-    settings = {**(config_dict or {}), **extra}
-    for file in config_file_list or []:
-        if not os.path.isfile(file):
-            raise SettingsError(f"[config_files] names [{file}], but there is no such file.")
-    try:
-        return _recboles_config(model, dataset, config_file_list, settings)
-    except KDError:
-        raise
-    except ModuleNotFoundError as error:
-        # RecBole looks for a name that it does not know among the models that need these.
-        if error.name not in ("lightgbm", "xgboost"):
-            raise
-        name = f": {model!r}" if model else ""
-        raise SettingsError(
-            f"[model] names no RecBole model{name}, or one that needs the package {error.name}."
-        ) from error
-    except AttributeError as error:
-        raise SettingsError(f"[model] is {model!r}, but RecBole's models are written as in BPR, LightGCN.") from error
-    except (KeyError, TypeError, ValueError, SyntaxError, NotImplementedError, yaml.YAMLError) as error:
-        raise SettingsError(f"RecBole cannot read these settings: {' '.join(str(error).split())}") from error
-
-
-def _recboles_config(model: str | None, dataset: str | None, files: list[str] | None, settings: dict[str, Any]) -> Any:
-    try:
-        return Config(model, dataset, files, settings)
-    except ValueError as error:
-        # Sequential models learn from the whole catalogue by default, and RecBole wants to be told.
-        key = "train_neg_sample_args"
-        if key not in str(error) or _is_given(key, files, settings):
-            raise
-        return Config(model, dataset, files, {**settings, key: None})
-
-
-def _is_given(key: str, files: list[str] | None, settings: dict[str, Any]) -> bool:
-    texts = [*sys.argv[1:], *(Path(file).read_text(encoding="utf-8") for file in files or [])]
-    return key in settings or any(key in text for text in texts)
-
-
-def _plain(value: Any) -> Any:
-    """Paths as text: the Config goes into checkpoints, which hold no other objects."""
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class Experiment:

@@ -21,9 +21,9 @@ from recbole.trainer import HyperTuning
 from recbole.utils import set_color
 from tabulate import tabulate
 
-from recbole_rcekd.config import parts_of
+from recbole_rcekd.config import command_config, parts_of
 from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.quick_start import DIVERGED, Experiment, command_config
+from recbole_rcekd.quick_start import DIVERGED, Experiment
 from recbole_rcekd.report import write_whole
 
 # The seed of hyperopt's choice of trials.

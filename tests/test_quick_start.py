@@ -26,9 +26,9 @@ from torch import Tensor
 
 from recbole_rcekd import KDError, run_recbole_kd
 from recbole_rcekd.command import main
+from recbole_rcekd.config import command_config
 from recbole_rcekd.errors import ScoringError, SettingsError, TeacherError
 from recbole_rcekd.history import History
-from recbole_rcekd.quick_start import command_config
 from recbole_rcekd.report import Report, RunResult, TeacherAsModel, TeacherResult
 from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teacher_training import evaluate_more
