@@ -288,7 +288,8 @@ def teacher_config(name: str, student: Any) -> Any:
         if key not in known:
             raise SettingsError(f"[teacher_{key}]: {name} has no setting [{key}]. {nearest(key, known)}")
     config["seed"] = student["seed"]  # the seed is part of the split
-    labelled = config["threshold"] or config["LABEL_FIELD"] in ((config["load_col"] or {}).get("inter") or [])
+    columns = (config["load_col"] or {}).get("inter", "*")
+    labelled = config["threshold"] or columns == "*" or config["LABEL_FIELD"] in columns
     if config["eval_type"] == EvaluatorType.VALUE and config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE and not labelled:
         raise SettingsError(
             f"[teacher] {name} is validated as the student is, on labels, but learns from pairs, which have none: say with "
