@@ -52,19 +52,11 @@ class FeatureDistiller:
         self._n_epochs = n_epochs
         self._fields = (dataset.uid_field, dataset.iid_field, dataset.config["NEG_PREFIX"] + dataset.iid_field)
         self._label = dataset.config["LABEL_FIELD"]
-        if scorer.kind != "product":
-            raise SettingsError(
-                f"[kd_loss] {name} learns from vectors, but {scorer.name}'s scores are no product of user and item "
-                "vectors: choose a method of scores (rce, ce, rrd, …) or another student."
-            )
+        require_vectors(name, loss, scorer)
         named = zip(("users", "items"), tables, strict=True)
         self._tables = {side: table.to(scorer.device) for side, table in named if table is not None}
-        if "users" in loss.sides and ("users" not in self._tables or not scorer.scores_users):
-            who = scorer.name if not scorer.scores_users else "the teacher"
-            raise SettingsError(
-                f"[kd_loss] {name} learns from the vectors of users, but {who} has none: it scores sequences. Set "
-                f"{name}_sides: items."
-            )
+        if "users" in loss.sides and "users" not in self._tables:
+            raise _without_users(name, "the teacher")
         self.generator = torch.Generator(scorer.device).manual_seed(seed)
         # Where only one side is wanted: the model says both or nothing.
         self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
@@ -124,6 +116,32 @@ class FeatureDistiller:
         with preserved_random_state(), self._scorer.evaluating():
             rows = self._scorer.score_all(self._watched.contexts)
         return self._watched.distance(rows)
+
+
+def require_vectors(name: str, loss: FeatureLoss, scorer: ModelScorer) -> None:
+    """Refuse a student that lacks the vectors which a method learns from, whoever the teacher is.
+
+    Args:
+        name: of the method.
+        loss: the method.
+        scorer: the student.
+
+    Raises:
+        SettingsError: its scores are no product of vectors, or it has none of users.
+    """
+    if scorer.kind != "product":
+        raise SettingsError(
+            f"[kd_loss] {name} learns from vectors, but {scorer.name}'s scores are no product of user and item "
+            "vectors: choose a method of scores (rce, ce, rrd, …) or another student."
+        )
+    if "users" in loss.sides and not scorer.scores_users:
+        raise _without_users(name, scorer.name)
+
+
+def _without_users(name: str, who: str) -> SettingsError:
+    return SettingsError(
+        f"[kd_loss] {name} learns from the vectors of users, but {who} has none: it scores sequences. Set {name}_sides: items."
+    )
 
 
 def _distinct(kinds: list[Tensor]) -> tuple[Tensor, Tensor]:

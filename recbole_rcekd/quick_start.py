@@ -31,7 +31,7 @@ from recbole_rcekd.config import (
 from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
-from recbole_rcekd.scoring import require_rankable
+from recbole_rcekd.scoring import ModelScorer, preserved_random_state, require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher import split_hash
@@ -47,6 +47,7 @@ from recbole_rcekd.teacher_training import (
     train_teacher,
 )
 from recbole_rcekd.teachers import LoadedTeacher, load_teacher
+from recbole_rcekd.terms import require_learner
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
 
 # RecBole's error where a training diverges (trainer/trainer.py `_check_nan`).
@@ -182,10 +183,7 @@ class Experiment:
             )
         if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
             raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
-        for name in self.losses:
-            if name != SCRATCH:
-                for loss in read_kd_settings(self.run_configs[name])[1].values():
-                    loss.settings.check_catalogue(int(dataset.item_num) - 1)
+        self._require_learner(data)
 
         teacher = None
         report = Report(
@@ -196,6 +194,21 @@ class Experiment:
         self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
         self.assistants: dict[str, tuple[LoadedTeacher, dict[str, Any]]] = {}
         return data, teacher, report
+
+    def _require_learner(self, data: Data) -> None:
+        """Whether a student can learn by each method, before hours go into a teacher."""
+        methods = {name: read_kd_settings(self.run_configs[name])[1] for name in self.losses if name != SCRATCH}
+        for losses in methods.values():
+            for loss in losses.values():
+                loss.settings.check_catalogue(int(data.dataset.item_num) - 1)
+        if self.teacher_config is None or not methods:
+            return  # the trainer will find out soon enough
+        config, dataset = self.run_configs[next(iter(methods))], data.train._dataset
+        with preserved_random_state():
+            model = get_model(config["model"])(config, dataset).to(config["device"])
+        scorer = ModelScorer(model, dataset, trainable=True)
+        for losses in methods.values():
+            require_learner(scorer, losses, self.ranks)
 
     # -- teacher -------------------------------------------------------------------------------------------------
 

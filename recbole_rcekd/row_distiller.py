@@ -29,6 +29,24 @@ from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, TeacherScores
 
 
+def require_one_side(loss: KDLoss, scorer: ModelScorer) -> None:
+    """Refuse a method that teaches items their users to a student without users.
+
+    Args:
+        loss: the method.
+        scorer: the student.
+
+    Raises:
+        SettingsError: names the key.
+    """
+    if loss.item_side() is not None and not scorer.scores_users:
+        prefix = type(loss).settings_type.keys()[0].removesuffix("_weight")
+        raise SettingsError(
+            f"[{prefix}_item_weight] teaches which users an item should go to, but {scorer.name} scores sequences, not "
+            "users: set it to 0."
+        )
+
+
 class RowDistiller:
     """The KD term of one training run of a sequential student.
 
@@ -59,12 +77,7 @@ class RowDistiller:
         trajectories: Sequence[Sequence[TeacherScores]] = (),
     ) -> None:
         loss.settings.check_catalogue(teaching.n_items - 1)
-        if loss.item_side() is not None:
-            prefix = type(loss).settings_type.keys()[0].removesuffix("_weight")
-            raise SettingsError(
-                f"[{prefix}_item_weight] teaches which users an item should go to, but {scorer.name} scores sequences, not "
-                "users: set it to 0."
-            )
+        require_one_side(loss, scorer)
         self.loss = loss
         self.settings = settings
         self._scorer = scorer

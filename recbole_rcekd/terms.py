@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,10 @@ from recbole_rcekd.contexts import is_sequential, numbered_rows
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.ensemble import rescaled
 from recbole_rcekd.errors import SettingsError, TeacherError
-from recbole_rcekd.feature_distiller import FeatureDistiller
+from recbole_rcekd.feature_distiller import FeatureDistiller, require_vectors
 from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
 from recbole_rcekd.processes import Ranks
-from recbole_rcekd.row_distiller import RowDistiller
+from recbole_rcekd.row_distiller import RowDistiller, require_one_side
 from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
@@ -47,6 +47,47 @@ class Term:
     weight: float
     distiller: AnyDistiller
     step: Callable[[Any, Any], Tensor]
+
+
+def require_learner(scorer: ModelScorer, losses: Mapping[str, Loss], ranks: Ranks) -> None:
+    """Refuse methods that this student, or several processes, cannot learn by, whoever the teacher is.
+
+    Args:
+        scorer: the student.
+        losses: the methods, by name.
+        ranks: this process among those that train the student.
+
+    Raises:
+        SettingsError: says which and why.
+    """
+    for name, loss in losses.items():
+        for part, _ in _parts(loss):
+            if isinstance(part, KDLoss):
+                require_one_side(part, scorer)
+            elif isinstance(part, FeatureLoss):
+                if ranks.world > 1:
+                    raise SettingsError(
+                        f"[kd_loss] {name} learns from vectors, with parts of its own beside the student that several "
+                        "processes do not share: set nproc to 1."
+                    )
+                with _saying_how_to_do_without(part):
+                    require_vectors(name, part, scorer)
+
+
+def _parts(loss: Loss) -> list[tuple[Loss, float]]:
+    """A loss and, if it has one, the loss of vectors that belongs to it, with their weights."""
+    more = loss.feature_side() if isinstance(loss, KDLoss) else None
+    return [(loss, loss.weight)] + ([] if more is None else [(more[0], loss.weight * more[1])])
+
+
+@contextmanager
+def _saying_how_to_do_without(part: FeatureLoss) -> Iterator[None]:
+    try:
+        yield
+    except (SettingsError, TeacherError) as error:
+        if not part.left_out_by:
+            raise
+        raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
 
 
 @dataclass(frozen=True)
@@ -85,13 +126,7 @@ class Maker:
             SettingsError: a loss cannot be used with this student, or with several processes.
             TeacherError: nor with this teacher.
         """
-        feature_sides = {name: loss.feature_side() for name, loss in losses.items() if isinstance(loss, KDLoss)}
-        for name, loss in losses.items():
-            if self.ranks.world > 1 and (isinstance(loss, FeatureLoss) or feature_sides[name] is not None):
-                raise SettingsError(
-                    f"[kd_loss] {name} learns from vectors, with parts of its own beside the student that several processes do "
-                    "not share: set nproc to 1."
-                )
+        require_learner(self.scorer, losses, self.ranks)
         loaded: Any = self.teacher if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)) else None
         sequential = is_sequential(self.dataset)
         raw: TeacherScores
@@ -113,20 +148,12 @@ class Maker:
         teaching = teaching_of(self.dataset, scores, by_rows) if sequential else None
         terms: list[Term] = []
         for name, loss in losses.items():
-            parts: list[tuple[Loss, float]] = [(loss, loss.weight)]
-            more = feature_sides.get(name)
-            if more is not None:
-                parts.append((more[0], loss.weight * more[1]))
-            for part, weight in parts:
+            for part, weight in _parts(loss):
                 # Each term draws from a generator of its own; the first as if it were alone.
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, FeatureLoss):
-                    try:
+                    with _saying_how_to_do_without(part):
                         term = self._of_vectors(name, part, weight, raw, scores, seed)
-                    except (SettingsError, TeacherError) as error:
-                        if not part.left_out_by:
-                            raise
-                        raise type(error)(f"{error} Or leave the vectors out: {part.left_out_by}.") from error
                     terms.append(term if part is loss else dataclasses.replace(term, name=f"{name}_of_vectors"))
                 elif isinstance(part, KDLoss):
                     terms.append(self._of_scores(name, part, weight, scores, trajectories, teaching, seed))

@@ -206,10 +206,27 @@ def test_a_sequential_teacher_wants_the_order_of_time(folder: Path) -> None:
         run(folder, "SASRec", "BPR", {**RATIO, "order": "RO"})
 
 
-def test_the_item_side_takes_users(folder: Path) -> None:
-    lists = {"rrd_top_k": 3, "rrd_rest": 4, "rrd_pool": 8, "rrd_item_weight": 1.0}
-    with pytest.raises(KDError, match=r"\[rrd_item_weight\] teaches which users .* GRU4Rec scores sequences"):
-        run(folder, "BPR", "GRU4Rec", LEAVE_ONE_OUT, kd_loss="rrd", **lists)
+RRD_LISTS = {"rrd_top_k": 3, "rrd_rest": 4, "rrd_pool": 8}
+
+
+@pytest.mark.parametrize(
+    ("student", "more", "says"),
+    [
+        ("GRU4Rec", {"kd_loss": "scratch,rce,ftd"}, r"ftd learns from the vectors of users, but GRU4Rec has none"),
+        (
+            "GRU4Rec",
+            {"kd_loss": "rrd", "rrd_item_weight": 1.0, **RRD_LISTS},
+            r"\[rrd_item_weight\] teaches which users",
+        ),
+        ("NeuMF", {"kd_loss": "fitnet"}, r"fitnet learns from vectors, but NeuMF's scores are no product"),
+    ],
+)
+def test_a_student_that_cannot_learn_so_is_refused_before_the_teacher_is_trained(
+    folder: Path, student: str, more: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(KDError, match=says):
+        run(folder, "BPR", student, LEAVE_ONE_OUT, **more)
+    assert not list(Path("saved").glob("teacher-*"))
 
 
 # --- what is taught is what the teacher's model says --------------------------------------------------------------
