@@ -38,13 +38,15 @@ from recbole_rcekd.losses import CELoss, RCELoss
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.losses.rce import RCESettings
+from recbole_rcekd.measuring import EVAL_BATCH_SIZE, TeacherAsModel, evaluated
 from recbole_rcekd.ranking import CELLS_AT_A_TIME, RowRanking, top_k
-from recbole_rcekd.report import EVAL_BATCH_SIZE, TeacherAsModel, evaluated, write_json, write_whole
+from recbole_rcekd.report import write_json, write_whole
 from recbole_rcekd.row_lists import RowLists, teaching_of
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import KDSettings, TeacherSettings, read_settings
-from recbole_rcekd.teacher import Teacher, own_config, read_teacher, split_hash
+from recbole_rcekd.teacher import Teacher, own_config, read_teacher
 from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, load_teacher, source_list
+from recbole_rcekd.training_data import split_hash
 
 ANALYSIS_FORMAT = 1
 # What may be given beside the checkpoints. All else is the student's own.

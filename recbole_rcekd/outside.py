@@ -23,7 +23,7 @@ from torch import Tensor
 
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.settings import TeacherSettings
-from recbole_rcekd.teacher import training_interactions
+from recbole_rcekd.training_data import training_interactions
 from recbole_rcekd.types import Seen
 
 # The names of score files, which tell them from checkpoints.

@@ -29,12 +29,12 @@ from recbole_rcekd.config import (
     read_trust,
 )
 from recbole_rcekd.errors import KDError, SettingsError
+from recbole_rcekd.measuring import measure_teacher, ranking_time
 from recbole_rcekd.processes import Ranks
-from recbole_rcekd.report import Report, RunResult, TeacherResult, ranking_time
+from recbole_rcekd.report import Report, RunResult, TeacherResult
 from recbole_rcekd.scoring import ModelScorer, preserved_random_state, require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings, read_settings
-from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teacher_training import (
     Data,
     course,
@@ -49,6 +49,7 @@ from recbole_rcekd.teacher_training import (
 from recbole_rcekd.teachers import LoadedTeacher, load_teacher
 from recbole_rcekd.terms import require_learner
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
+from recbole_rcekd.training_data import split_hash
 
 # RecBole's error where a training diverges (trainer/trainer.py `_check_nan`).
 DIVERGED = "Training loss is nan"
@@ -218,7 +219,7 @@ class Experiment:
             n_states = self.teacher_settings.teacher_checkpoints
             source, trained = train_teacher(self.teacher_config, data, self.ranks, n_states)
         teacher = load_teacher(source, data.train, read_trust(self.config), self.teacher_settings)
-        return teacher, TeacherResult.of(teacher, self.config, data.train, data.valid, data.test, trained)
+        return teacher, measure_teacher(teacher, self.config, data.train, data.valid, data.test, trained)
 
     # -- assistants ----------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class Experiment:
 
         file, trained = found_or_trained(file, self.ranks, f"{title}:", train)
         assistant = load_teacher(str(file), data.train)
-        result = TeacherResult.of(assistant, self.config, data.train, data.valid, data.test, trained)
+        result = measure_teacher(assistant, self.config, data.train, data.valid, data.test, trained)
         logger.info(f"{title}: " + set_color("test result", "yellow") + f": {result.test_result}")
         return assistant, {"embedding_size": config["embedding_size"], **asdict(result)}
 

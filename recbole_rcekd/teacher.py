@@ -1,53 +1,42 @@
-"""The teacher: a RecBole checkpoint rebuilt from its own Config, frozen, its ids translated to the student's.
-
-A teacher is refused unless its *training interactions* are the student's. In RecBole the random seed is part of the
-split, so a teacher of another seed has most likely seen the student's test set, and its knowledge would leak.
-"""
+"""The teacher: a RecBole checkpoint rebuilt from its own Config, frozen, its ids translated to the student's."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-from collections.abc import Mapping
 from functools import cached_property
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import recbole.data.dataset
-import scipy.sparse
 import torch
-from recbole.utils import InputType, ModelType, get_model, init_seed
-from recbole.utils.argument_list import dataset_arguments
+from recbole.utils import get_model, init_seed
 from torch import Tensor
 
 from recbole_rcekd.checkpoint import read_checkpoint
 from recbole_rcekd.contexts import (
-    ROW_FIELD,
     Contexts,
     Rows,
     TranslatedRows,
     Users,
     WholeSequences,
-    ids_of_tokens,
     is_sequential,
 )
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.processes import MACHINE_KEYS
 from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_rankable
-from recbole_rcekd.sequences import create_dataset, training_pairs
+from recbole_rcekd.training_data import (
+    feature_hash,
+    hash_value,
+    ids_in,
+    require_same_interactions,
+    split_hash,
+    teachers_data,
+    training_interactions,
+)
 from recbole_rcekd.types import Seen
 
 _SEQUENCES_AT_A_TIME = 1024
-# What decides the training interactions, besides RecBole's dataset arguments.
-_SPLIT_KEYS = ("seed", "repeatable")
-# What decides how features are read, and is none of RecBole's dataset arguments.
-_FEATURE_KEYS = (
-    *("numerical_features", "discretization", "kg_reverse_r"),
-    *("entity_kg_num_interval", "relation_kg_num_interval"),
-)
 # A Config may name other files to be unpickled; the weights come from the checkpoint alone.
 _NEUTRAL = {
     "dataset_save_path": None,
@@ -112,8 +101,8 @@ class Teacher:
         self._dataset = dataset
         self.student_dataset = student_dataset
         same = dataset is student_dataset
-        self.user_ids = None if same else _translate(student_dataset, dataset, student_dataset.uid_field, source)
-        self.item_ids = None if same else _translate(student_dataset, dataset, student_dataset.iid_field, source)
+        self.user_ids = None if same else ids_in(student_dataset, dataset, student_dataset.uid_field, source)
+        self.item_ids = None if same else ids_in(student_dataset, dataset, student_dataset.iid_field, source)
         self.for_rows = is_sequential(student_dataset)
         self.scores_rows = is_sequential(dataset) and is_sequential(student_dataset)
         self.contexts = self._contexts()
@@ -185,8 +174,8 @@ class Teacher:
                 digest.update(f"{key}={settings[key]!r};".encode())
         other = self._content().get("other_parameter") or {}
         learned = {name: value for name, value in other.items() if name not in EVALUATION_CACHES}
-        _hash_value(digest, self._content()["state_dict"])
-        _hash_value(digest, learned)
+        hash_value(digest, self._content()["state_dict"])
+        hash_value(digest, learned)
         digest.update(split_hash(self.student_dataset).encode())
         digest.update(feature_hash(self._dataset).encode())
         if self.scores_rows:
@@ -277,18 +266,10 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
             f"The teacher in [{checkpoint}] was trained on [{config['dataset']}], the student's dataset is "
             f"[{student_config['dataset']}]. Train a teacher on the student's dataset."
         )
-    config["checkpoint_dir"] = student_config["checkpoint_dir"]
-    # Equal settings of other files are another split; files that are gone must have been moved here.
-    elsewhere = _are_other_files(config["data_path"], student_config["data_path"])
-    if not elsewhere:
-        config["data_path"] = student_config["data_path"]
-    if not elsewhere and _same_split_by_settings(config, student_config):
-        dataset = student_dataset
-    else:
-        dataset = _rebuild_training_data(config)
+    dataset = teachers_data(config, student_dataset)
     teacher = Teacher(content, dataset, student_dataset, torch.device(student_config["device"]), str(checkpoint), trust)
-    if dataset is not student_dataset:
-        _require_same_interactions(teacher, dataset, student_dataset, checkpoint)
+    if teacher.user_ids is not None and teacher.item_ids is not None:
+        require_same_interactions(dataset, student_dataset, teacher.user_ids, teacher.item_ids, checkpoint)
     getLogger().info(f"Teacher: {config['model']} from [{checkpoint}]")
     return teacher
 
@@ -318,139 +299,3 @@ def own_config(content: dict[str, Any], source: Any) -> Any:
     if config["model"] == "KD_DAGFM" and not hasattr(sys.modules[model_class.__module__], str(config["teacher"])):
         raise TeacherError(f"[{source}] names a network [teacher] {config['teacher']!r}, which KD_DAGFM does not have.")
     return config
-
-
-def training_interactions(dataset: Any) -> Seen:
-    """Which items each user has in the training data."""
-    users, items = training_pairs(dataset)
-    return Seen.from_pairs(users, items, int(dataset.user_num), int(dataset.item_num))
-
-
-def split_hash(dataset: Any) -> str:
-    """A hash of the training interactions and of the names behind the ids."""
-    seen = training_interactions(dataset)
-    digest = hashlib.sha256(seen.starts.numpy().tobytes())
-    digest.update(seen.ids.numpy().tobytes())
-    for field in (dataset.uid_field, dataset.iid_field):
-        digest.update("\n".join(map(str, dataset.field2id_token[field])).encode())
-    return digest.hexdigest()[:32]
-
-
-def feature_hash(dataset: Any) -> str:
-    """A hash of all that models read beside the ids: features of users and items; of sequences also those of the rows, in order."""
-    digest = hashlib.sha256()
-    tables = [dataset.user_feat, dataset.item_feat]
-    if is_sequential(dataset):
-        tables.append(dataset.inter_feat)
-    for table in tables:
-        columns = {} if table is None else {name: table[name] for name in table if name != ROW_FIELD}
-        _hash_value(digest, columns)
-    return digest.hexdigest()[:32]
-
-
-def _hash_value(digest: Any, value: Any) -> None:
-    """Feed whatever weights are made of to the digest: tensors, numpy arrays, scipy matrices, dicts of them."""
-    if isinstance(value, Mapping):
-        for key in sorted(value):
-            digest.update(f"{key}=".encode())
-            _hash_value(digest, value[key])
-    elif isinstance(value, Tensor):
-        _hash_value(digest, value.detach().cpu().numpy())
-    elif scipy.sparse.issparse(value):
-        coordinates = value.tocoo()
-        for part in (coordinates.row, coordinates.col, coordinates.data):
-            _hash_value(digest, part)
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(np.ascontiguousarray(value).tobytes())
-    else:
-        digest.update(f"{value!r};".encode())
-
-
-def _same_split_by_settings(teacher: Any, student: Any) -> bool:
-    """Equal settings of data and split give equal interactions; then nothing has to be read again."""
-    if _draws_negatives(student) and not _draws_negatives(teacher):
-        return False  # the student's loader names more columns, which a model of features would take for its own
-    keys = [*dataset_arguments, *_FEATURE_KEYS]
-    ready_split = teacher["benchmark_filename"] is not None
-    if not ready_split:
-        keys += _SPLIT_KEYS
-        parts = ("split", "group_by", "order")
-        if any(teacher["eval_args"].get(p) != student["eval_args"].get(p) for p in parts):
-            return False
-    return _dataset_class(teacher) == _dataset_class(student) and all(teacher[key] == student[key] for key in keys)
-
-
-def _are_other_files(own: str, students: str) -> bool:
-    return os.path.isdir(own) and os.path.isdir(students) and not os.path.samefile(own, students)
-
-
-def _draws_negatives(config: Any) -> bool:
-    """Whether each row is loaded with the columns of a negative beside it."""
-    return bool(config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE)
-
-
-def _dataset_class(config: Any) -> tuple[str, ...]:
-    """What RecBole chooses the Dataset class by: the id maps and rows of knowledge-aware and sequential ones differ."""
-    own = f"{config['model']}Dataset"
-    own = own if hasattr(recbole.data.dataset, own) else ""
-    if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-        return "sequential", own, config["kd_sequence_split"] or "rows"
-    return ("knowledge" if config["MODEL_TYPE"] == ModelType.KNOWLEDGE else "general", own)
-
-
-def _rebuild_training_data(config: Any) -> Any:
-    """The teacher's own training interactions, split exactly as in its own run."""
-    with preserved_random_state():
-        init_seed(config["seed"], config["reproducibility"])
-        built = create_dataset(config).build()
-    return built[0]
-
-
-def _require_same_interactions(teacher: Teacher, dataset: Any, student_dataset: Any, source: Any) -> None:
-    own, wanted = training_interactions(dataset), teacher.taken
-    user_ids, item_ids = teacher.user_ids, teacher.item_ids
-    if user_ids is None or item_ids is None:
-        raise TeacherError("a teacher with its own dataset has its own ids")
-    back_to_student = torch.zeros(int(dataset.user_num), dtype=torch.int64)
-    back_to_student[user_ids] = torch.arange(len(user_ids))
-    items_to_student = torch.zeros(int(dataset.item_num), dtype=torch.int64)
-    items_to_student[item_ids] = torch.arange(len(item_ids))
-    users = torch.repeat_interleave(torch.arange(int(dataset.user_num)), own.counts())
-    n_users = int(student_dataset.user_num)
-    translated = Seen.from_pairs(back_to_student[users], items_to_student[own.ids], n_users, teacher.n_items)
-    if torch.equal(translated.starts, wanted.starts) and torch.equal(translated.ids, wanted.ids):
-        return
-    hint = (
-        "Train it with the same seed, split and filters (seed, eval_args, load_col, …_inter_num_interval, val_interval)"
-    )
-    if is_sequential(dataset) != is_sequential(student_dataset):
-        hint = (
-            "RecBole splits the rows of sequential models, and the interactions of others: set kd_sequence_split: interactions "
-            "for the sequential one of the two, with the same eval_args (order: TO)"
-        )
-    common = np.intersect1d(_keys(translated), _keys(wanted), assume_unique=True).size
-    raise TeacherError(
-        f"The teacher in [{source}] learned from other interactions than this student will: {common} of the student's "
-        f"{len(wanted.ids)} training interactions are among the teacher's {len(translated.ids)}, so the teacher may "
-        f"have seen the student's test set. {hint}, or distil with the teacher's."
-    )
-
-
-def _keys(seen: Seen) -> np.ndarray[Any, Any]:
-    owners = torch.repeat_interleave(torch.arange(len(seen.starts) - 1), seen.counts())
-    return (owners * seen.n_ids + seen.ids).numpy()
-
-
-def _translate(student_dataset: Any, teacher_dataset: Any, field: str, source: str) -> Tensor:
-    """For each student id the teacher's id of the same token."""
-    tokens = student_dataset.field2id_token[field]
-    ids = teacher_dataset.field2token_id[field]
-    missing = [str(token) for token in tokens if token not in ids]
-    if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise TeacherError(
-            f"The teacher in [{source}] does not know {len(missing)} of the student's {len(tokens) - 1} values of "
-            f"[{field}]: {shown}. Use the same filters for both."
-        )
-    return ids_of_tokens(tokens, ids)

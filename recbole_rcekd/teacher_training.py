@@ -18,15 +18,16 @@ from recbole.utils import ModelType, get_model, init_seed, set_color
 
 from recbole_rcekd.config import teacher_config, trajectory_losses
 from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.measuring import EVAL_BATCH_SIZE
 from recbole_rcekd.processes import MACHINE_KEYS, Ranks
-from recbole_rcekd.report import EVAL_BATCH_SIZE, write_json
+from recbole_rcekd.report import write_json
 from recbole_rcekd.scoring import require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings
 from recbole_rcekd.store import file_checksum
-from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teachers import source_list
 from recbole_rcekd.trainer import recording_trainer
+from recbole_rcekd.training_data import split_hash
 from recbole_rcekd.trajectory import Trajectory, folder_beside, state_files
 
 # None changes the teacher that comes out.

@@ -20,7 +20,8 @@ from recbole_rcekd.outside import SCORE_FILES, ListedScores, read_scores
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.settings import KDSettings, TeacherSettings, read_settings
 from recbole_rcekd.store import Store
-from recbole_rcekd.teacher import Teacher, read_teacher, split_hash
+from recbole_rcekd.teacher import Teacher, read_teacher
+from recbole_rcekd.training_data import split_hash
 from recbole_rcekd.types import TeacherScores
 
 

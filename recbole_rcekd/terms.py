@@ -22,8 +22,9 @@ from recbole_rcekd.row_distiller import RowDistiller, require_one_side
 from recbole_rcekd.row_lists import Teaching, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.teacher import Teacher, training_interactions
+from recbole_rcekd.teacher import Teacher
 from recbole_rcekd.teachers import LoadedTeacher, ScoreFile, Silence, Teachers, open_scores, vectors
+from recbole_rcekd.training_data import training_interactions
 from recbole_rcekd.trajectory import open_trajectories
 from recbole_rcekd.types import Seen, TeacherScores
 

@@ -28,9 +28,9 @@ from recbole_rcekd.history import History
 from recbole_rcekd.loading import fast_batches
 from recbole_rcekd.processes import Ranks, note_checkpoint
 from recbole_rcekd.scoring import ModelScorer, require_rankable
-from recbole_rcekd.teacher import split_hash
 from recbole_rcekd.teachers import LoadedTeacher
 from recbole_rcekd.terms import AnyDistiller, Maker, Term
+from recbole_rcekd.training_data import split_hash
 from recbole_rcekd.trajectory import Trajectory
 from recbole_rcekd.types import TeacherScores
 

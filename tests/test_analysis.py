@@ -28,8 +28,8 @@ from recbole_rcekd.row_distiller import RowDistiller
 from recbole_rcekd.row_lists import teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings, TeacherSettings
-from recbole_rcekd.teacher import training_interactions
 from recbole_rcekd.teachers import Teachers, load_teacher, open_scores
+from recbole_rcekd.training_data import training_interactions
 from tests.helpers import (
     Bundle,
     Pair,

@@ -26,7 +26,7 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import init_seed
 
-from recbole_rcekd.teacher import split_hash
+from recbole_rcekd.training_data import split_hash
 from tests.helpers import write_dataset
 
 

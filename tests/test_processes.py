@@ -35,7 +35,8 @@ from recbole_rcekd.processes import Ranks, _cause, run_ranks
 from recbole_rcekd.quick_start import run_recbole_kd
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
-from recbole_rcekd.teacher import read_teacher, training_interactions
+from recbole_rcekd.teacher import read_teacher
+from recbole_rcekd.training_data import training_interactions
 from tests.helpers import Bundle, block_pairs, build, build_model, train_teacher, write_dataset
 
 ROOT = Path(__file__).parents[1]

@@ -29,11 +29,12 @@ from recbole_rcekd.command import main
 from recbole_rcekd.config import command_config
 from recbole_rcekd.errors import ScoringError, SettingsError, TeacherError
 from recbole_rcekd.history import History
-from recbole_rcekd.report import Report, RunResult, TeacherAsModel, TeacherResult
-from recbole_rcekd.teacher import split_hash
+from recbole_rcekd.measuring import TeacherAsModel
+from recbole_rcekd.report import Report, RunResult, TeacherResult
 from recbole_rcekd.teacher_training import evaluate_more
 from recbole_rcekd.teachers import Teachers, load_teacher
 from recbole_rcekd.trainer import distill_trainer, recording_trainer
+from recbole_rcekd.training_data import split_hash
 from tests.helpers import (
     block_pairs,
     example_data_path,

@@ -26,8 +26,9 @@ from recbole_rcekd.row_distiller import RowDistiller, _first_places
 from recbole_rcekd.row_lists import RowLists, teaching_of
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings, TeacherSettings
-from recbole_rcekd.teacher import read_teacher, training_interactions
+from recbole_rcekd.teacher import read_teacher
 from recbole_rcekd.teachers import ScoreFile, Teachers, open_scores
+from recbole_rcekd.training_data import training_interactions
 from recbole_rcekd.types import Seen
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_dataset
 from tests.tables import Table, ranking_of

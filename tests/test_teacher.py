@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd import teacher as teacher_module
+from recbole_rcekd import training_data
 from recbole_rcekd.errors import KDError, ScoringError, TeacherError
-from recbole_rcekd.teacher import Teacher, read_teacher, split_hash, training_interactions
+from recbole_rcekd.teacher import Teacher, read_teacher
+from recbole_rcekd.training_data import split_hash, training_interactions
 from tests.helpers import (
     Bundle,
     block_pairs,
@@ -125,7 +127,7 @@ def test_same_data_is_not_read_again(folder: Path, student: Bundle, monkeypatch:
     def never(*args: Any) -> None:
         raise AssertionError("the teacher's data were read")
 
-    monkeypatch.setattr(teacher_module, "create_dataset", never)
+    monkeypatch.setattr(training_data, "create_dataset", never)
     monkeypatch.setattr(teacher_module, "get_model", Building())
     for data in (student.train, student.train._dataset):
         teacher = read_teacher(folder / "BPR.pth", data)
@@ -258,7 +260,7 @@ def test_ready_split_ignores_the_seed(tmp_path: Path, monkeypatch: pytest.Monkey
     ready: dict[str, Any] = {"benchmark_filename": ["train", "valid", "test"]}
     student = build(tmp_path, "BPR", seed=1, **ready)
     save_untrained(build(tmp_path, "BPR", seed=2, **SMALL, **ready), tmp_path / "x.pth")
-    monkeypatch.setattr(teacher_module, "create_dataset", None)  # nothing is read again
+    monkeypatch.setattr(training_data, "create_dataset", None)  # nothing is read again
     assert read_teacher(tmp_path / "x.pth", student.train).user_ids is None
 
 

@@ -24,8 +24,9 @@ from recbole_rcekd.outside import ListedScores
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings, TeacherSettings
-from recbole_rcekd.teacher import Teacher, read_teacher, training_interactions
+from recbole_rcekd.teacher import Teacher, read_teacher
 from recbole_rcekd.teachers import ScoreFile, Teachers, open_scores, source_list
+from recbole_rcekd.training_data import training_interactions
 from recbole_rcekd.types import TeacherScores
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_atomic_file
 from tests.tables import seen_of
