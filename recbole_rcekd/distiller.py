@@ -18,7 +18,8 @@ from recbole_rcekd.diagnostics import Watched, closure_numbers
 from recbole_rcekd.item_sets import Lists
 from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.processes import Ranks
-from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.random_state import preserved_random_state
+from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from recbole_rcekd.diagnostics import Watched
 from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import FeatureLoss
-from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.random_state import preserved_random_state
+from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import Seen, TeacherScores, Vectors
 

@@ -31,8 +31,9 @@ from recbole_rcekd.config import (
 from recbole_rcekd.errors import KDError, SettingsError
 from recbole_rcekd.measuring import measure_teacher, ranking_time
 from recbole_rcekd.processes import Ranks
+from recbole_rcekd.random_state import preserved_random_state
 from recbole_rcekd.report import Report, RunResult, TeacherResult
-from recbole_rcekd.scoring import ModelScorer, preserved_random_state, require_rankable
+from recbole_rcekd.scoring import ModelScorer, require_rankable
 from recbole_rcekd.sequences import create_dataset
 from recbole_rcekd.settings import TeacherSettings, read_settings
 from recbole_rcekd.teacher_training import (

@@ -22,8 +22,9 @@ from recbole_rcekd.errors import SettingsError
 from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.processes import Ranks
 from recbole_rcekd.products import Product
+from recbole_rcekd.random_state import preserved_random_state
 from recbole_rcekd.row_lists import RowLists, Teaching
-from recbole_rcekd.scoring import ModelScorer, preserved_random_state
+from recbole_rcekd.scoring import ModelScorer
 from recbole_rcekd.sequences import training_pairs
 from recbole_rcekd.settings import KDSettings
 from recbole_rcekd.types import ItemSets, TeacherScores

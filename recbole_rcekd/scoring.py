@@ -13,12 +13,10 @@ Evaluation uses the full sort, so it is what is learned too (``predict`` differs
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from recbole.data.interaction import Interaction
 from recbole.utils import ModelType
@@ -29,6 +27,7 @@ from recbole_rcekd.contexts import Contexts, Users, of_training
 from recbole_rcekd.errors import ScoringError
 from recbole_rcekd.functional import picked_products
 from recbole_rcekd.products import Enough, Product, ProductRecorder, same_memory
+from recbole_rcekd.random_state import preserved_random_state
 from recbole_rcekd.ranking import ProductRanking, Ranking, RowRanking
 
 Kind = Literal["product", "rows", "pairs"]
@@ -44,21 +43,6 @@ _RANKABLE = (
     ModelType.SEQUENTIAL,
     ModelType.CONTEXT,
 )
-
-
-@contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn or seeded inside leaves the global random streams, and RecBole's switches of cuDNN, as they were."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    cudnn = torch.backends.cudnn
-    switches = cudnn.deterministic, cudnn.benchmark
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        cudnn.deterministic, cudnn.benchmark = switches
 
 
 def require_rankable(model_class: Any) -> None:

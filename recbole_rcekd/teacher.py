@@ -24,7 +24,8 @@ from recbole_rcekd.contexts import (
 )
 from recbole_rcekd.errors import TeacherError
 from recbole_rcekd.processes import MACHINE_KEYS
-from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, preserved_random_state, require_rankable
+from recbole_rcekd.random_state import preserved_random_state
+from recbole_rcekd.scoring import EVALUATION_CACHES, ModelScorer, require_rankable
 from recbole_rcekd.training_data import (
     feature_hash,
     hash_value,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recbole_rcekd.contexts import ROW_FIELD, ids_of_tokens, is_sequential
 from recbole_rcekd.errors import TeacherError
-from recbole_rcekd.scoring import preserved_random_state
+from recbole_rcekd.random_state import preserved_random_state
 from recbole_rcekd.sequences import create_dataset, training_pairs
 from recbole_rcekd.types import Seen
 

@@ -28,8 +28,8 @@ from recbole_rcekd import terms as terms_module
 from recbole_rcekd.contexts import is_sequential
 from recbole_rcekd.distiller import Distiller
 from recbole_rcekd.models import MODELS
+from recbole_rcekd.random_state import preserved_random_state
 from recbole_rcekd.row_distiller import RowDistiller
-from recbole_rcekd.scoring import preserved_random_state
 from recbole_rcekd.teachers import open_scores as open_original
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
 from tests.conformance.models import STUDENT_OF, TEACHER_OF, Model, data_settings, registry, settings_of
