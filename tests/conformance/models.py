@@ -6,6 +6,7 @@ Nothing here says what a model can do: that is found by running it (:mod:`tests.
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import pkgutil
 from dataclasses import dataclass
@@ -137,10 +138,12 @@ class Model:
     package: str
 
 
+@functools.cache
 def registry() -> dict[str, Model]:
     """All models that ``recbole.utils.get_model`` finds: RecBole's, read from the sources without importing them, and ours.
 
-    A model's class has the name of its file but for capitals.
+    A model's class has the name of its file but for capitals. The sources are parsed once: Python before 3.11.8 fails
+    (SystemError) if a thread that died is being reported, which parses too, at the same moment.
     """
     found = {name: Model(name, own.kind.removesuffix("_recommender")) for name, own in MODELS.items()}
     for package in pkgutil.iter_modules(recbole.model.__path__):
