@@ -3,7 +3,7 @@
 import sys
 
 try:
-    from recbole_rcekd.command import main
+    from recbole_rcekd.cli import main
 except ModuleNotFoundError as error:
     sys.exit(f"{error}. Install first, in this folder: pip install -c constraints.txt -e .")
 

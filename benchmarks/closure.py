@@ -4,9 +4,10 @@
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth \
         --config_file=properties/reproduce/citeulike_mf.yaml
 
-One student is distilled; after some epochs, sets are drawn for the same users with each L and T, from the student as it
-stands then. J is what the student misses of the teacher's top-K, A = J and the samples. Shown are the mean closure gap Δ(A)
-in nats and, of all pairs of a missed item and an item that the student puts above it, the share in A.
+One student is distilled; after some epochs, sets are drawn for the same users with each L and T,
+from the student as it stands then. J is what the student misses of the teacher's top-K, A = J and
+the samples. Shown are the mean closure gap Δ(A) in nats and, of all pairs of a missed item and an
+item that the student puts above it, the share in A.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ import torch
 from common import config_of, machine, make_trainer, options_of, read_data, start, teacher_for
 from tabulate import tabulate
 
-from recbole_rcekd.config import overrides_for
-from recbole_rcekd.diagnostics import blockers_covered, mean_closure_gaps
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.closure import blockers_covered, mean_closure_gaps
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.rce import RCELoss, RCESettings
+from recbole_rcekd.training.config import overrides_for
 
 UNIFORM = 1e9
 
@@ -31,10 +32,14 @@ UNIFORM = 1e9
 def main() -> None:
     """Parse, train, measure, print."""
     parser = options_of(__doc__)
-    parser.add_argument("--config_file", required=True, help="a property file, as of run_recbole_kd.py")
+    parser.add_argument(
+        "--config_file", required=True, help="a property file, as of run_recbole_kd.py"
+    )
     parser.add_argument("--epochs", default="2,5,30", help="measure after so many")
     parser.add_argument("--samples", default="0,10,25,50,100,200", help="L")
-    parser.add_argument("--temperatures", default="0.25,0.5,1,2,5,10,50", help="T, beside uniform draws")
+    parser.add_argument(
+        "--temperatures", default="0.25,0.5,1,2,5,10,50", help="T, beside uniform draws"
+    )
     parser.add_argument("--users", type=int, default=512)
     options = parser.parse_args()
     files = [str(Path(options.config_file).resolve())]
@@ -46,18 +51,25 @@ def main() -> None:
     trainer = make_trainer("rce", options, data, teacher_for(options, data, ["rce"]), config)
     trainer.history.file = None
     stops = [int(epoch) for epoch in options.epochs.split(",")]
-    print(f"{options.dataset}, {options.model} {options.embedding_size}, {Path(options.teacher).name}; {machine()}")
+    print(
+        f"{options.dataset}, {options.model} {options.embedding_size}, "
+        f"{Path(options.teacher).name}; {machine()}"
+    )
     with trainer.distilling(data.train) as distiller:
         side = distiller._sides[0]
-        users = torch.randperm(len(side.contexts), generator=torch.Generator().manual_seed(0))[: options.users]
+        users = torch.randperm(len(side.contexts), generator=torch.Generator().manual_seed(0))[
+            : options.users
+        ]
         for epoch in range(max(stops)):
             trainer._train_epoch(data.train, epoch)
             if epoch + 1 in stops:
                 with distiller._scorer.evaluating():
-                    show(epoch + 1, distiller._lists(side, users, epoch), side.loss.settings, options)
+                    show(
+                        epoch + 1, distiller._lists(side, users, epoch), side.loss.settings, options
+                    )
 
 
-def show(n_epochs: int, lists: Lists, settings: RCESettings, options: Any) -> None:
+def show(n_epochs: int, lists: Candidates, settings: RCESettings, options: Any) -> None:
     """Print the table of the student as it stands, and what ``auto`` makes of it."""
     rows = lists.student_scores_of_all()
     samples = [int(n) for n in options.samples.split(",")]
@@ -65,7 +77,9 @@ def show(n_epochs: int, lists: Lists, settings: RCESettings, options: Any) -> No
     for temperature in [*map(float, options.temperatures.split(",")), UNIFORM]:
         cells = []
         for n in samples:
-            loss = RCELoss(dataclasses.replace(settings, rce_samples=n, rce_sampling_temperature=temperature))
+            loss = RCELoss(
+                dataclasses.replace(settings, rce_samples=n, rce_sampling_temperature=temperature)
+            )
             targets, support = loss.closure_sets(loss.select(lists))
             (gap,) = mean_closure_gaps(targets, [support], rows)
             cells.append(f"{gap:.2f} ({100 * blockers_covered(targets, support, rows):.1f} %)")
@@ -74,8 +88,15 @@ def show(n_epochs: int, lists: Lists, settings: RCESettings, options: Any) -> No
     started = perf_counter()
     auto.tune(lists.part(torch.arange(64)))
     taken, seconds = auto.numbers()["sampling_temperature"], perf_counter() - started
-    print(f"\nafter {n_epochs} epochs; auto takes T = {taken:g} for L = {settings.rce_samples}, in {seconds:.2f} s\n")
-    print(tabulate(table, ["T", *(f"L = {n}" for n in samples)], tablefmt="github", disable_numparse=True))
+    print(
+        f"\nafter {n_epochs} epochs; auto takes T = {taken:g} for L = {settings.rce_samples}, in "
+        f"{seconds:.2f} s\n"
+    )
+    print(
+        tabulate(
+            table, ["T", *(f"L = {n}" for n in samples)], tablefmt="github", disable_numparse=True
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python benchmarks/coldest.py saved/teacher-VBPR-….pth saved/BPR-….pth --data_path=DATA
 
-Every checkpoint is opened with its own Config, so with its own split; the whole catalogue is ranked for each test user, the
-user's training and validation items masked, as RecBole does. The coldest fifth are the items with the fewest training
-interactions, among all that occur in the data (ties in the order of the ids). For the second pair of columns the ranking
-is the same, but only test interactions with cold items are relevant; users who have none are left out.
+Every checkpoint is opened with its own Config, so with its own split; the whole catalogue is ranked
+for each test user, the user's training and validation items masked, as RecBole does. The coldest
+fifth are the items with the fewest training interactions, among all that occur in the data (ties in
+the order of the ids). For the second pair of columns the ranking is the same, but only test
+interactions with cold items are relevant; users who have none are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from recbole.utils import get_model, init_seed
 from tabulate import tabulate
 from torch import Tensor
 
-from recbole_rcekd.checkpoint import read_checkpoint
+from recbole_rcekd.teachers.safe_load import read_checkpoint
 
 NDCG_AT, RECALL_AT = 10, 20
 
@@ -47,17 +48,34 @@ class Metrics(NamedTuple):
 
 def main() -> None:
     """Parse, rank, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT")
-    parser.add_argument("--data_path", help="where datasets are, if not where they were in training")
+    parser.add_argument(
+        "--data_path", help="where datasets are, if not where they were in training"
+    )
     options = parser.parse_args()
     sys.argv = sys.argv[:1]  # RecBole reads it
     rows = []
     for path in options.checkpoints:
         opened = open_checkpoint(path, options.data_path)
         for name, found in zip(("all", "coldest fifth"), measure(opened), strict=True):
-            size = opened.model.__class__.__name__, sum(p.numel() for p in opened.model.parameters())
-            rows.append([path, *size, name, found.users, found.relevant, f"{found.ndcg:.4f}", f"{found.recall:.4f}"])
+            size = (
+                opened.model.__class__.__name__,
+                sum(p.numel() for p in opened.model.parameters()),
+            )
+            rows.append(
+                [
+                    path,
+                    *size,
+                    name,
+                    found.users,
+                    found.relevant,
+                    f"{found.ndcg:.4f}",
+                    f"{found.recall:.4f}",
+                ]
+            )
     names = [
         "checkpoint",
         "model",
@@ -107,7 +125,11 @@ def measure(opened: Opened) -> tuple[Metrics, Metrics]:
 def ranked(opened: Opened) -> Iterator[tuple[Tensor, Tensor]]:
     """Per batch of test users their best items ``[n, K]``, best first, and which items are relevant ``[n, n_items]``."""
     for interaction, history, users, items in opened.test:
-        scores = opened.model.full_sort_predict(interaction.to(opened.model.device)).view(len(interaction), -1).cpu()
+        scores = (
+            opened.model.full_sort_predict(interaction.to(opened.model.device))
+            .view(len(interaction), -1)
+            .cpu()
+        )
         scores[:, 0] = -torch.inf
         if history is not None:
             scores[history] = -torch.inf

@@ -19,9 +19,9 @@ from recbole.config import Config
 from recbole.data import data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
-from recbole_rcekd.sequences import create_dataset
-from recbole_rcekd.teacher import Teacher, read_teacher
-from recbole_rcekd.trainer import distill_trainer, recording_trainer, update_in_one_pass
+from recbole_rcekd.data.sequence_dataset import create_dataset
+from recbole_rcekd.teachers.checkpoint_teacher import Teacher, read_teacher
+from recbole_rcekd.training.trainer import distill_trainer, recording_trainer, update_in_one_pass
 
 READY_SPLIT = Path(__file__).parent.parent / "properties" / "dataset" / "ready_split.yaml"
 PLAIN, PLAIN_FASTER = "plain RecBole", "plain, our batches and update"
@@ -29,13 +29,19 @@ PLAIN, PLAIN_FASTER = "plain RecBole", "plain, our batches and update"
 
 def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
     """A parser with what every benchmark on real data asks for."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--data_path", help="where datasets are; RecBole's own default without (it has ml-100k)")
+    parser.add_argument(
+        "--data_path", help="where datasets are; RecBole's own default without (it has ml-100k)"
+    )
     parser.add_argument("--teacher", required=True, help="a RecBole checkpoint")
     parser.add_argument("--model", default=defaults.get("model", "BPR"), help="the student")
     parser.add_argument("--embedding_size", type=int, default=20)
-    parser.add_argument("--settings", default="{}", help="RecBole and KD settings as JSON, over the defaults")
+    parser.add_argument(
+        "--settings", default="{}", help="RecBole and KD settings as JSON, over the defaults"
+    )
     return parser
 
 
@@ -53,8 +59,8 @@ def start(options: argparse.Namespace) -> str:
 def machine() -> str:
     """The machine and the versions, for the line above a table."""
     return (
-        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {platform.machine()}, torch "
+        f"{torch.__version__}, Python {platform.python_version()}"
     )
 
 
@@ -75,7 +81,9 @@ def config_of(options: argparse.Namespace, files: list[str] | None = None, **ext
         given["data_path"] = options.data_path
         if (Path(options.data_path) / options.dataset / f"{options.dataset}.train.inter").exists():
             files.insert(0, str(READY_SPLIT))
-    return Config(options.model, options.dataset, files, {**given, **json.loads(options.settings), **extra})
+    return Config(
+        options.model, options.dataset, files, {**given, **json.loads(options.settings), **extra}
+    )
 
 
 def read_data(config: Any) -> Data:
@@ -84,7 +92,9 @@ def read_data(config: Any) -> Data:
     return Data(config, *data_preparation(config, create_dataset(config)))
 
 
-def make_trainer(name: str, options: argparse.Namespace, data: Data, teacher: Teacher | None, config: Any) -> Any:
+def make_trainer(
+    name: str, options: argparse.Namespace, data: Data, teacher: Teacher | None, config: Any
+) -> Any:
     """RecBole's own trainer, that with our batches and update, or a distilling one (``name`` is the loss then)."""
     init_seed(0, True)
     model = get_model(options.model)(config, data.train._dataset).to(config["device"])

@@ -3,11 +3,12 @@
     python benchmarks/epoch.py --dataset=citeulike-t --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth
 
-All methods train side by side in one process, one epoch each in turn, so that a slow moment of the machine meets them all;
-the medians of their epochs are divided. Peak memory needs a process of its own per method. Default settings throughout.
+All methods train side by side in one process, one epoch each in turn, so that a slow moment of the
+machine meets them all; the medians of their epochs are divided. Peak memory needs a process of its
+own per method. Default settings throughout.
 
-Distilled runs use faster batches and a faster update than plain RecBole (same batches, same formula); a row of its own
-shows the student alone with these two.
+Distilled runs use faster batches and a faster update than plain RecBole (same batches, same
+formula); a row of its own shows the student alone with these two.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = options_of(__doc__)
     parser.add_argument("--losses", default="rce,ce,cd,rrd")
-    parser.add_argument("--epochs", type=int, default=8, help="measured epochs, after one that is not")
+    parser.add_argument(
+        "--epochs", type=int, default=8, help="measured epochs, after one that is not"
+    )
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     folder = start(options)
@@ -56,14 +59,30 @@ def main() -> None:
     for name in names:
         median = statistics.median(seconds[name][1:])
         ratio = median / statistics.median(seconds[PLAIN][1:])
-        rows.append([name, f"{seconds[name][0]:.2f}", f"{median:.3f}", f"{ratio:.2f}", f"{memory[name]:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{seconds[name][0]:.2f}",
+                f"{median:.3f}",
+                f"{ratio:.2f}",
+                f"{memory[name]:.0f}",
+            ]
+        )
         rows[-1].append(f"{memory[name] / memory[PLAIN]:.2f}")
     print(
-        f"{options.dataset}, {options.model} {options.embedding_size}, teacher {Path(options.teacher).name}; medians of "
-        f"{options.epochs} epochs; {machine()}"
+        f"{options.dataset}, {options.model} {options.embedding_size}, teacher "
+        f"{Path(options.teacher).name}; medians of {options.epochs} epochs; {machine()}"
     )
     header = ["", "first epoch (s)", "epoch (s)", "ratio", "peak memory (MiB)", "ratio"]
-    print(tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 5))
+    print(
+        tabulate(
+            rows,
+            header,
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=["left"] + ["right"] * 5,
+        )
+    )
 
 
 def epochs_of(options: argparse.Namespace, names: list[str], epochs: int) -> dict[str, list[float]]:

@@ -3,10 +3,11 @@
     python benchmarks/features.py --source=../shared/data/ml-100k-mm --out=DATA
     python benchmarks/features.py --source=../shared/data/citeulike-t --out=DATA
 
-Each writes the folder DATA/<dataset>: the .inter files of the source, linked, and for each kind of vectors a file
-``<dataset>.text`` (columns tid, text_vec) or ``<dataset>.image`` (vid, image_vec). ml-100k-mm comes with vectors of both
-kinds (row = item token − 1). citeulike-t comes with word counts (row = item token): they are weighted by TF-IDF, every
-item scaled to length 1, and reduced to ``--size`` dimensions by a truncated singular value decomposition.
+Each writes the folder DATA/<dataset>: the .inter files of the source, linked, and for each kind of
+vectors a file ``<dataset>.text`` (columns tid, text_vec) or ``<dataset>.image`` (vid, image_vec).
+ml-100k-mm comes with vectors of both kinds (row = item token − 1). citeulike-t comes with word
+counts (row = item token): they are weighted by TF-IDF, every item scaled to length 1, and reduced
+to ``--size`` dimensions by a truncated singular value decomposition.
 """
 
 from __future__ import annotations
@@ -24,10 +25,16 @@ KINDS = {"text": ("tid", "text_vec"), "image": ("vid", "image_vec")}
 
 def main() -> None:
     """Parse, read, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, required=True, help="folder of a dataset of ../shared/data")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder of a dataset of ../shared/data"
+    )
     parser.add_argument("--out", type=Path, required=True, help="data path to write to")
-    parser.add_argument("--size", type=int, default=128, help="dimensions that word counts are reduced to")
+    parser.add_argument(
+        "--size", type=int, default=128, help="dimensions that word counts are reduced to"
+    )
     options = parser.parse_args()
     name = options.source.resolve().name
     folder = options.out / name
@@ -51,7 +58,9 @@ def reduced(counts: Any, size: int) -> np.ndarray[Any, Any]:
     weights = scipy.sparse.csr_matrix(counts, dtype=np.float64)
     weights.eliminate_zeros()
     documents = np.bincount(weights.indices, minlength=weights.shape[1])
-    weights.data = (1 + np.log(weights.data)) * np.log(weights.shape[0] / documents[weights.indices])
+    weights.data = (1 + np.log(weights.data)) * np.log(
+        weights.shape[0] / documents[weights.indices]
+    )
     length = np.sqrt(weights.multiply(weights).sum(axis=1)).A1
     weights = scipy.sparse.diags(1 / np.where(length > 0, length, 1)) @ weights
     left, values, _ = svds(weights, k=size, random_state=0)
@@ -67,7 +76,10 @@ def write(path: Path, kind: str, vectors: np.ndarray[Any, Any], first_token: int
         for token, vector in enumerate(vectors, first_token):
             if vector.any():
                 file.write(f"{token}\t{' '.join(f'{value:.5g}' for value in vector)}\n")
-    print(f"{path}: {vectors.shape[1]} dimensions, {int(vectors.any(axis=1).sum())} of {len(vectors)} items")
+    print(
+        f"{path}: {vectors.shape[1]} dimensions, {int(vectors.any(axis=1).sum())} of "
+        f"{len(vectors)} items"
+    )
 
 
 if __name__ == "__main__":

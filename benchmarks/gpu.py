@@ -1,10 +1,11 @@
 """Every method on a GPU: does it train there, is its loss the CPU's, how long does an epoch take?
 
-    python benchmarks/gpu.py                     # ml-100k, BPR 64 -> BPR 16, every loss, and a few other students
+    python benchmarks/gpu.py                     # ml-100k, BPR 64 -> BPR 16, every loss, and a few
+    other students
 
-Each method trains three epochs on both devices from the same initial weights. Methods that draw nothing must have the same
-KD loss in the first epoch up to rounding; the others are shown beside each other. A method that fails is a line of the table
-and the exit status.
+Each method trains three epochs on both devices from the same initial weights. Methods that draw
+nothing must have the same KD loss in the first epoch up to rounding; the others are shown beside
+each other. A method that fails is a line of the table and the exit status.
 """
 
 from __future__ import annotations
@@ -34,15 +35,22 @@ MORE = [
 
 def main() -> int:
     """Train, compare, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--losses", default=",".join([*LOSSES, "rce+freqd"]))
-    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="other students too")
+    parser.add_argument(
+        "--others", action=argparse.BooleanOptionalAction, default=True, help="other students too"
+    )
     options = parser.parse_args()
     sys.argv = sys.argv[:1]
     os.chdir(tempfile.mkdtemp())
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows, failed = [], 0
-    for model, loss in [*(("BPR", name) for name in options.losses.split(",")), *(MORE if options.others else [])]:
+    for model, loss in [
+        *(("BPR", name) for name in options.losses.split(",")),
+        *(MORE if options.others else []),
+    ]:
         row = [model, loss]
         for device in devices:
             if device == "cuda":
@@ -61,8 +69,18 @@ def main() -> int:
     header = ["student", "method"]
     for device in devices:
         header += [f"{device}: KD loss, epoch 0", f"epoch {EPOCHS - 1}", "valid", "s/epoch"]
-    print(f"{torch.cuda.get_device_name() if len(devices) > 1 else 'no GPU'}, torch {torch.__version__}")
-    print(tabulate(rows, [*header, *(["MiB"] if len(devices) > 1 else [])], tablefmt="github", disable_numparse=True))
+    print(
+        f"{torch.cuda.get_device_name() if len(devices) > 1 else 'no GPU'}, torch "
+        f"{torch.__version__}"
+    )
+    print(
+        tabulate(
+            rows,
+            [*header, *(["MiB"] if len(devices) > 1 else [])],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
     return 1 if failed else 0
 
 
@@ -85,18 +103,32 @@ def one(model: str, loss: str, device: str) -> tuple[float, float, float, float]
         "valid_metric": "NDCG@10",
         "tarec_assistant_size": 0,
         "hetcomp_weight": 0.01,
-        **({"train_neg_sample_args": None, "kd_sequence_split": "interactions"} if sequential else {}),
+        **(
+            {"train_neg_sample_args": None, "kd_sequence_split": "interactions"}
+            if sequential
+            else {}
+        ),
         **({"eval_args": {"order": "TO", "split": {"RS": [0.8, 0.1, 0.1]}}} if sequential else {}),
         **({"dcd_item_weight": 0.0, "rrd_item_weight": 0.0} if sequential else {}),
         "output_dir": f"{model}-{loss}-{device}",
     }
-    run_recbole_kd(model=model, dataset="ml-100k", teacher="BPR", kd_loss=loss, config_dict=settings)
+    run_recbole_kd(
+        model=model, dataset="ml-100k", teacher="BPR", kd_loss=loss, config_dict=settings
+    )
     import csv
 
     with open(f"{model}-{loss}-{device}/{loss}-seed2020/history.csv") as file:
-        rows = [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+        rows = [
+            {key: float(value or "nan") for key, value in row.items()}
+            for row in csv.DictReader(file)
+        ]
     seconds = sum(row["train_seconds"] for row in rows[1:]) / (len(rows) - 1)
-    return rows[0]["kd_loss"], rows[-1]["kd_loss"], max(row["valid_ndcg@10"] for row in rows), seconds
+    return (
+        rows[0]["kd_loss"],
+        rows[-1]["kd_loss"],
+        max(row["valid_ndcg@10"] for row in rows),
+        seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
     python benchmarks/million.py --sizes=100000,1000000 --steps=1000 [--loss=fce]
 
-Synthetic: as many users as items, 20 interactions a user, teacher and student (a RecBole BPR) of 32 dimensions with
-random tables, RCE-KD with its defaults. For each size: the teacher's scores written to the cache, the lists of 1 % of the
-users renewed (teacher's and student's), training steps (2,048 rows, uniform negatives, Adam) with and without the KD
-term for the users whose lists were made, and the peak memory of the process, one process per size. ``--loss=fce`` takes
-CE over the catalogue with an estimated normaliser instead.
-RecBole's own loading is left out: reading 20 million rows takes it longer than all of this.
+Synthetic: as many users as items, 20 interactions a user, teacher and student (a RecBole BPR) of 32
+dimensions with random tables, RCE-KD with its defaults. For each size: the teacher's scores written
+to the cache, the lists of 1 % of the users renewed (teacher's and student's), training steps (2,048
+rows, uniform negatives, Adam) with and without the KD term for the users whose lists were made, and
+the peak memory of the process, one process per size. ``--loss=fce`` takes CE over the catalogue
+with an estimated normaliser instead. RecBole's own loading is left out: reading 20 million rows
+takes it longer than all of this.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from recbole.model.general_recommender import BPR
 from tabulate import tabulate
 from torch import Tensor
 
-from recbole_rcekd.cache import FactorScores
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.store import Store
+from recbole_rcekd.core.types import Seen
 from recbole_rcekd.losses import FCELoss, KDLoss, RCELoss
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
-from recbole_rcekd.scoring import ModelScorer
-from recbole_rcekd.store import Store
-from recbole_rcekd.trainer import update_in_one_pass
-from recbole_rcekd.types import Seen
+from recbole_rcekd.models.scorer import ModelScorer
+from recbole_rcekd.teachers.score_cache import FactorScores
+from recbole_rcekd.training.trainer import update_in_one_pass
 
 PER_USER, DIMENSIONS, ROWS, TOP_K = 20, 32, 2048, 50
 LOSSES: dict[str, KDLoss] = {
@@ -51,7 +52,9 @@ LOSSES: dict[str, KDLoss] = {
 
 def main() -> None:
     """Parse; a process per size; print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", default="100000,1000000", help="users, and as many items")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--loss", choices=LOSSES, default="rce")
@@ -73,7 +76,14 @@ def main() -> None:
         growth = f"{values[-1] / values[0]:.1f}" if len(values) > 1 else ""
         rows.append([what, *(f"{value:.3g}" for value in values), growth])
     print(f"d = {DIMENSIONS}, {PER_USER} interactions a user, {options.steps} steps; {machine()}")
-    print(tabulate(rows, ["", *options.sizes.split(","), "growth"], tablefmt="github", disable_numparse=True))
+    print(
+        tabulate(
+            rows,
+            ["", *options.sizes.split(","), "growth"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
 
 
 def measure(n: int, steps: int, name: str) -> dict[str, float]:
@@ -108,10 +118,12 @@ def measure(n: int, steps: int, name: str) -> dict[str, float]:
         source = OwnLists(teacher, taught, teacher_top)
         started, sets = perf_counter(), None
         for part in torch.split(torch.arange(len(taught)), 1024):
-            block = loss.select(Lists(taught[part], source, ranking, seen, generator))  # type: ignore[arg-type]
+            block = loss.select(Candidates(taught[part], source, ranking, seen, generator))  # type: ignore[arg-type]
             sets = sets or block.empty_like(n + 1)  # room for everyone, as a run has
             sets.put(taught[part], block)
-        found["student's list and item set, per user (ms)"] = (perf_counter() - started) / len(taught) * 1e3
+        found["student's list and item set, per user (ms)"] = (
+            (perf_counter() - started) / len(taught) * 1e3
+        )
 
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     update_in_one_pass(optimizer)
@@ -124,7 +136,9 @@ def measure(n: int, steps: int, name: str) -> dict[str, float]:
         total = model.calculate_loss(Interaction(batch))
         if with_kd:
             # As many users a step as an epoch of 20 n / 2,048 steps needs to see each once.
-            contexts = taught[torch.randint(len(taught), (max(1, ROWS // PER_USER),), generator=generator)]
+            contexts = taught[
+                torch.randint(len(taught), (max(1, ROWS // PER_USER),), generator=generator)
+            ]
             mine = sets.rows(contexts)
             total = total + 10.0 * loss.forward(scorer.score(contexts, mine.items), mine).mean()
         total.backward()
@@ -149,7 +163,11 @@ class OwnLists:
     """A teacher whose lists are those of some users only; its scores are the teacher's."""
 
     def __init__(self, teacher: FactorScores, contexts: Tensor, lists: Tensor) -> None:
-        self.n_contexts, self.n_items, self.score = teacher.n_contexts, teacher.n_items, teacher.score
+        self.n_contexts, self.n_items, self.score = (
+            teacher.n_contexts,
+            teacher.n_items,
+            teacher.score,
+        )
         self._lists = lists
         self._row = torch.full((teacher.n_contexts,), -1)
         self._row[contexts] = torch.arange(len(contexts))
@@ -161,7 +179,9 @@ class OwnLists:
 
 def student(n: int) -> tuple[Any, ModelScorer]:
     """RecBole's BPR for ``n`` users and items."""
-    dataset = SimpleNamespace(uid_field="user_id", iid_field="item_id", user_num=n + 1, item_num=n + 1)
+    dataset = SimpleNamespace(
+        uid_field="user_id", iid_field="item_id", user_num=n + 1, item_num=n + 1
+    )
     dataset.num = lambda field: n + 1
     dataset.field2type = dataset.field2source = {}
     config = Config("BPR", "ml-100k", config_dict={"embedding_size": DIMENSIONS, "state": "ERROR"})

@@ -12,12 +12,20 @@ from common import machine, median_seconds
 from tabulate import tabulate
 from torch import Tensor
 
-from recbole_rcekd.catalogue import catalogue_cross_entropy, sum_over_blocks
-from recbole_rcekd.functional import draw_without_replacement, is_member, mixed_cross_entropy, picked_products
+from recbole_rcekd.core.full_softmax import catalogue_cross_entropy, sum_over_blocks
+from recbole_rcekd.core.functional import (
+    draw_without_replacement,
+    is_member,
+    mixed_cross_entropy,
+    picked_products,
+)
+from recbole_rcekd.core.top_k import ProductRanking
 from recbole_rcekd.losses.de import Experts
-from recbole_rcekd.ranking import ProductRanking
 
-SIZES = {"citeulike-t, 400 -> 20": (25182, 400, 20, 109, 150), "gowalla, 300 -> 20": (40982, 300, 20, 75, 250)}
+SIZES = {
+    "citeulike-t, 400 -> 20": (25182, 400, 20, 109, 150),
+    "gowalla, 300 -> 20": (40982, 300, 20, 75, 250),
+}
 
 
 def main() -> None:
@@ -29,7 +37,14 @@ def main() -> None:
             slow, fast = median_seconds(plain) * 1e3, median_seconds(ours) * 1e3
             rows.append([name, piece, f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.1f}"])
     print(f"medians, milliseconds; {machine()}")
-    print(tabulate(rows, ["sizes", "piece", "plain", "here", "times faster"], tablefmt="github", disable_numparse=True))
+    print(
+        tabulate(
+            rows,
+            ["sizes", "piece", "plain", "here", "times faster"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
 
 
 def pieces(
@@ -79,12 +94,16 @@ def pieces(
 
     experts, vectors = Experts(30, d_student, d_teacher), torch.randn(1000, d_student)
     # At a temperature of .02 nearly every row has one expert, a few have more.
-    shares = ((torch.randn(1000, 30) - torch.empty(1000, 30).exponential_().log()) / 0.02).softmax(1)
+    shares = ((torch.randn(1000, 30) - torch.empty(1000, 30).exponential_().log()) / 0.02).softmax(
+        1
+    )
     shares = shares.masked_fill(shares < 1e-9, 0.0)
 
     def all_experts() -> None:
         hidden = experts.first(vectors).relu().unflatten(1, (30, -1)) * shares.unsqueeze(2)
-        torch.addmm(shares @ experts.bias, hidden.flatten(1), experts.second).square().sum().backward()
+        torch.addmm(
+            shares @ experts.bias, hidden.flatten(1), experts.second
+        ).square().sum().backward()
 
     def their_experts() -> None:
         experts(vectors, shares).square().sum().backward()

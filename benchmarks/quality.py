@@ -4,9 +4,10 @@
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth \
         --config_file=properties/reproduce/citeulike_mf.yaml
 
-Both train in one process and take turns, an epoch (and its validation) each. The distilled one pauses while it is ahead
-of the best that the student alone has reached so far; it is over when the student alone stops improving, by RecBole's own
-rule, and the distilled one is ahead. Counted is all that belongs to a run: training, lists, validation, opening the teacher.
+Both train in one process and take turns, an epoch (and its validation) each. The distilled one
+pauses while it is ahead of the best that the student alone has reached so far; it is over when the
+student alone stops improving, by RecBole's own rule, and the distilled one is ahead. Counted is all
+that belongs to a run: training, lists, validation, opening the teacher.
 """
 
 from __future__ import annotations
@@ -15,11 +16,20 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from common import PLAIN, config_of, machine, make_trainer, options_of, read_data, start, teacher_for
+from common import (
+    PLAIN,
+    config_of,
+    machine,
+    make_trainer,
+    options_of,
+    read_data,
+    start,
+    teacher_for,
+)
 from recbole.utils import early_stopping
 from tabulate import tabulate
 
-from recbole_rcekd.config import overrides_for
+from recbole_rcekd.training.config import overrides_for
 
 
 class Run:
@@ -43,14 +53,20 @@ class Run:
         if score > self.best:
             self.best_at, self.best_epoch = self.clock, self.epoch
         self.best, self.stopping_step, self.stopped, _ = early_stopping(
-            score, self.best, self.stopping_step, max_step=config["stopping_step"], bigger=config["valid_metric_bigger"]
+            score,
+            self.best,
+            self.stopping_step,
+            max_step=config["stopping_step"],
+            bigger=config["valid_metric_bigger"],
         )
 
 
 def main() -> None:
     """Parse, run, print."""
     parser = options_of(__doc__)
-    parser.add_argument("--config_file", required=True, help="a property file, as of run_recbole_kd.py")
+    parser.add_argument(
+        "--config_file", required=True, help="a property file, as of run_recbole_kd.py"
+    )
     parser.add_argument("--loss", default="rce")
     options = parser.parse_args()
     files = [str(Path(options.config_file).resolve())]
@@ -59,7 +75,9 @@ def main() -> None:
     data = read_data(common)
     configs = {}
     for name in ("scratch", options.loss):
-        config = configs[name] = config_of(options, files, eval_batch_size=2**20, kd_loss=options.loss)
+        config = configs[name] = config_of(
+            options, files, eval_batch_size=2**20, kd_loss=options.loss
+        )
         for key, value in overrides_for(name, common).items():
             config[key] = value
     alone = Run(make_trainer(PLAIN, options, data, None, configs["scratch"]), data)
@@ -79,10 +97,25 @@ def main() -> None:
     metric = common["valid_metric"]
     rows = [
         ["alone, its best", f"{alone.best:.4f}", alone.best_epoch, f"{alone.best_at:.1f}"],
-        [f"{options.loss}, past that", f"{distilled.best:.4f}", distilled.epoch, f"{distilled.clock:.1f}"],
+        [
+            f"{options.loss}, past that",
+            f"{distilled.best:.4f}",
+            distilled.epoch,
+            f"{distilled.clock:.1f}",
+        ],
     ]
-    print(f"{options.dataset}, {options.model} {options.embedding_size}, {Path(options.teacher).name}; {machine()}")
-    print(tabulate(rows, ["", f"validation {metric}", "epochs", "seconds"], tablefmt="github", disable_numparse=True))
+    print(
+        f"{options.dataset}, {options.model} {options.embedding_size}, "
+        f"{Path(options.teacher).name}; {machine()}"
+    )
+    print(
+        tabulate(
+            rows,
+            ["", f"validation {metric}", "epochs", "seconds"],
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
     print(f"share of the time: {distilled.clock / alone.best_at:.3f}")
 
 

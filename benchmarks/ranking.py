@@ -3,9 +3,9 @@
     python benchmarks/ranking.py --dataset=gowalla --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-300-gowalla.pth
 
-For students of 20 and 64 dimensions, distilled for a few epochs (lists of untrained tables are another matter). All lists
-are exact; the last column counts ids that differ from a full sort in float32 (ties and roundings). faiss is measured
-where it is installed; it is no dependency.
+For students of 20 and 64 dimensions, distilled for a few epochs (lists of untrained tables are
+another matter). All lists are exact; the last column counts ids that differ from a full sort in
+float32 (ties and roundings). faiss is measured where it is installed; it is no dependency.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ import importlib.util
 from functools import partial
 
 import torch
-from common import config_of, machine, make_trainer, median_seconds, options_of, read_data, start, teacher_for
+from common import (
+    config_of,
+    machine,
+    make_trainer,
+    median_seconds,
+    options_of,
+    read_data,
+    start,
+    teacher_for,
+)
 from tabulate import tabulate
 from torch import Tensor
 
-from recbole_rcekd.ranking import CELLS_AT_A_TIME, ProductRanking, RowRanking
+from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, ProductRanking, RowRanking
 
 K = 200
 
@@ -27,8 +36,12 @@ def main() -> None:
     """Parse, train, measure, print."""
     parser = options_of(__doc__)
     parser.add_argument("--dims", default="20,64")
-    parser.add_argument("--epochs", type=int, default=10, help="of distillation before the measurement")
-    parser.add_argument("--users", type=int, default=4096, help="measured users, drawn at random; 0: all")
+    parser.add_argument(
+        "--epochs", type=int, default=10, help="of distillation before the measurement"
+    )
+    parser.add_argument(
+        "--users", type=int, default=4096, help="measured users, drawn at random; 0: all"
+    )
     options = parser.parse_args()
     start(options)
     rows = []
@@ -72,10 +85,15 @@ def measure(users: Tensor, items: Tensor, who: Tensor) -> list[list[str]]:
         return torch.cat([score_all(part).topk(K).indices for part in who.split(16)])
 
     # The product is given its best block.
-    product = min(median_seconds(partial(bare, block), 5) for block in (8, 16, CELLS_AT_A_TIME // len(items), 64))
+    product = min(
+        median_seconds(partial(bare, block), 5)
+        for block in (8, 16, CELLS_AT_A_TIME // len(items), 64)
+    )
     ways = {
         "torch.topk of full rows": full_sort,
-        "top-K of groups (without bfloat16)": lambda: RowRanking(score_all, len(items)).top_k(who, K),
+        "top-K of groups (without bfloat16)": lambda: RowRanking(score_all, len(items)).top_k(
+            who, K
+        ),
         "here": lambda: ProductRanking(lambda contexts: users[contexts], items).top_k(who, K),
     }
     if importlib.util.find_spec("faiss"):
@@ -85,7 +103,13 @@ def measure(users: Tensor, items: Tensor, who: Tensor) -> list[list[str]]:
     for name, way in ways.items():
         seconds, other = median_seconds(way, 5), int((way() != reference).sum())
         rows.append(
-            ["", name, f"{seconds * per_user:.1f}", f"{seconds / product:.2f}", f"{other} of {reference.numel()}"]
+            [
+                "",
+                name,
+                f"{seconds * per_user:.1f}",
+                f"{seconds / product:.2f}",
+                f"{other} of {reference.numel()}",
+            ]
         )
     return rows
 

@@ -25,13 +25,16 @@ METRICS = ("ndcg@10", "ndcg@20", "recall@10", "recall@20")
 
 def main() -> None:
     """Parse, read, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     folder: Path = parser.parse_args().folder
     methods = sorted(path.name for path in folder.iterdir() if path.is_dir())
     print(
         table(
-            test_rows(folder, methods), ["", "searched", *map(named, METRICS), "transfer", "epochs", "epoch", "memory"]
+            test_rows(folder, methods),
+            ["", "searched", *map(named, METRICS), "transfer", "epochs", "epoch", "memory"],
         )
     )
     print(table(search_rows(folder, methods), ["", "best", "each trial"], 3))
@@ -65,7 +68,9 @@ def test_rows(folder: Path, methods: list[str]) -> list[list[str]]:
         for name, result in found.items()
     }
     mean = {name: sum(own["ndcg@10"]) / len(own["ndcg@10"]) for name, own in scores.items()}
-    teacher = next(result["teacher"]["test_result"] for result in found.values() if result["teacher"])
+    teacher = next(
+        result["teacher"]["test_result"] for result in found.values() if result["teacher"]
+    )
     costs = read(folder.parent / "cost.json")
     rows = [["teacher", "", *(short(teacher[metric]) for metric in METRICS), "", "", "", ""]]
     for name in sorted(mean, key=lambda name: -mean[name]):
@@ -101,11 +106,15 @@ def search_rows(folder: Path, methods: list[str]) -> list[list[str]]:
             (search,) = tuning.values()
             trials = sorted(search["trials"], key=lambda trial: list(trial["tried"].values()))
             tried = [
-                f"{', '.join(f'{value:g}' for value in trial['tried'].values())}: {short(trial['best_valid_score'])}"
+                f"{', '.join(f'{value:g}' for value in trial['tried'].values())}: "
+                f"{short(trial['best_valid_score'])}"
                 for trial in trials
             ]
             rows.append(
-                (search["best_valid_score"], [called(name), short(search["best_valid_score"]), ", ".join(tried)])
+                (
+                    search["best_valid_score"],
+                    [called(name), short(search["best_valid_score"]), ", ".join(tried)],
+                )
             )
     return [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
 

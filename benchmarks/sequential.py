@@ -19,7 +19,17 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from common import PLAIN, PLAIN_FASTER, config_of, machine, make_trainer, options_of, read_data, start, teacher_for
+from common import (
+    PLAIN,
+    PLAIN_FASTER,
+    config_of,
+    machine,
+    make_trainer,
+    options_of,
+    read_data,
+    start,
+    teacher_for,
+)
 from tabulate import tabulate
 
 from recbole_rcekd.compat import without_anomaly_detection
@@ -27,7 +37,12 @@ from recbole_rcekd.compat import without_anomaly_detection
 SETTINGS: dict[str, Any] = {
     "TIME_FIELD": "timestamp",
     "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
-    "eval_args": {"split": {"LS": "valid_and_test"}, "group_by": "user", "order": "TO", "mode": "full"},
+    "eval_args": {
+        "split": {"LS": "valid_and_test"},
+        "group_by": "user",
+        "order": "TO",
+        "mode": "full",
+    },
     "train_neg_sample_args": None,
     "loss_type": "CE",
 }
@@ -37,7 +52,9 @@ def main() -> None:
     """Parse, measure, print."""
     parser = options_of(__doc__, model="SASRec")
     parser.add_argument("--losses", default="rce")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="measured steps, after one that is not"
+    )
     options = parser.parse_args()
     start(options)
     names = [PLAIN, PLAIN_FASTER, *options.losses.split(",")]
@@ -58,7 +75,11 @@ def main() -> None:
         for batch in islice(iter(data.train), options.steps + 1):
             for name, trainer in trainers.items():
                 # RecBole leaves anomaly detection on once a sequential model was imported; our trainers turn it off.
-                with torch.autograd.set_detect_anomaly(True) if name == PLAIN else without_anomaly_detection():
+                with (
+                    torch.autograd.set_detect_anomaly(True)
+                    if name == PLAIN
+                    else without_anomaly_detection()
+                ):
                     seconds[name].append(_step(trainer, batch))
     rows = []
     for name in names:
@@ -72,8 +93,22 @@ def main() -> None:
         f"{config['train_batch_size']}, sequences of {config['MAX_ITEM_LIST_LENGTH']}, teacher {Path(options.teacher).name}; "
         f"medians of {options.steps} steps; {machine()}"
     )
-    header = ["", "step (s)", "to plain RecBole", "to the same without distillation", "made once (s)"]
-    print(tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=["left"] + ["right"] * 4))
+    header = [
+        "",
+        "step (s)",
+        "to plain RecBole",
+        "to the same without distillation",
+        "made once (s)",
+    ]
+    print(
+        tabulate(
+            rows,
+            header,
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=["left"] + ["right"] * 4,
+        )
+    )
 
 
 def _trainer(name: str, options: Any, data: Any, teacher: Any) -> Any:

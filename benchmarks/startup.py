@@ -3,8 +3,9 @@
     python benchmarks/startup.py --dataset=gowalla --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-300-gowalla.pth
 
-Each in a process of its own, after RecBole has read its data: opening the teacher, its scores, its lists of the best items,
-and what distillation prepares. The student's own first lists are made in the first epoch and measured by ``epoch.py``.
+Each in a process of its own, after RecBole has read its data: opening the teacher, its scores, its
+lists of the best items, and what distillation prepares. The student's own first lists are made in
+the first epoch and measured by ``epoch.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import subprocess
 import sys
 from time import perf_counter
 
-from common import PLAIN, config_of, machine, make_trainer, options_of, read_data, start, teacher_for
+from common import (
+    PLAIN,
+    config_of,
+    machine,
+    make_trainer,
+    options_of,
+    read_data,
+    start,
+    teacher_for,
+)
 from tabulate import tabulate
 
 
@@ -35,23 +45,38 @@ def main() -> None:
         command = [
             sys.executable,
             os.path.abspath(__file__),
-            *(f"--{key}={getattr(options, key)}" for key in keys if getattr(options, key) is not None),
+            *(
+                f"--{key}={getattr(options, key)}"
+                for key in keys
+                if getattr(options, key) is not None
+            ),
         ]
         environment = {**os.environ, "BENCHMARK_FOLDER": folder}
-        done = subprocess.run([*command, "--measured"], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            [*command, "--measured"], capture_output=True, text=True, check=True, env=environment
+        )
         rows.append([what, *(f"{x:.2f}" for x in json.loads(done.stdout.strip().splitlines()[-1]))])
     print(f"{options.dataset}, {options.model}; {machine()}")
-    print(tabulate(rows, ["", "teacher and scores (s)", "its lists (s)", "RecBole's own start (s)"], tablefmt="github"))
+    print(
+        tabulate(
+            rows,
+            ["", "teacher and scores (s)", "its lists (s)", "RecBole's own start (s)"],
+            tablefmt="github",
+        )
+    )
 
 
 def seconds(options: argparse.Namespace) -> list[float]:
     """Teacher and scores; lists; RecBole's own part for comparison."""
     started = perf_counter()
     data = read_data(config_of(options))
-    # What any RecBole run needs (torch imports its compiler when the first optimizer is built) is not counted.
+    # What any RecBole run needs (torch imports its compiler when the first optimizer is built) is
+    # not counted.
     make_trainer(PLAIN, options, data, None, data.config)
     read = perf_counter()
-    trainer = make_trainer("rce", options, data, teacher_for(options, data, ["rce"]), config_of(options, kd_loss="rce"))
+    trainer = make_trainer(
+        "rce", options, data, teacher_for(options, data, ["rce"]), config_of(options, kd_loss="rce")
+    )
     with trainer.distilling(data.train) as distiller:
         opened = perf_counter()
         side = distiller._sides[0]

@@ -1,6 +1,7 @@
 """Distil any RecBole model into a small one, inside RecBole.
 
-Three entry points: :func:`run_recbole_kd` (as ``run_recbole``, with a teacher), :class:`DistillTrainer` with
+Three entry points: :func:`run_recbole_kd` (as ``run_recbole``, with a teacher),
+:class:`DistillTrainer` with
 :func:`load_teacher` (in a pipeline of your own), and the command ``run_recbole_kd.py``.
 """
 
@@ -14,11 +15,18 @@ from recbole_rcekd import models  # noqa: E402
 
 models.register()  # before a Config of theirs is built
 
-from recbole_rcekd.analysis import analyse  # noqa: E402
-from recbole_rcekd.errors import KDError  # noqa: E402
+from recbole_rcekd.core.errors import KDError  # noqa: E402
+from recbole_rcekd.evaluation.analysis import analyse  # noqa: E402
 from recbole_rcekd.quick_start import run_recbole_kd  # noqa: E402
-from recbole_rcekd.teachers import load_teacher  # noqa: E402
-from recbole_rcekd.trainer import DistillTrainer, distill_trainer  # noqa: E402
+from recbole_rcekd.teachers.load import load_teacher  # noqa: E402
+from recbole_rcekd.training.trainer import DistillTrainer, distill_trainer  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["DistillTrainer", "KDError", "analyse", "distill_trainer", "load_teacher", "run_recbole_kd"]
+__all__ = [
+    "DistillTrainer",
+    "KDError",
+    "analyse",
+    "distill_trainer",
+    "load_teacher",
+    "run_recbole_kd",
+]

@@ -17,7 +17,18 @@ import torch.distributed as dist
 from recbole.data import data_preparation
 from recbole.utils import ModelType, get_environment, get_model, init_logger, init_seed, set_color
 
-from recbole_rcekd.config import (
+from recbole_rcekd.compat.habits import evaluate_more
+from recbole_rcekd.core.distributed import Ranks
+from recbole_rcekd.core.errors import KDError, SettingsError
+from recbole_rcekd.core.random_state import preserved_random_state
+from recbole_rcekd.core.settings import TeacherSettings, read_settings
+from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
+from recbole_rcekd.data.sequence_dataset import create_dataset
+from recbole_rcekd.evaluation.evaluate import measure_teacher, ranking_time
+from recbole_rcekd.evaluation.report import Report, RunResult, TeacherResult
+from recbole_rcekd.models.scorer import ModelScorer, require_rankable
+from recbole_rcekd.teachers.load import LoadedTeacher, load_teacher
+from recbole_rcekd.training.config import (
     SCRATCH,
     assistant_config,
     check_keys,
@@ -28,29 +39,17 @@ from recbole_rcekd.config import (
     read_kd_settings,
     read_trust,
 )
-from recbole_rcekd.errors import KDError, SettingsError
-from recbole_rcekd.measuring import measure_teacher, ranking_time
-from recbole_rcekd.processes import Ranks
-from recbole_rcekd.random_state import preserved_random_state
-from recbole_rcekd.report import Report, RunResult, TeacherResult
-from recbole_rcekd.scoring import ModelScorer, require_rankable
-from recbole_rcekd.sequences import create_dataset
-from recbole_rcekd.settings import TeacherSettings, read_settings
-from recbole_rcekd.teacher_training import (
+from recbole_rcekd.training.kd_terms import require_learner
+from recbole_rcekd.training.train_teacher import (
     Data,
     course,
-    data_files_hash,
     draw_apart,
-    evaluate_more,
     found_or_trained,
     require_earlier_states,
     teacher_to_train,
     train_teacher,
 )
-from recbole_rcekd.teachers import LoadedTeacher, load_teacher
-from recbole_rcekd.terms import require_learner
-from recbole_rcekd.trainer import distill_trainer, recording_trainer
-from recbole_rcekd.training_data import split_hash
+from recbole_rcekd.training.trainer import distill_trainer, recording_trainer
 
 # RecBole's error where a training diverges (trainer/trainer.py `_check_nan`).
 DIVERGED = "Training loss is nan"
@@ -69,9 +68,10 @@ def run_recbole_kd(
 ) -> dict[str, Any]:
     """Train a student with distillation, from data to test result.
 
-    One of several processes, if ``config_dict`` has what RecBole's ``run`` gives each of them (``local_rank``, ``nproc``,
-    ``world_size``, ``ip``, ``port``, ``offset``); the command and :func:`~recbole_rcekd.processes.run_ranks` do that. All
-    return the same; the first writes files and log.
+    One of several processes, if ``config_dict`` has what RecBole's ``run`` gives each of them
+    (``local_rank``, ``nproc``, ``world_size``, ``ip``, ``port``, ``offset``); the command and
+    :func:`~recbole_rcekd.core.distributed.run_ranks` do that. All return the same; the first writes
+    files and log.
 
     Args:
         model: the student, a RecBole model name; may also stand in a config file.
@@ -79,16 +79,19 @@ def run_recbole_kd(
         config_file_list: RecBole property files; KD keys may stand in them.
         config_dict: RecBole parameters; KD keys too.
         saved: keep checkpoints.
-        teacher: a RecBole checkpoint, a file of scores, several of these (a list, or with commas between), or the name of
-            a model to train first (and to re-use later).
-        kd_loss: the methods to train with, in order: names from ``LOSSES``, and ``scratch`` for no distillation.
-        seeds: initialisations and draws to repeat with, on one split and one teacher (``[0, 1, 2]`` or ``"0,1,2"``);
-            default: the Config's seed.
-        output_dir: where to write ``result.json`` and a ``history.csv`` per run; finished runs found there are kept.
+        teacher: a RecBole checkpoint, a file of scores, several of these (a list, or with commas
+            between), or the name of a model to train first (and to re-use later).
+        kd_loss: the methods to train with, in order: names from ``LOSSES``, and ``scratch`` for no
+            distillation.
+        seeds: initialisations and draws to repeat with, on one split and one teacher (``[0, 1, 2]``
+            or ``"0,1,2"``); default: the Config's seed.
+        output_dir: where to write ``result.json`` and a ``history.csv`` per run; finished runs
+            found there are kept.
 
     Returns:
-        RecBole's keys (``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result``) of the last
-        method's first run, and ``teacher``, ``runs``, ``summary`` as in ``result.json``.
+        RecBole's keys (``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``,
+        ``test_result``) of the last method's first run, and ``teacher``, ``runs``, ``summary`` as
+        in ``result.json``.
 
     Raises:
         SettingsError: a setting is unknown or wrong; before data are read.
@@ -122,7 +125,9 @@ class Experiment:
         check_keys(config)
         read_trust(config)
         if config["single_spec"] and int(config["nproc"] or 1) > 1:
-            raise SettingsError("[nproc] is read by run_recbole_kd.py from its command line only: --nproc=2.")
+            raise SettingsError(
+                "[nproc] is read by run_recbole_kd.py from its command line only: --nproc=2."
+            )
         self.losses = loss_names(config["kd_loss"] or "rce")
         self.seeds = _seeds(config)
         self.output_dir = _output_dir(config) if self.ranks.first else None
@@ -130,20 +135,27 @@ class Experiment:
             config["log_wandb"] = False
         evaluate_more(config)
         _require_validated_metric(config)
-        # Every setting of every method is read now: a typing error in the last one must not cost hours.
+        # Every setting of every method is read now: a typing error in the last one must not cost
+        # hours.
         self.run_configs = {name: self.run_config(name) for name in self.losses}
         if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
-            raise SettingsError("[teacher] is missing: give a model name (--teacher=BPR) or the path of a checkpoint.")
+            raise SettingsError(
+                "[teacher] is missing: give a model name (--teacher=BPR) or the path of a "
+                "checkpoint."
+            )
         if self.losses != [SCRATCH]:
             require_rankable(config.model_class)
             if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
                 raise SettingsError(
-                    f"[model] {config['model']} is not trained by gradient: it can teach, but not learn."
+                    f"[model] {config['model']} is not trained by gradient: it can teach, but not "
+                    "learn."
                 )
         self.teacher_settings = read_settings(TeacherSettings, "teacher", config.final_config_dict)
         self.teacher_config = teacher_to_train(config, self.teacher_settings)
         if self.teacher_config is not None:
-            self._assistant_configs(self.teacher_config)  # an impossible one is refused before its teacher is trained
+            self._assistant_configs(
+                self.teacher_config
+            )  # an impossible one is refused before its teacher is trained
         for name, run_config in self.run_configs.items():
             require_earlier_states(name, run_config, self.teacher_config, self.teacher_settings)
 
@@ -159,7 +171,10 @@ class Experiment:
                 report.show()  # what was finished
             raise
         logger = getLogger()
-        logger.info("The running environment of this training is as follows:\n" + get_environment(self.config).draw())
+        logger.info(
+            "The running environment of this training is as follows:\n"
+            + get_environment(self.config).draw()
+        )
         report.show()
         return report.result(self.config["valid_metric_bigger"])
 
@@ -167,7 +182,8 @@ class Experiment:
         """Read the data and the teacher, which is trained if it is not there yet."""
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
-        # RecBole looks whether a folder is there and then makes it: two commands started together fail at that.
+        # RecBole looks whether a folder is there and then makes it: two commands started together
+        # fail at that.
         for folder in (Path("log") / config["model"], config["checkpoint_dir"]):
             os.makedirs(folder, exist_ok=True)
         if self.ranks.first:
@@ -180,16 +196,23 @@ class Experiment:
         data = Data(dataset, *data_preparation(config, dataset))
         if type(data.train._dataset) is not type(dataset):
             raise SettingsError(
-                f"[kd_sequence_split]: the data loaders that RecBole kept in [{config['checkpoint_dir']}] (save_dataloaders) are "
-                "split in another way: remove them."
+                "[kd_sequence_split]: the data loaders that RecBole kept in "
+                f"[{config['checkpoint_dir']}] (save_dataloaders) are split in another way: remove "
+                "them."
             )
         if self.ranks.world > min(data.valid.sample_size, data.test.sample_size, self.ranks.world):
-            raise SettingsError(f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes.")
+            raise SettingsError(
+                f"[nproc]: there are fewer users to evaluate than the {self.ranks.world} processes."
+            )
         self._require_learner(data)
 
         teacher = None
         report = Report(
-            config, self.output_dir, split_hash(data.train._dataset), data.train._dataset, data_files_hash(config)
+            config,
+            self.output_dir,
+            split_hash(data.train._dataset),
+            data.train._dataset,
+            data_files_hash(config),
         )
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
@@ -199,7 +222,11 @@ class Experiment:
 
     def _require_learner(self, data: Data) -> None:
         """Whether a student can learn by each method, before hours go into a teacher."""
-        methods = {name: read_kd_settings(self.run_configs[name])[1] for name in self.losses if name != SCRATCH}
+        methods = {
+            name: read_kd_settings(self.run_configs[name])[1]
+            for name in self.losses
+            if name != SCRATCH
+        }
         for losses in methods.values():
             for loss in losses.values():
                 loss.settings.check_catalogue(int(data.dataset.item_num) - 1)
@@ -220,13 +247,19 @@ class Experiment:
             n_states = self.teacher_settings.teacher_checkpoints
             source, trained = train_teacher(self.teacher_config, data, self.ranks, n_states)
         teacher = load_teacher(source, data.train, read_trust(self.config), self.teacher_settings)
-        return teacher, measure_teacher(teacher, self.config, data.train, data.valid, data.test, trained)
+        return teacher, measure_teacher(
+            teacher, self.config, data.train, data.valid, data.test, trained
+        )
 
     # -- assistants ----------------------------------------------------------------------------------------------
 
     def _assistant_configs(self, teacher: Any) -> dict[str, Any]:
         """The Config of each method's assistant, of the methods that have one; ``teacher`` is the teacher's Config."""
-        found = {name: assistant_config(self.run_configs[name], teacher) for name in self.losses if name != SCRATCH}
+        found = {
+            name: assistant_config(self.run_configs[name], teacher)
+            for name in self.losses
+            if name != SCRATCH
+        }
         return {name: config for name, config in found.items() if config is not None}
 
     def teacher_of(
@@ -253,11 +286,16 @@ class Experiment:
         config, logger = self.assistant_configs[name], getLogger()
         title = set_color(f"Assistant, {name}", "pink")
         key = report.fingerprint(config, teacher)[:10]
-        file = Path(config["checkpoint_dir"]) / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
+        file = (
+            Path(config["checkpoint_dir"])
+            / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
+        )
 
         def train() -> tuple[str, dict[str, Any]]:
             size = config["embedding_size"]
-            logger.info(f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]")
+            logger.info(
+                f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]"
+            )
             trainer = self.trainer(config, int(config["seed"]), data, teacher)
             started = perf_counter()
             trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
@@ -290,7 +328,9 @@ class Experiment:
                 config[key] = value
         return config
 
-    def _run(self, name: str, seed: int, data: Data, teacher: LoadedTeacher | None, report: Report) -> RunResult:
+    def _run(
+        self, name: str, seed: int, data: Data, teacher: LoadedTeacher | None, report: Report
+    ) -> RunResult:
         config, logger = self.run_configs[name], getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
         known = self.ranks.broadcast(report.finished(name, seed, config, teacher))
@@ -314,11 +354,13 @@ class Experiment:
             if str(error) != DIVERGED:
                 raise
             raise KDError(
-                f"The training loss of {name}, seed {seed}, is no number any more: lower [learning_rate], or the weights of the "
-                "method's terms."
+                f"The training loss of {name}, seed {seed}, is no number any more: lower "
+                "[learning_rate], or the weights of the method's terms."
             ) from error
         seconds = perf_counter() - started
-        test = trainer.evaluate(data.test, load_best_model=self.saved, show_progress=config["show_progress"])
+        test = trainer.evaluate(
+            data.test, load_best_model=self.saved, show_progress=config["show_progress"]
+        )
         logger.info(f"{title}: " + set_color("best valid", "yellow") + f": {best_valid}")
         logger.info(f"{title}: " + set_color("test result", "yellow") + f": {test}")
         return RunResult(
@@ -346,10 +388,14 @@ class Experiment:
             data: of :meth:`prepare`.
             teacher: the method's (:meth:`teacher_of`).
         """
-        # The split stays; initialisation, negative samples, order of the batches and draws follow the run's seed.
+        # The split stays; initialisation, negative samples, order of the batches and draws follow
+        # the run's seed.
         init_seed(seed, config["reproducibility"])
         # A knowledge-aware loader is two loaders in one.
-        for loader in (data.train, *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg"))):
+        for loader in (
+            data.train,
+            *(getattr(data.train, f"{part}_dataloader", None) for part in ("general", "kg")),
+        ):
             if hasattr(loader, "generator"):
                 if loader.generator is None:  # RecBole takes it away from a loader that it saves
                     loader.generator = loader.sampler.generator = torch.Generator()
@@ -364,7 +410,9 @@ class Experiment:
             trainer = recording_trainer(config)(config, model)
         else:
             # To a control it makes no difference whether the command has a teacher.
-            trainer = distill_trainer(config)(config, model, teacher if needs_teacher(name) else None, seed)
+            trainer = distill_trainer(config)(
+                config, model, teacher if needs_teacher(name) else None, seed
+            )
         draw_apart(config, seed, self.ranks)
         return trainer
 
@@ -373,17 +421,21 @@ def _require_validated_metric(config: Any) -> None:
     """Students and teacher are compared by ``valid_metric``, which must be among what is measured."""
     name, _, k = str(config["valid_metric"]).lower().partition("@")
     lengths = config["topk"] if isinstance(config["topk"], list) else [config["topk"]]
-    if name not in [str(metric).lower() for metric in config["metrics"]] or (k and k not in map(str, lengths)):
+    if name not in [str(metric).lower() for metric in config["metrics"]] or (
+        k and k not in map(str, lengths)
+    ):
         raise SettingsError(
-            f"[valid_metric] is {config['valid_metric']}, but what is measured are {', '.join(config['metrics'])} at "
-            f"{', '.join(map(str, lengths))}: choose one of these, or add it to [metrics] and [topk]."
+            f"[valid_metric] is {config['valid_metric']}, but what is measured are "
+            f"{', '.join(config['metrics'])} at {', '.join(map(str, lengths))}: choose one of "
+            "these, or add it to [metrics] and [topk]."
         )
 
 
 def _kd_settings_of(config: Any, name: str) -> dict[str, Any]:
     """The KD settings and the per-method RecBole keys of a run."""
     used = {
-        key: config[key] for key in ("learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step")
+        key: config[key]
+        for key in ("learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step")
     }
     if name == SCRATCH:
         return used
@@ -416,13 +468,19 @@ def _seeds(config: Any) -> list[int]:
     value = config["seeds"]
     if value is None:
         if not isinstance(config["seed"], int):
-            raise SettingsError(f"[seed] is {config['seed']!r}, but must be one whole number; several are [seeds].")
+            raise SettingsError(
+                f"[seed] is {config['seed']!r}, but must be one whole number; several are [seeds]."
+            )
         return [int(config["seed"])]
     values = list(value) if isinstance(value, (list, tuple, str)) else [value]
     if not values or not all(isinstance(v, int) and not isinstance(v, bool) for v in values):
-        raise SettingsError(f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2.")
+        raise SettingsError(
+            f"[seeds] is {value!r}, but must be whole numbers, as in --seeds=0,1,2."
+        )
     if not all(0 <= v < 2**32 for v in values):
-        raise SettingsError(f"[seeds] is {value!r}, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2.")
+        raise SettingsError(
+            f"[seeds] is {value!r}, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2."
+        )
     if len(set(values)) < len(values):
         raise SettingsError(f"[seeds] is {value!r}, but must name each seed once.")
     return values

@@ -1,7 +1,7 @@
 """A search for the settings of each method, by RecBole's ``HyperTuning``, on the validation data alone.
 
-Every method gets the same number of trials. All trials share one split, one teacher and its stored scores. Finished trials
-are kept and found again, so that an interrupted search goes on.
+Every method gets the same number of trials. All trials share one split, one teacher and its stored
+scores. Finished trials are kept and found again, so that an interrupted search goes on.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from recbole.trainer import HyperTuning
 from recbole.utils import set_color
 from tabulate import tabulate
 
-from recbole_rcekd.config import command_config, parts_of
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.files import write_whole
 from recbole_rcekd.quick_start import DIVERGED, Experiment
-from recbole_rcekd.report import write_whole
+from recbole_rcekd.training.config import command_config, parts_of
 
 # The seed of hyperopt's choice of trials.
 _SEED = "HYPEROPT_FMIN_SEED"
@@ -34,8 +34,8 @@ class Setting:
     """Where trials take place: a command's data and teacher, read with the first trial (once in each process).
 
     Args:
-        arguments: of :func:`~recbole_rcekd.quick_start.run_recbole_kd`: ``model``, ``dataset``, ``config_file_list``,
-            ``config_dict``, ``teacher``, ``kd_loss``.
+        arguments: of :func:`~recbole_rcekd.quick_start.run_recbole_kd`: ``model``, ``dataset``,
+            ``config_file_list``, ``config_dict``, ``teacher``, ``kd_loss``.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -53,9 +53,12 @@ class Setting:
         if self._experiment is None:
             given = dict(self._arguments)
             model, dataset, files, extra = (
-                given.pop(key, None) for key in ("model", "dataset", "config_file_list", "config_dict")
+                given.pop(key, None)
+                for key in ("model", "dataset", "config_file_list", "config_dict")
             )
-            self._experiment = Experiment(command_config(model, dataset, files, extra, given), saved=False)
+            self._experiment = Experiment(
+                command_config(model, dataset, files, extra, given), saved=False
+            )
         return self._experiment
 
     def prepared(self) -> tuple[Experiment, Any, Any, Any]:
@@ -73,8 +76,8 @@ _WORST = 1e9
 class Objective:
     """What a trial is: an objective function for RecBole's ``HyperTuning`` (and others, see docs/tuning.md).
 
-    ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and says how it validates; the test
-    data are not looked at.
+    ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and says
+    how it validates; the test data are not looked at.
 
     Args:
         kd_loss: the method that is tuned.
@@ -88,13 +91,19 @@ class Objective:
     """
 
     def __init__(
-        self, kd_loss: str, folder: Path | None = None, setting: Setting | None = None, **arguments: Any
+        self,
+        kd_loss: str,
+        folder: Path | None = None,
+        setting: Setting | None = None,
+        **arguments: Any,
     ) -> None:
         self.kd_loss = kd_loss
         self.folder = folder
         self.setting = setting or Setting(kd_loss=kd_loss, **arguments)
 
-    def __call__(self, config_dict: Mapping[str, Any], config_file_list: Any = None) -> dict[str, Any]:
+    def __call__(
+        self, config_dict: Mapping[str, Any], config_file_list: Any = None
+    ) -> dict[str, Any]:
         """Train with these settings.
 
         Args:
@@ -102,8 +111,8 @@ class Objective:
             config_file_list: not needed; ``HyperTuning`` hands it over.
 
         Returns:
-            RecBole's keys: ``model``, ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, and an empty
-            ``test_result``.
+            RecBole's keys: ``model``, ``best_valid_score``, ``valid_score_bigger``,
+            ``best_valid_result``, and an empty ``test_result``.
 
         Raises:
             SettingsError: a setting does not exist or does not fit.
@@ -112,7 +121,9 @@ class Objective:
         seed = experiment.seeds[0]
         tried = {key: _plain_number(value) for key, value in config_dict.items()}
         config = experiment.run_config(self.kd_loss, tried)
-        name = hashlib.sha256(json.dumps([report.fingerprint(config, teacher), seed]).encode()).hexdigest()[:16]
+        name = hashlib.sha256(
+            json.dumps([report.fingerprint(config, teacher), seed]).encode()
+        ).hexdigest()[:16]
         file = None if self.folder is None else self.folder / self.kd_loss / f"{name}.json"
         if file is not None and file.exists():
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -121,12 +132,15 @@ class Objective:
         trainer = experiment.trainer(config, seed, data, learns_from)
         trainer.history.file = None
         try:
-            score, result = trainer.fit(data.train, data.valid, saved=False, show_progress=config["show_progress"])
+            score, result = trainer.fit(
+                data.train, data.valid, saved=False, show_progress=config["show_progress"]
+            )
         except ValueError as error:
             if str(error) != DIVERGED:
                 raise
             getLogger().warning(
-                f"{self.kd_loss} with {tried}: the training loss is no number, so this trial is the worst."
+                f"{self.kd_loss} with {tried}: the training loss is no number, so this trial is "
+                "the worst."
             )
             score, result = -_WORST if config["valid_metric_bigger"] else _WORST, {}
         found = {
@@ -159,18 +173,20 @@ def tune_recbole_kd(
 
     Args:
         trials: so many for each method, or as many as its ranges allow.
-        model: the student; this and the next ones as for :func:`~recbole_rcekd.quick_start.run_recbole_kd`.
+        model: the student; this and the next ones as for
+            :func:`~recbole_rcekd.quick_start.run_recbole_kd`.
         dataset: likewise.
         config_file_list: likewise.
         config_dict: likewise.
         teacher: likewise.
         kd_loss: the methods, ``scratch`` too.
-        output_dir: where ``tuning/`` goes: the trials, ``tuning.json``, ``tuning.md`` and ``best.yaml``, a property file
-            with the best settings of all methods. Default: nothing is written.
-        params_file: ranges in RecBole's format, for one method; default: ``properties/hyper/<loss>.test``, for a sum
-            those of its losses together.
-        algo: of RecBole's ``HyperTuning``: ``exhaustive`` (the combinations of choices, in a random order), ``random``
-            or ``bayes``.
+        output_dir: where ``tuning/`` goes: the trials, ``tuning.json``, ``tuning.md`` and
+            ``best.yaml``, a property file with the best settings of all methods. Default: nothing
+            is written.
+        params_file: ranges in RecBole's format, for one method; default:
+            ``properties/hyper/<loss>.test``, for a sum those of its losses together.
+        algo: of RecBole's ``HyperTuning``: ``exhaustive`` (the combinations of choices, in a random
+            order), ``random`` or ``bayes``.
 
     Returns:
         For each method ``{"best": settings, "best_valid_score": …, "trials": [...]}``.
@@ -181,9 +197,13 @@ def tune_recbole_kd(
     try:
         import hyperopt  # noqa: F401
     except ImportError as error:
-        raise SettingsError("[tune] needs hyperopt, as RecBole's HyperTuning does: pip install hyperopt") from error
+        raise SettingsError(
+            "[tune] needs hyperopt, as RecBole's HyperTuning does: pip install hyperopt"
+        ) from error
     if trials < 1:
-        raise SettingsError(f"[tune] is {trials}, but must be at least 1, the trials of each method.")
+        raise SettingsError(
+            f"[tune] is {trials}, but must be at least 1, the trials of each method."
+        )
     folder = Path(output_dir) / "tuning" if output_dir else None
     arguments = {
         "model": model,
@@ -197,20 +217,24 @@ def tune_recbole_kd(
     with ExitStack() as files:
         experiment = setting.experiment
         if params_file is not None and len(experiment.losses) > 1:
-            raise SettingsError("[params_file] has the ranges of one method, but [kd_loss] names several.")
+            raise SettingsError(
+                "[params_file] has the ranges of one method, but [kd_loss] names several."
+            )
         spaces = {
             name: str(params_file) if params_file is not None else str(_ranges(name, files))
             for name in experiment.losses
         }
         # All ranges are read before a teacher is trained.
         searches = {
-            name: _Search(Objective(name, folder, setting), space, trials, algo) for name, space in spaces.items()
+            name: _Search(Objective(name, folder, setting), space, trials, algo)
+            for name, space in spaces.items()
         }
         setting.prepared()
         found = {name: search.run() for name, search in searches.items()}
     _write(folder, found)
     getLogger().info(
-        f"{trials} trials each, best by {experiment.config['valid_metric']} on the validation data\n{_table(found)}"
+        f"{trials} trials each, best by {experiment.config['valid_metric']} on the validation "
+        f"data\n{_table(found)}"
     )
     return found
 
@@ -231,16 +255,22 @@ class _Search:
             return self._tried[-1]
 
         try:
-            self._tuning = HyperTuning(one, params_file=space, algo=algo, max_evals=trials, early_stop=trials)
+            self._tuning = HyperTuning(
+                one, params_file=space, algo=algo, max_evals=trials, early_stop=trials
+            )
         except OSError as error:
-            raise SettingsError(f"[params_file] {space} cannot be read: {error.strerror}.") from error
+            raise SettingsError(
+                f"[params_file] {space} cannot be read: {error.strerror}."
+            ) from error
         except (ValueError, IndexError, SyntaxError, NameError) as error:
             raise SettingsError(
-                f"[params_file] {space} has no ranges as RecBole writes them ({error}): a line is rce_weight choice [1.0,10.0], "
-                "for example."
+                f"[params_file] {space} has no ranges as RecBole writes them ({error}): a line is "
+                "rce_weight choice [1.0,10.0], for example."
             ) from error
         if not self._tuning.space:
-            raise SettingsError(f"[params_file] {space} has no ranges as RecBole writes them: it is empty.")
+            raise SettingsError(
+                f"[params_file] {space} has no ranges as RecBole writes them: it is empty."
+            )
         self._tuning.max_evals = min(trials, int(self._tuning.max_evals))
 
     def run(self) -> dict[str, Any]:
@@ -255,7 +285,11 @@ class _Search:
                 del os.environ[_SEED]
         bigger = max if self._tried[0]["valid_score_bigger"] else min
         best = bigger(self._tried, key=lambda trial: trial["best_valid_score"])
-        return {"best": best["tried"], "best_valid_score": best["best_valid_score"], "trials": self._tried}
+        return {
+            "best": best["tried"],
+            "best_valid_score": best["best_valid_score"],
+            "trials": self._tried,
+        }
 
 
 def _ranges(name: str, files: ExitStack) -> Path:
@@ -286,10 +320,14 @@ def _write(folder: Path | None, found: dict[str, Any]) -> None:
             # Of rce and rce+freqd each may want its own rce_weight.
             file = folder / f"best-{name}.yaml"
             write_whole(file, note.format(name) + yaml.safe_dump(method["best"], sort_keys=False))
-            getLogger().info(f"{name} wants other values than the methods before it: they are in [{file}].")
+            getLogger().info(
+                f"{name} wants other values than the methods before it: they are in [{file}]."
+            )
         else:
             best |= method["best"]
-    write_whole(folder / "best.yaml", note.format("each method") + yaml.safe_dump(best, sort_keys=False))
+    write_whole(
+        folder / "best.yaml", note.format("each method") + yaml.safe_dump(best, sort_keys=False)
+    )
     write_whole(folder / "tuning.json", json.dumps(found, indent=1) + "\n")
     write_whole(folder / "tuning.md", _table(found, "github") + "\n")
 
@@ -300,15 +338,29 @@ def _table(found: dict[str, Any], style: str = "simple_outline") -> str:
             name,
             len(method["trials"]),
             f"{method['best_valid_score']:.5f}",
-            ", ".join(f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}" for k, v in method["best"].items()),
+            ", ".join(
+                f"{k}: {v:g}" if isinstance(v, float) else f"{k}: {v}"
+                for k, v in method["best"].items()
+            ),
         ]
         for name, method in found.items()
     ]
     return str(
-        tabulate(rows, ["method", "trials", "best validation score", "with"], tablefmt=style, disable_numparse=True)
+        tabulate(
+            rows,
+            ["method", "trials", "best validation score", "with"],
+            tablefmt=style,
+            disable_numparse=True,
+        )
     )
 
 
 def _plain_number(value: Any) -> Any:
     """Hyperopt hands over tuples and numpy's numbers, which no checkpoint and no JSON should hold."""
-    return value.item() if hasattr(value, "item") else list(value) if isinstance(value, tuple) else value
+    return (
+        value.item()
+        if hasattr(value, "item")
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )

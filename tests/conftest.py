@@ -17,7 +17,9 @@ import torch
 from tests.tables import Golden, read_golden
 
 # The same examples in every run, and no time limits: other processes share the machine.
-hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None, max_examples=60)
+hypothesis.settings.register_profile(
+    "fixed", derandomize=True, database=None, deadline=None, max_examples=60
+)
 hypothesis.settings.load_profile("fixed")
 
 

@@ -1,8 +1,9 @@
 """What several test files share: a tiny RecBole dataset on disk, the way from it to a model, and a trained teacher.
 
-Everything is written below the folder that is passed in. RecBole's Trainer also writes ``log_tensorboard/`` where the
-process stands: the functions here that need one go to the checkpoint's folder for that (:func:`inside`), and tests with
-a trainer of their own call ``monkeypatch.chdir(tmp_path)``.
+Everything is written below the folder that is passed in. RecBole's Trainer also writes
+``log_tensorboard/`` where the process stands: the functions here that need one go to the
+checkpoint's folder for that (:func:`inside`), and tests with a trainer of their own call
+``monkeypatch.chdir(tmp_path)``.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def block_pairs(
-    n_users: int = N_USERS, n_items: int = N_ITEMS, n_blocks: int = N_BLOCKS, per_user: int = 12, seed: int = 0
+    n_users: int = N_USERS,
+    n_items: int = N_ITEMS,
+    n_blocks: int = N_BLOCKS,
+    per_user: int = 12,
+    seed: int = 0,
 ) -> list[Pair]:
     """Interactions with something to learn: user ``u7`` mostly takes items of block 7 mod ``n_blocks``.
 
@@ -67,7 +72,9 @@ def block_pairs(
         for item in [*draw.sample(own, n_own), *draw.sample(others, per_user - n_own)]:
             pairs.append((f"u{user}", f"i{item}"))
     taken = {item for _, item in pairs}
-    pairs += [(f"u{item % n_users}", f"i{item}") for item in range(n_items) if f"i{item}" not in taken]
+    pairs += [
+        (f"u{item % n_users}", f"i{item}") for item in range(n_items) if f"i{item}" not in taken
+    ]
     return pairs
 
 
@@ -93,20 +100,34 @@ def write_dataset(folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None
 
 
 def write_knowledge(
-    folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None = None, without: Collection[str] = ()
+    folder: Path,
+    name: str = "tiny",
+    pairs: Sequence[Pair] | None = None,
+    without: Collection[str] = (),
 ) -> None:
     """Add a knowledge graph to a dataset: every item has an entity, and the entities of a block share a genre.
 
     Items in ``without`` have none; a knowledge-aware dataset then drops their interactions.
     """
     pairs = block_pairs() if pairs is None else pairs
-    items = sorted({item for _, item in pairs if item not in without}, key=lambda token: int(token[1:]))
-    triples = [(f"e{item}", "of_genre", f"genre{int(item[1:]) % N_BLOCKS}") for item in items]
-    triples += [(f"e{item}", "next_to", f"e{other}") for item, other in zip(items, [*items[1:], items[0]], strict=True)]
-    write_atomic_file(
-        folder / name / f"{name}.link", ("item_id:token", "entity_id:token"), [(i, f"e{i}") for i in items]
+    items = sorted(
+        {item for _, item in pairs if item not in without}, key=lambda token: int(token[1:])
     )
-    write_atomic_file(folder / name / f"{name}.kg", ("head_id:token", "relation_id:token", "tail_id:token"), triples)
+    triples = [(f"e{item}", "of_genre", f"genre{int(item[1:]) % N_BLOCKS}") for item in items]
+    triples += [
+        (f"e{item}", "next_to", f"e{other}")
+        for item, other in zip(items, [*items[1:], items[0]], strict=True)
+    ]
+    write_atomic_file(
+        folder / name / f"{name}.link",
+        ("item_id:token", "entity_id:token"),
+        [(i, f"e{i}") for i in items],
+    )
+    write_atomic_file(
+        folder / name / f"{name}.kg",
+        ("head_id:token", "relation_id:token", "tail_id:token"),
+        triples,
+    )
 
 
 def example_data_path() -> Path:
@@ -178,7 +199,9 @@ def save_untrained(bundle: Bundle, path: Path, model: Any = None) -> Any:
     return model
 
 
-def train_teacher(folder: Path, model: str = "BPR", dataset: str = "tiny", **overrides: Any) -> Path:
+def train_teacher(
+    folder: Path, model: str = "BPR", dataset: str = "tiny", **overrides: Any
+) -> Path:
     """Train a small teacher on the data below ``folder`` and return its checkpoint, ``<folder>/saved/<model>.pth``."""
     bundle = build(folder, model, dataset, **{"epochs": 5, **overrides})
     path = folder / "saved" / f"{model}.pth"

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from recbole_rcekd.cache import FactorScores
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.top_k import RowRanking, top_k
+from recbole_rcekd.core.types import ItemSets, Seen, TeacherScores
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.ranking import RowRanking, top_k
-from recbole_rcekd.types import ItemSets, Seen, TeacherScores
+from recbole_rcekd.losses.candidates import Candidates
+from recbole_rcekd.teachers.score_cache import FactorScores
 
 
 def seen_of(pairs: Iterable[tuple[int, int]], n_contexts: int, n_items: int) -> Seen:
@@ -63,11 +63,11 @@ class World(NamedTuple):
     student: Tensor
     seen: Seen
 
-    def lists(self, contexts: Tensor | None = None, seed: int = 0) -> Lists:
+    def lists(self, contexts: Tensor | None = None, seed: int = 0) -> Candidates:
         """The lists of ``contexts`` (all but padding)."""
         if contexts is None:
             contexts = torch.arange(1, self.teacher.n_contexts)
-        return Lists(
+        return Candidates(
             contexts,
             self.teacher,
             ranking_of(self.student),
@@ -125,7 +125,9 @@ class User:
 
     def teacher_top(self, k: int, unseen: bool = False) -> list[int]:
         """The teacher's best, as far as it lists any."""
-        return [int(i) for i in self.world.teacher.top_k(torch.tensor([self.id]), k, unseen)[0] if i]
+        return [
+            int(i) for i in self.world.teacher.top_k(torch.tensor([self.id]), k, unseen)[0] if i
+        ]
 
     def student_top(self, k: int) -> list[int]:
         """The student's best."""
@@ -133,7 +135,10 @@ class User:
 
 
 def make_world(
-    n_users: int = 6, n_items: int = 30, pairs: Iterable[tuple[int, int]] | None = None, seed: int = 0
+    n_users: int = 6,
+    n_items: int = 30,
+    pairs: Iterable[tuple[int, int]] | None = None,
+    seed: int = 0,
 ) -> World:
     """Random tables; by default user u has seen the items u, 2u and 3u."""
     draw = torch.Generator().manual_seed(seed)
@@ -163,20 +168,24 @@ class Golden:
 
     def seen(self) -> Seen:
         users, items = torch.from_numpy(self.arrays["train_pairs"] + 1).unbind(1)
-        return Seen.from_pairs(users, items, len(self.table("teacher_user")), len(self.table("teacher_item")))
+        return Seen.from_pairs(
+            users, items, len(self.table("teacher_user")), len(self.table("teacher_item"))
+        )
 
     def batch(self, unique: bool = False) -> Tensor:
         """The user of each row, with repeats unless ``unique``."""
         users = torch.from_numpy(self.arrays["batch_users"]) + 1
         return torch.unique(users) if unique else users
 
-    def lists(self, users: Tensor) -> Lists:
+    def lists(self, users: Tensor) -> Candidates:
         teacher = Table(self.table("teacher_user") @ self.table("teacher_item").t(), self.seen())
         student = self.table("student_user") @ self.table("student_item").t()
         student[:, 0] = -torch.inf
-        return Lists(users, teacher, ranking_of(student), self.seen(), torch.Generator())
+        return Candidates(users, teacher, ranking_of(student), self.seen(), torch.Generator())
 
-    def check(self, prefix: str, total: str, loss: KDLoss, users: Tensor, sets: ItemSets, tolerance: float) -> None:
+    def check(
+        self, prefix: str, total: str, loss: KDLoss, users: Tensor, sets: ItemSets, tolerance: float
+    ) -> None:
         """Compare the sum over the rows, and its gradients with respect to the student's tables, with the authors'."""
         user_table = self.table("student_user").requires_grad_()
         item_table = self.table("student_item").requires_grad_()

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from recbole_rcekd import run_recbole_kd
-from recbole_rcekd.config import assistant_config
-from recbole_rcekd.errors import SettingsError, TeacherError
-from recbole_rcekd.trainer import distill_trainer
+from recbole_rcekd.core.errors import SettingsError, TeacherError
+from recbole_rcekd.training.config import assistant_config
+from recbole_rcekd.training.trainer import distill_trainer
 from tests.helpers import build_config, train_teacher, write_dataset
 
 # RecBole's init_logger opens a file per run and closes none.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 SMALL: dict[str, Any] = {
     "use_gpu": False,
     "state": "ERROR",
@@ -47,7 +49,13 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, model: str = "BPR", **settings: Any) -> dict[str, Any]:
-    merged = {"data_path": str(folder), "kd_loss": "tarec", **SMALL, **(BPR if model == "BPR" else {}), **settings}
+    merged = {
+        "data_path": str(folder),
+        "kd_loss": "tarec",
+        **SMALL,
+        **(BPR if model == "BPR" else {}),
+        **settings,
+    }
     arguments = {key: merged.pop(key, None) for key in ("kd_loss", "seeds", "output_dir")}
     teacher = merged.pop("teacher", "BPR")
     left = {key: value for key, value in merged.items() if value != "nothing"}
@@ -65,7 +73,9 @@ def trainings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_sizes(folder: Path) -> None:
     def size(wanted: int, kd_loss: str = "tarec") -> Any:
-        student = build_config(folder, embedding_size=4, kd_loss=kd_loss, tarec_assistant_size=wanted)
+        student = build_config(
+            folder, embedding_size=4, kd_loss=kd_loss, tarec_assistant_size=wanted
+        )
         config = assistant_config(student, build_config(folder, "LightGCN", embedding_size=20))
         if config is not None:
             assert student["embedding_size"] == 4
@@ -83,25 +93,34 @@ def test_sizes(folder: Path) -> None:
 def test_students_without_an_embedding_size_are_refused_before_data_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
 ) -> None:
-    monkeypatch.setattr("recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read"))
-    with pytest.raises(SettingsError, match=r"NeuMF has no \[embedding_size\] .* set tarec_assistant_size: 0"):
+    monkeypatch.setattr(
+        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+    )
+    with pytest.raises(
+        SettingsError, match=r"NeuMF has no \[embedding_size\] .* set tarec_assistant_size: 0"
+    ):
         run(folder, "NeuMF", tarec_assistant_size=wanted, embedding_size=8)
 
 
 def test_an_assistant_has_no_earlier_states(folder: Path) -> None:
     student = build_config(folder, kd_loss="hetcomp+tarec", tarec_assistant_size=8)
     with pytest.raises(
-        SettingsError, match=r"hetcomp\+tarec learns from earlier states .* set tarec_assistant_size: 0"
+        SettingsError,
+        match=r"hetcomp\+tarec learns from earlier states .* set tarec_assistant_size: 0",
     ):
         assistant_config(student, None)
 
 
 def test_no_mean_with_a_teacher_of_no_size(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"is -1, the geometric mean .* but the teacher has none"):
+    with pytest.raises(
+        SettingsError, match=r"is -1, the geometric mean .* but the teacher has none"
+    ):
         run(folder, teacher="NeuMF", teacher_embedding_size="nothing", kd_loss="scratch,tarec")
     file = train_teacher(folder, "NeuMF", epochs=1)
     given: dict[str, Any] = {"teacher_embedding_size": "nothing", "teacher_epochs": "nothing"}
-    with pytest.raises(SettingsError, match=r"is -1, the geometric mean .* but the teacher has none"):
+    with pytest.raises(
+        SettingsError, match=r"is -1, the geometric mean .* but the teacher has none"
+    ):
         run(folder, teacher=str(file), kd_loss="scratch,tarec", **given)
     assert not list((tmp_path / "saved").glob("*.pth"))  # nor was the student alone trained
 
@@ -117,7 +136,13 @@ def test_it_learns_from_the_teacher_and_teaches_the_student(
     def watch(config: Any) -> Any:
         class Watching(distill_trainer(config)):  # type: ignore[misc]
             def fit(self, *args: Any, **kwargs: Any) -> Any:
-                taught.append((self.teacher.config["embedding_size"], self.config["embedding_size"], self.seed))
+                taught.append(
+                    (
+                        self.teacher.config["embedding_size"],
+                        self.config["embedding_size"],
+                        self.seed,
+                    )
+                )
                 return super().fit(*args, **kwargs)
 
         return Watching
@@ -133,12 +158,19 @@ def test_it_learns_from_the_teacher_and_teaches_the_student(
     assert [run["assistant"] is not None for run in result["runs"]] == [False, False, True] * 2
     assistant = result["runs"][2]["assistant"]
     assert assistant == result["runs"][5]["assistant"]
-    assert (assistant["embedding_size"], assistant["parameters"], assistant["epochs"]) == (8, N_ROWS * 8, 1)
+    assert (assistant["embedding_size"], assistant["parameters"], assistant["epochs"]) == (
+        8,
+        N_ROWS * 8,
+        1,
+    )
     assert set(assistant) == {"embedding_size", *result["teacher"]}
     assert assistant["test_result"] != result["teacher"]["test_result"]
     assert re.fullmatch(r"saved/assistant-BPR-tiny-\w{10}\.pth", assistant["checkpoint"])
     assert f"{assistant['test_result']}" in caplog.text
-    assert json.loads(Path("out/tarec-seed3/run.json").read_text(encoding="utf-8"))["assistant"] == assistant
+    assert (
+        json.loads(Path("out/tarec-seed3/run.json").read_text(encoding="utf-8"))["assistant"]
+        == assistant
+    )
     assert result["runs"][2]["parameters"] == N_ROWS * 4
     # Each run has one checkpoint and, with the contrast, what that learned.
     assert len(list(Path("saved").glob("BPR-tarec-*.kd.pth"))) == 2
@@ -154,7 +186,11 @@ def test_it_is_trained_once_and_found_again(folder: Path, caplog: pytest.LogCapt
         third = run(folder, tarec_assistant_size=8)  # which is what the mean was
         assert trainings(caplog) == ["tarec, seed 2020"] * 2
         caplog.clear()
-        for settings in ({"tarec_temperature": 2.0}, {"tarec_assistant_size": 6}, {"teacher_epochs": 1}):
+        for settings in (
+            {"tarec_temperature": 2.0},
+            {"tarec_assistant_size": 6},
+            {"teacher_epochs": 1},
+        ):
             run(folder, **settings)
         assert trainings(caplog) == [
             *("Assistant, tarec", "tarec, seed 2020") * 2,
@@ -197,12 +233,16 @@ def test_a_stopped_command_goes_on(
         result = run(folder, kd_loss="scratch,tarec", output_dir="out")
         assert trainings(caplog) == ["Assistant, tarec", "tarec, seed 2020"][n_trained:]
         caplog.clear()
-        Path(result["runs"][1]["assistant"]["checkpoint"]).unlink()  # who has taught is not needed any more
+        Path(
+            result["runs"][1]["assistant"]["checkpoint"]
+        ).unlink()  # who has taught is not needed any more
         assert run(folder, kd_loss="scratch,tarec", output_dir="out")["runs"] == result["runs"]
         assert trainings(caplog) == []
 
 
-def test_a_run_of_before_there_were_assistants_is_known(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_of_before_there_were_assistants_is_known(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(folder, kd_loss="ce", output_dir="out")
     file = Path("out/ce-seed2020/run.json")
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -213,19 +253,26 @@ def test_a_run_of_before_there_were_assistants_is_known(folder: Path, caplog: py
     assert trainings(caplog) == []
 
 
-def test_without_an_assistant_and_without_vectors_any_teacher_teaches_any_student(folder: Path) -> None:
+def test_without_an_assistant_and_without_vectors_any_teacher_teaches_any_student(
+    folder: Path,
+) -> None:
     settings = {"tarec_assistant_size": 0, "tarec_contrast_weight": 0.0, "teacher_epochs": 1}
-    result = run(folder, "NeuMF", teacher="MultiDAE", teacher_train_neg_sample_args=None, **settings)
+    result = run(
+        folder, "NeuMF", teacher="MultiDAE", teacher_train_neg_sample_args=None, **settings
+    )
     assert result["runs"][0]["assistant"] is None
 
 
 def test_who_has_no_vectors_is_told_how_to_leave_them_out(folder: Path) -> None:
     settings: dict[str, Any] = {"tarec_assistant_size": 0, "teacher_epochs": 1}
     with pytest.raises(
-        TeacherError, match=r"NeuMF are no product .* Or leave the vectors out: tarec_contrast_weight: 0\."
+        TeacherError,
+        match=r"NeuMF are no product .* Or leave the vectors out: tarec_contrast_weight: 0\.",
     ):
         run(folder, teacher="NeuMF", **settings, teacher_embedding_size="nothing")
-    with pytest.raises(SettingsError, match=r"NeuMF's scores are no product .* out: tarec_contrast_weight: 0\."):
+    with pytest.raises(
+        SettingsError, match=r"NeuMF's scores are no product .* out: tarec_contrast_weight: 0\."
+    ):
         run(folder, "NeuMF", **settings)
 
 

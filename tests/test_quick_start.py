@@ -25,16 +25,16 @@ import yaml
 from torch import Tensor
 
 from recbole_rcekd import KDError, run_recbole_kd
-from recbole_rcekd.command import main
-from recbole_rcekd.config import command_config
-from recbole_rcekd.errors import ScoringError, SettingsError, TeacherError
-from recbole_rcekd.history import History
-from recbole_rcekd.measuring import TeacherAsModel
-from recbole_rcekd.report import Report, RunResult, TeacherResult
-from recbole_rcekd.teacher_training import evaluate_more
-from recbole_rcekd.teachers import Teachers, load_teacher
-from recbole_rcekd.trainer import distill_trainer, recording_trainer
-from recbole_rcekd.training_data import split_hash
+from recbole_rcekd.cli import main
+from recbole_rcekd.compat.habits import evaluate_more
+from recbole_rcekd.core.errors import ScoringError, SettingsError, TeacherError
+from recbole_rcekd.data.fingerprint import split_hash
+from recbole_rcekd.evaluation.evaluate import TeacherAsModel
+from recbole_rcekd.evaluation.report import Report, RunResult, TeacherResult
+from recbole_rcekd.teachers.load import Teachers, load_teacher
+from recbole_rcekd.training.config import command_config
+from recbole_rcekd.training.history import History
+from recbole_rcekd.training.trainer import distill_trainer, recording_trainer
 from tests.helpers import (
     block_pairs,
     example_data_path,
@@ -51,7 +51,9 @@ from recbole.quick_start import run_recbole
 from recbole.utils import get_model, get_trainer, init_seed
 
 # RecBole's init_logger opens a file per run and closes none.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "use_gpu": False,
@@ -92,7 +94,10 @@ def given(folder: Path, **settings: Any) -> dict[str, Any]:
 
 
 def without_teacher_keys(**settings: Any) -> dict[str, Any]:
-    return {**dict.fromkeys((key for key in SMALL if key.startswith("teacher_")), "nothing"), **settings}
+    return {
+        **dict.fromkeys((key for key in SMALL if key.startswith("teacher_")), "nothing"),
+        **settings,
+    }
 
 
 def run(folder: Path, settings: dict[str, Any] | None = None, **arguments: Any) -> dict[str, Any]:
@@ -155,7 +160,9 @@ def table(heading: str) -> dict[str, str]:
     """The keys of a table of docs/result.md, each with its meaning; a row may stand for several."""
     text = (ROOT / "docs" / "result.md").read_text(encoding="utf-8")
     part = text.split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split(" | ", 1) for line in part.splitlines() if line.startswith("| `")]
+    rows = [
+        line.strip("| ").split(" | ", 1) for line in part.splitlines() if line.startswith("| `")
+    ]
     return {key: meaning for names, meaning in rows for key in re.findall(r"`(\w+)`", names)}
 
 
@@ -176,7 +183,11 @@ def test_files_are_as_documented(finished: tuple[dict[str, Any], Path]) -> None:
     assert content["date"].endswith("+00:00")
     assert (content["student"], content["metric"]) == ("BPR", "ndcg@10")
     assert set(content["dataset"]) == {"name", "users", "items", "training_interactions", "split"}
-    assert (content["dataset"]["name"], content["dataset"]["users"], content["dataset"]["items"]) == ("tiny", 40, 60)
+    assert (
+        content["dataset"]["name"],
+        content["dataset"]["users"],
+        content["dataset"]["items"],
+    ) == ("tiny", 40, 60)
     assert set(content["machine"]) == {
         *("python", "recbole", "torch", "numpy", "scipy", "processor", "cores", "threads", "gpu"),
     }
@@ -186,15 +197,29 @@ def test_files_are_as_documented(finished: tuple[dict[str, Any], Path]) -> None:
         assert set(row) <= names_in(documented["summary"])
         assert set(row) == {
             *("loss", "seeds", "test", "std", "transfer_ratio", "best_other", "p_value", "epochs"),
-            *("seconds_per_epoch", "seconds", "parameters", "checkpoint_bytes", "ranking_ms_per_1000_users"),
+            *(
+                "seconds_per_epoch",
+                "seconds",
+                "parameters",
+                "checkpoint_bytes",
+                "ranking_ms_per_1000_users",
+            ),
         }
     # What the description of the teacher names as a key is there.
-    assert {word for word in names_in(documented["teacher"]) if "_" in word} <= set(content["teacher"])
+    assert {word for word in names_in(documented["teacher"]) if "_" in word} <= set(
+        content["teacher"]
+    )
     runs = table("`runs[i]` and `run.json`")
     for each in content["runs"]:
         assert set(each) == set(runs)
         settings = set(each["settings"])
-        assert {"learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step"} <= settings
+        assert {
+            "learning_rate",
+            "weight_decay",
+            "train_batch_size",
+            "epochs",
+            "stopping_step",
+        } <= settings
         assert ("rce_beta" in settings) == ("kd_schedule" in settings) == (each["loss"] == "rce")
         written = place / "out" / f"{each['loss']}-seed{each['seed']}" / "run.json"
         assert json.loads(written.read_text(encoding="utf-8")) == each
@@ -207,12 +232,21 @@ def test_history_is_as_documented(finished: tuple[dict[str, Any], Path]) -> None
     documented -= {"sampling_temperature"}  # with rce_sampling_temperature: auto
     headers = {}
     for name in ("scratch", "rce"):
-        with (finished[1] / "out" / f"{name}-seed3" / "history.csv").open(newline="", encoding="utf-8") as lines:
+        with (finished[1] / "out" / f"{name}-seed3" / "history.csv").open(
+            newline="", encoding="utf-8"
+        ) as lines:
             reader = csv.DictReader(lines)
             assert [row["epoch"] for row in reader] == ["0", "1"]
             headers[name] = set(reader.fieldnames or [])
     assert headers["rce"] == documented
-    taught = {"base_loss", "kd_loss", "gamma", "overlap@50", "ndcg@10_to_teacher", "refresh_seconds"}
+    taught = {
+        "base_loss",
+        "kd_loss",
+        "gamma",
+        "overlap@50",
+        "ndcg@10_to_teacher",
+        "refresh_seconds",
+    }
     taught |= {"closure_gap", "closure_gap_unsampled", "blockers_covered"}
     assert headers["scratch"] == documented - taught
 
@@ -220,7 +254,11 @@ def test_history_is_as_documented(finished: tuple[dict[str, Any], Path]) -> None
 def test_the_summary_is_the_table(finished: tuple[dict[str, Any], Path]) -> None:
     result, place = finished
     lines = (place / "out" / "summary.md").read_text(encoding="utf-8").splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher BPR", "student alone", "student, rce"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == [
+        "teacher BPR",
+        "student alone",
+        "student, rce",
+    ]
     alone = result["summary"][0]
     assert f"{alone['test']['ndcg@10']:.4f} ± {alone['std']['ndcg@10']:.4f}" in lines[3]
 
@@ -230,12 +268,21 @@ def test_the_summary_is_the_table(finished: tuple[dict[str, Any], Path]) -> None
 
 def report(scores: dict[str, list[float]], teacher: float | None = 0.5) -> Report:
     """A Report of made-up runs: the scores of each method, one per seed."""
-    config = {"valid_metric": "NDCG@10", "dataset": "tiny", "model": "BPR", "valid_metric_bigger": True}
+    config = {
+        "valid_metric": "NDCG@10",
+        "dataset": "tiny",
+        "model": "BPR",
+        "valid_metric_bigger": True,
+    }
     made = Report(config, None, "split", dataset=None)
     for loss, values in scores.items():
         for seed, value in enumerate(values):
             result = {"ndcg@10": value, "recall@10": 2 * value}
-            made.add(RunResult(loss, seed, {}, value, result, result, 5 + seed, 10.0, 2.0, 7, "", 0, 1.0, "f"))
+            made.add(
+                RunResult(
+                    loss, seed, {}, value, result, result, 5 + seed, 10.0, 2.0, 7, "", 0, 1.0, "f"
+                )
+            )
     if teacher is not None:
         both = {"ndcg@10": teacher, "recall@10": 0.9}
         made.teacher = TeacherResult("BPR", "t.pth", "f", both, both, 70, 9, 1.0)
@@ -249,7 +296,9 @@ def test_transfer_ratio_deviation_and_means_by_hand() -> None:
     assert alone["transfer_ratio"] is None
     assert rce["transfer_ratio"] == pytest.approx((0.4 - 0.2) / (0.5 - 0.2))
     assert ce["transfer_ratio"] == pytest.approx((0.15 - 0.2) / (0.5 - 0.2))
-    assert alone["std"]["ndcg@10"] == pytest.approx((2 * 0.1**2) ** 0.5)  # sample: divided by n − 1 = 1
+    assert alone["std"]["ndcg@10"] == pytest.approx(
+        (2 * 0.1**2) ** 0.5
+    )  # sample: divided by n − 1 = 1
     assert alone["test"] == pytest.approx({"ndcg@10": 0.2, "recall@10": 0.4})
     assert (alone["epochs"], alone["seconds"], alone["seeds"]) == (5.5, 10.0, [0, 1])
     assert (alone["best_other"], rce["best_other"], ce["best_other"]) == ("rce", "scratch", "rce")
@@ -305,7 +354,9 @@ def test_the_table_shows_all(caplog: pytest.LogCaptureFixture) -> None:
 # --- the teacher --------------------------------------------------------------------------------------------
 
 
-def test_a_teacher_by_name_is_trained_once(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_teacher_by_name_is_trained_once(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         first = run(folder)
         assert trainings(caplog) == ["Teacher: training BPR", "rce, seed 2020: training BPR"]
@@ -315,7 +366,10 @@ def test_a_teacher_by_name_is_trained_once(folder: Path, tmp_path: Path, caplog:
         assert "BPR trained before, from [saved/teacher-BPR-tiny-" in caplog.text
     assert metrics(first) == metrics(second)
     assert first["teacher"]["fingerprint"] == second["teacher"]["fingerprint"]
-    assert (second["teacher"]["epochs"], second["teacher"]["seconds"]) == (4, first["teacher"]["seconds"])
+    assert (second["teacher"]["epochs"], second["teacher"]["seconds"]) == (
+        4,
+        first["teacher"]["seconds"],
+    )
     with caplog.at_level(logging.INFO):
         caplog.clear()
         run(folder, {"teacher_embedding_size": 12})
@@ -339,7 +393,10 @@ def test_a_teacher_by_path(folder: Path, tmp_path: Path) -> None:
     assert result["teacher"]["checkpoint"] == str(file)
     assert (result["teacher"]["epochs"], result["teacher"]["seconds"]) == (0, 0.0)
     assert not list((tmp_path / "saved").glob("teacher-*"))
-    with pytest.raises(SettingsError, match=r"\[teacher_embedding_size\] has no effect: the teacher in .* is trained"):
+    with pytest.raises(
+        SettingsError,
+        match=r"\[teacher_embedding_size\] has no effect: the teacher in .* is trained",
+    ):
         run(folder, without_teacher_keys(teacher_embedding_size=16), teacher=file)
     with pytest.raises(TeacherError, match="learned from other interactions"):
         run(folder, without_teacher_keys(seed=2021), teacher=file)
@@ -396,17 +453,24 @@ def test_settings_are_refused_before_data_are_read(
 
 
 @pytest.mark.usefixtures("no_data")
-def test_a_sequential_teacher_in_random_order_is_refused_before_it_is_trained(folder: Path, tmp_path: Path) -> None:
+def test_a_sequential_teacher_in_random_order_is_refused_before_it_is_trained(
+    folder: Path, tmp_path: Path
+) -> None:
     settings = without_teacher_keys(load_col={"inter": ["user_id", "item_id", "timestamp"]})
     with pytest.raises(
-        SettingsError, match=r"SASRec learns sequences, but \[eval_args\] has order 'RO'.* set order: TO"
+        SettingsError,
+        match=r"SASRec learns sequences, but \[eval_args\] has order 'RO'.* set order: TO",
     ):
         run(folder, settings, teacher="SASRec")
     assert not list(tmp_path.rglob("*.pth"))
 
 
-def test_lists_longer_than_the_catalogue_are_refused_before_a_teacher_is_trained(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"\[rce_pool\]=61 needs a catalogue of at least 61 items, .* has 60"):
+def test_lists_longer_than_the_catalogue_are_refused_before_a_teacher_is_trained(
+    folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        SettingsError, match=r"\[rce_pool\]=61 needs a catalogue of at least 61 items, .* has 60"
+    ):
         run(folder, {"rce_pool": 61}, kd_loss="scratch,rce")
     assert not list(tmp_path.rglob("*.pth"))
 
@@ -422,7 +486,10 @@ def test_seeds_repeat_on_one_split_with_other_initialisations(
     def watch(config: Any) -> Any:
         class Watching(distill_trainer(config)):  # type: ignore[misc]
             def fit(self, train_data: Any, valid_data: Any, **kwargs: Any) -> Any:
-                users = [valid_data._dataset.inter_feat[field].tolist() for field in ("user_id", "item_id")]
+                users = [
+                    valid_data._dataset.inter_feat[field].tolist()
+                    for field in ("user_id", "item_id")
+                ]
                 hash_of = split_hash(train_data._dataset)
                 weights = float(self.model.user_embedding.weight.sum())
                 seen.append((hash_of, users, weights, self.seed))
@@ -440,7 +507,9 @@ def test_seeds_repeat_on_one_split_with_other_initialisations(
     assert seeds == (0, 1, 2)
 
 
-def test_a_teacher_is_trained_on_the_students_split(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_is_trained_on_the_students_split(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes: list[str] = []
 
     def watch(config: Any) -> Any:
@@ -451,7 +520,7 @@ def test_a_teacher_is_trained_on_the_students_split(folder: Path, monkeypatch: p
 
         return Watching
 
-    for module in ("quick_start", "teacher_training"):
+    for module in ("quick_start", "training.train_teacher"):
         monkeypatch.setattr(f"recbole_rcekd.{module}.recording_trainer", watch)
     run(folder, {"seed": 5, "epochs": 1}, kd_loss="scratch", seeds=[1])
     run(folder, {"seed": 6, "epochs": 1}, kd_loss="scratch", seeds=[1])
@@ -470,7 +539,10 @@ def test_a_run_does_not_depend_on_those_before_it(folder: Path) -> None:
 
 def test_keys_for_one_method(folder: Path) -> None:
     settings = {"scratch_epochs": 1, "ce_learning_rate": 0.5, "rce_weight_decay": 0.25}
-    used = {each["loss"]: each["settings"] for each in run(folder, settings, kd_loss="scratch,ce,rce")["runs"]}
+    used = {
+        each["loss"]: each["settings"]
+        for each in run(folder, settings, kd_loss="scratch,ce,rce")["runs"]
+    }
     assert [used[name]["epochs"] for name in ("scratch", "ce", "rce")] == [1, 2, 2]
     assert [used[name]["learning_rate"] for name in ("scratch", "ce", "rce")] == [0.02, 0.5, 0.02]
     assert [used[name]["weight_decay"] for name in ("scratch", "ce", "rce")] == [0.0, 0.0, 0.25]
@@ -483,7 +555,9 @@ def test_without_a_teacher_only_the_student_alone(folder: Path) -> None:
 
 
 def test_a_control_learns_without_a_teacher_and_the_same_beside_one(folder: Path) -> None:
-    alone = run(folder, without_teacher_keys(epochs=4), teacher=None, kd_loss="softmax", output_dir="out")
+    alone = run(
+        folder, without_teacher_keys(epochs=4), teacher=None, kd_loss="softmax", output_dir="out"
+    )
     assert alone["teacher"] is None
     with Path("out/softmax-seed2020/history.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -525,7 +599,9 @@ def test_finished_runs_are_taken_over(
         assert "rce, seed 4: finished before" in re.sub(r"\x1b\[[0-9;]*m", "", caplog.text)
         assert again["runs"][:4] == copied[0]["runs"]
         caplog.clear()
-        run(folder, {"rce_beta": 1.0}, kd_loss="scratch,rce", seeds=[3], output_dir="out")  # nothing to the other
+        run(
+            folder, {"rce_beta": 1.0}, kd_loss="scratch,rce", seeds=[3], output_dir="out"
+        )  # nothing to the other
         assert trainings(caplog) == ["rce, seed 3: training BPR"]
         caplog.clear()
         run(folder, {"teacher_epochs": 1}, kd_loss="scratch,rce", seeds=[4], output_dir="out")
@@ -545,7 +621,9 @@ def test_a_run_that_is_not_whole_is_trained_again(
     if damage == "half a file":
         file.write_text(text[: len(text) // 2], encoding="utf-8")
     elif damage == "a key is missing":
-        file.write_text(json.dumps({key: content[key] for key in content if key != "epochs"}), encoding="utf-8")
+        file.write_text(
+            json.dumps({key: content[key] for key in content if key != "epochs"}), encoding="utf-8"
+        )
     else:
         (copied[1] / content["checkpoint"]).unlink()
     with caplog.at_level(logging.INFO):
@@ -578,7 +656,9 @@ def test_a_stopped_command_goes_on(
 
 def test_the_student_alone_is_recboles_own_run_on_ml_100k() -> None:
     settings = given(example_data_path(), **without_teacher_keys(epochs=2, train_batch_size=2048))
-    own = {key: value for key, value in settings.items() if not key.startswith(("rce_", "ce_", "kd_"))}
+    own = {
+        key: value for key, value in settings.items() if not key.startswith(("rce_", "ce_", "kd_"))
+    }
     plain = run_recbole("BPR", "ml-100k", config_dict={**own, "eval_batch_size": 2**20})
     ours = run_recbole_kd("BPR", "ml-100k", config_dict=settings, kd_loss="scratch")
     for key in ("best_valid_score", "best_valid_result", "test_result"):
@@ -587,8 +667,12 @@ def test_the_student_alone_is_recboles_own_run_on_ml_100k() -> None:
 
 
 def test_distillation_on_ml_100k_with_a_teacher_of_another_kind() -> None:
-    settings = given(example_data_path(), epochs=2, teacher_epochs=1, train_batch_size=2048, teacher_n_layers=1)
-    result = run_recbole_kd("BPR", "ml-100k", config_dict=settings, teacher="LightGCN", kd_loss="rce")
+    settings = given(
+        example_data_path(), epochs=2, teacher_epochs=1, train_batch_size=2048, teacher_n_layers=1
+    )
+    result = run_recbole_kd(
+        "BPR", "ml-100k", config_dict=settings, teacher="LightGCN", kd_loss="rce"
+    )
     (only,) = result["runs"]
     assert only["test_result"]["ndcg@10"] > 0
     assert result["teacher"]["test_result"]["ndcg@10"] > 0
@@ -612,7 +696,9 @@ print(json.dumps([type(config).__module__, type(model).__module__, dict(result)]
 
 def plain_python(place: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def test_plain_recbole_opens_the_checkpoint(finished: tuple[dict[str, Any], Path]) -> None:
@@ -624,7 +710,9 @@ def test_plain_recbole_opens_the_checkpoint(finished: tuple[dict[str, Any], Path
         # RecBole 1.2.1 itself does not start with numpy 2; if it does, there is no excuse.
         probe = plain_python(place, "import recbole.quick_start, numpy; numpy.float_")
         assert probe.returncode != 0, done.stderr
-        pytest.skip(f"plain RecBole does not start on this stack: {probe.stderr.strip().splitlines()[-1]}")
+        pytest.skip(
+            f"plain RecBole does not start on this stack: {probe.stderr.strip().splitlines()[-1]}"
+        )
     assert done.returncode == 0, done.stderr
     config_module, model_module, test = json.loads(done.stdout.strip().splitlines()[-1])
     assert config_module == "recbole.config.configurator"
@@ -644,7 +732,12 @@ def words(folder: Path, *more: str) -> list[str]:
 def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = ["x", "--leave=me"]
     monkeypatch.setattr(sys, "argv", before)
-    assert main(words(folder, "-t", "BPR", "-l", "scratch,rce", "--seeds", "3,4", "--output_dir", "out")) == 0
+    assert (
+        main(
+            words(folder, "-t", "BPR", "-l", "scratch,rce", "--seeds", "3,4", "--output_dir", "out")
+        )
+        == 0
+    )
     content = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))
     assert [(each["loss"], each["seed"]) for each in content["runs"]] == [
         *(("scratch", 3), ("rce", 3), ("scratch", 4), ("rce", 4)),
@@ -667,7 +760,10 @@ def test_the_command_with_equal_signs_gives_the_same(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--teacher=BPR", "--rce_betta=1"], "error: [rce_betta] is not a setting of distillation. Did you mean"),
+        (
+            ["--teacher=BPR", "--rce_betta=1"],
+            "error: [rce_betta] is not a setting of distillation. Did you mean",
+        ),
         (["--kd_loss=rce"], "error: [teacher] is missing: give a model name (--teacher=BPR)"),
         (["--teacher=BPR", "--seeds=1,x"], "error: [seeds] is '1,x', but must be whole numbers"),
         (["--teacher=BPR", "--seeds", "1,x"], "error: [seeds] is '1,x', but must be whole numbers"),
@@ -686,7 +782,11 @@ def test_what_the_command_refuses(
 
 
 def test_a_missing_checkpoint_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = [word for word in words(folder, "--teacher=saved/nothing.pth") if not word.startswith("--teacher_")]
+    options = [
+        word
+        for word in words(folder, "--teacher=saved/nothing.pth")
+        if not word.startswith("--teacher_")
+    ]
     assert main(options) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "saved/nothing.pth" in line
@@ -698,16 +798,21 @@ def test_ctrl_c_of_the_command(
     def stop(**arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recbole_rcekd.command.run_recbole_kd", stop)
+    monkeypatch.setattr("recbole_rcekd.cli.run_recbole_kd", stop)
     assert main(["--model=BPR"]) == 130
-    assert "with --output_dir, the same command would not repeat what is finished" in capsys.readouterr().err
+    assert (
+        "with --output_dir, the same command would not repeat what is finished"
+        in capsys.readouterr().err
+    )
     assert main(["--model=BPR", "--output_dir=out"]) == 130
     assert "the same command goes on with what is not finished" in capsys.readouterr().err
 
 
 def test_without_arguments_the_shipped_example_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr("recbole_rcekd.command.run_recbole_kd", lambda **arguments: asked.append(arguments))
+    monkeypatch.setattr(
+        "recbole_rcekd.cli.run_recbole_kd", lambda **arguments: asked.append(arguments)
+    )
     assert main([]) == 0
     assert main(["-m", "BPR"]) == 0
     assert main(["--config_files", "a.yaml b.yaml"]) == 0
@@ -724,7 +829,7 @@ def test_errors_of_ours_are_kd_errors() -> None:
 
 def test_two_commands_at_once_do_not_disturb_each_other(folder: Path, tmp_path: Path) -> None:
     """Same second, same folder, same teacher: both finish, with the same numbers and files of their own."""
-    code = "import sys; from recbole_rcekd.command import main; sys.exit(main())"
+    code = "import sys; from recbole_rcekd.cli import main; sys.exit(main())"
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, *words(folder, "--teacher=BPR", f"--output_dir={name}")],
@@ -738,11 +843,16 @@ def test_two_commands_at_once_do_not_disturb_each_other(folder: Path, tmp_path: 
     for process in processes:
         _, error = process.communicate(timeout=300)
         assert process.returncode == 0, error
-    one, two = (json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8")) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "result.json").read_text(encoding="utf-8"))
+        for name in ("one", "two")
+    )
     assert metrics(one) == metrics(two)
     assert one["runs"][0]["checkpoint"] != two["runs"][0]["checkpoint"]
     for each in (one, two):
-        assert torch.load(tmp_path / each["runs"][0]["checkpoint"], weights_only=False)["state_dict"]
+        assert torch.load(tmp_path / each["runs"][0]["checkpoint"], weights_only=False)[
+            "state_dict"
+        ]
 
 
 # --- models with loaders, trainers or losses of their own ---------------------------------------------------
@@ -773,7 +883,9 @@ def test_knowledge_aware_models_learn_from_their_like(knowledge: Path, model: st
     assert result["test_result"].keys() == {"ndcg@10", "recall@10"}
 
 
-@pytest.mark.parametrize("model", ["NeuMF", "MultiDAE", "RecVAE", "SGL", "DiffRec", "GCMC", "SimpleX"])
+@pytest.mark.parametrize(
+    "model", ["NeuMF", "MultiDAE", "RecVAE", "SGL", "DiffRec", "GCMC", "SimpleX"]
+)
 def test_students_of_every_kind_learn_from_a_factor_model(folder: Path, model: str) -> None:
     autoencoder = model in ("MultiDAE", "RecVAE", "DiffRec")
     settings = {"train_neg_sample_args": None} if autoencoder else {}
@@ -786,7 +898,9 @@ def test_students_of_every_kind_learn_from_a_factor_model(folder: Path, model: s
 def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read"))
+    monkeypatch.setattr(
+        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+    )
     with pytest.raises(SettingsError, match=r"\[model\] names no RecBole model: 'BRP'"):
         run(folder, model="BRP")
     with pytest.raises(SettingsError, match=r"EASE is not trained by gradient"):
@@ -797,16 +911,30 @@ def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
 
 
 @pytest.mark.parametrize(
-    "mode", ["full", "uni20", "labeled", "rows"], ids=["all items", "sampled items", "labels", "rows of sequences"]
+    "mode",
+    ["full", "uni20", "labeled", "rows"],
+    ids=["all items", "sampled items", "labels", "rows of sequences"],
 )
 def test_a_teacher_is_evaluated_as_students_are(folder: Path, mode: str) -> None:
     """A student with its teacher's weights has its teacher's results, whatever is measured."""
-    settings: dict[str, Any] = {"embedding_size": 4, "teacher_embedding_size": 4, "teacher_epochs": 2}
+    settings: dict[str, Any] = {
+        "embedding_size": 4,
+        "teacher_embedding_size": 4,
+        "teacher_epochs": 2,
+    }
     model = "BPR"
     if mode == "rows":
         model = "GRU4Rec"
-        settings |= {"loss_type": "CE", "train_neg_sample_args": None, "hidden_size": 8, "num_layers": 1}
-        settings |= {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "teacher_hidden_size": 8}
+        settings |= {
+            "loss_type": "CE",
+            "train_neg_sample_args": None,
+            "hidden_size": 8,
+            "num_layers": 1,
+        }
+        settings |= {
+            "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+            "teacher_hidden_size": 8,
+        }
         settings |= {
             "MAX_ITEM_LIST_LENGTH": 5,
             "dropout_prob": 0.0,
@@ -818,7 +946,10 @@ def test_a_teacher_is_evaluated_as_students_are(folder: Path, mode: str) -> None
             "valid_metric": "AUC",
             "load_col": {"inter": ["user_id", "item_id", "rating"]},
         }
-        settings |= {"threshold": {"rating": 4}, "eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}, "mode": "labeled"}}
+        settings |= {
+            "threshold": {"rating": 4},
+            "eval_args": {"split": {"RS": [0.6, 0.2, 0.2]}, "mode": "labeled"},
+        }
     else:
         settings |= {"metrics": ["NDCG", "ItemCoverage", "AveragePopularity"]}
         settings |= {"eval_args": {"split": {"RS": [0.8, 0.1, 0.1]}, "mode": mode}}
@@ -836,7 +967,9 @@ def test_a_teacher_is_evaluated_as_students_are(folder: Path, mode: str) -> None
     trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, student)
     trainer.eval_collector.data_collect(train)
     expected = trainer.evaluate(test, load_best_model=False)
-    assert found == pytest.approx(dict(expected), abs=0.1 if "uni" in str(config["eval_args"]["mode"]) else 2e-4)
+    assert found == pytest.approx(
+        dict(expected), abs=0.1 if "uni" in str(config["eval_args"]["mode"]) else 2e-4
+    )
 
 
 def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
@@ -856,7 +989,9 @@ def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
         "LIST_SUFFIX": "_list",
     }
     users, items = torch.tensor([3, 1, 3, 2, 1, 3]), torch.tensor([1, 2, 5, 4, 3, 0])
-    found = TeacherAsModel(Asked(), config).predict(Interaction({"user_id": users, "item_id": items}))  # type: ignore[arg-type]
+    found = TeacherAsModel(Asked(), config).predict(
+        Interaction({"user_id": users, "item_id": items})
+    )  # type: ignore[arg-type]
     assert torch.equal(found, table[users, items])
     assert sorted(user for call in Asked.calls for user in call) == [1, 2, 3]
 
@@ -864,32 +999,63 @@ def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
 def test_a_loader_that_recbole_saves(folder: Path) -> None:
     """It takes the generator away; draws must be those of a run that saves nothing."""
     plain = run(folder, kd_loss="rce", seeds=[1])
-    assert metrics(run(folder, {"save_dataloaders": True}, kd_loss="rce", seeds=[1])) == metrics(plain)
+    assert metrics(run(folder, {"save_dataloaders": True}, kd_loss="rce", seeds=[1])) == metrics(
+        plain
+    )
 
 
 def test_loaders_of_another_split_are_refused(folder: Path) -> None:
-    settings: dict[str, Any] = {"train_neg_sample_args": None, "loss_type": "CE", "hidden_size": 4, "epochs": 1}
-    settings |= {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}, "eval_args": {"order": "TO"}}
+    settings: dict[str, Any] = {
+        "train_neg_sample_args": None,
+        "loss_type": "CE",
+        "hidden_size": 4,
+        "epochs": 1,
+    }
+    settings |= {
+        "load_col": {"inter": ["user_id", "item_id", "timestamp"]},
+        "eval_args": {"order": "TO"},
+    }
     settings = without_teacher_keys(**settings)
-    run(folder, {**settings, "save_dataloaders": True}, model="GRU4Rec", teacher=None, kd_loss="scratch")
-    with pytest.raises(SettingsError, match=r"\[kd_sequence_split\]: the data loaders that RecBole kept in \[saved\]"):
-        run(folder, {**settings, "kd_sequence_split": "interactions"}, model="GRU4Rec", teacher=None, kd_loss="scratch")
+    run(
+        folder,
+        {**settings, "save_dataloaders": True},
+        model="GRU4Rec",
+        teacher=None,
+        kd_loss="scratch",
+    )
+    with pytest.raises(
+        SettingsError,
+        match=r"\[kd_sequence_split\]: the data loaders that RecBole kept in \[saved\]",
+    ):
+        run(
+            folder,
+            {**settings, "kd_sequence_split": "interactions"},
+            model="GRU4Rec",
+            teacher=None,
+            kd_loss="scratch",
+        )
 
 
 def test_other_test_data_are_another_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pairs = block_pairs()
     for part, rows in (("train", pairs[::2]), ("valid", pairs[1::4]), ("test", pairs[3::4])):
-        write_atomic_file(tmp_path / "tiny" / f"tiny.{part}.inter", ["user_id:token", "item_id:token"], rows)
+        write_atomic_file(
+            tmp_path / "tiny" / f"tiny.{part}.inter", ["user_id:token", "item_id:token"], rows
+        )
     ready = {"benchmark_filename": ["train", "valid", "test"], "load_col": None}
     with caplog.at_level(logging.INFO):
         for rows in (pairs[3::4], pairs[3::8]):
-            write_atomic_file(tmp_path / "tiny/tiny.test.inter", ["user_id:token", "item_id:token"], rows)
+            write_atomic_file(
+                tmp_path / "tiny/tiny.test.inter", ["user_id:token", "item_id:token"], rows
+            )
             run(tmp_path, ready, kd_loss="rce", output_dir="out")
             run(tmp_path, ready, kd_loss="rce", output_dir="out")
     assert trainings(caplog) == ["Teacher: training BPR", "rce, seed 2020: training BPR"] * 2
 
 
-def test_facts_that_were_cut_off_are_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_facts_that_were_cut_off_are_made_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = Path(run(folder, kd_loss="scratch")["teacher"]["checkpoint"]).with_suffix(".json")
     whole = json.loads(file.read_text())
     file.write_text(file.read_text()[:20])
@@ -902,14 +1068,19 @@ def test_facts_that_were_cut_off_are_made_again(folder: Path, caplog: pytest.Log
 @pytest.mark.parametrize("metric", ["NDCG@20", "MRR@10", "AUC"])
 def test_a_validated_metric_that_is_not_measured(folder: Path, metric: str) -> None:
     with pytest.raises(
-        SettingsError, match=rf"\[valid_metric\] is {metric}, but what is measured are NDCG, Recall at 10"
+        SettingsError,
+        match=rf"\[valid_metric\] is {metric}, but what is measured are NDCG, Recall at 10",
     ):
         run(folder, {"valid_metric": metric})
 
 
 def test_sampled_items_are_evaluated_in_recboles_batches(folder: Path) -> None:
     """For these it makes full rows of all users of a batch."""
-    for mode, size in (("full", 2**20), ("uni20", 4096), ({"valid": "uni20", "test": "full"}, 4096)):
+    for mode, size in (
+        ("full", 2**20),
+        ("uni20", 4096),
+        ({"valid": "uni20", "test": "full"}, 4096),
+    ):
         config = command_config("BPR", "tiny", None, given(folder, eval_args={"mode": mode}), {})
         evaluate_more(config)
         assert config["eval_batch_size"] == size
@@ -944,7 +1115,10 @@ def test_all_packages_are_installed() -> None:
     """An editable install finds those that setup.cfg forgets."""
     listed = configparser.ConfigParser()
     listed.read(ROOT / "setup.cfg", encoding="utf-8")
-    there = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("recbole_rcekd/**/__init__.py")}
+    there = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in ROOT.glob("recbole_rcekd/**/__init__.py")
+    }
     assert {*listed["options"]["packages"].split()} == {*there, "recbole_rcekd.properties"}
 
 
@@ -955,16 +1129,31 @@ def test_all_packages_are_installed() -> None:
     ("words", "message"),
     [
         (["--teacher_trust=no"], "[teacher_trust] is 'no', but must be True or False."),
-        (["--seeds=0-3"], "[seeds] is -3, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2."),
+        (
+            ["--seeds=0-3"],
+            "[seeds] is -3, but seeds are from 0 to 2^32 − 1; several are written as 0,1,2.",
+        ),
         (["--seed=1,2"], "[seed] is (1, 2), but must be one whole number; several are [seeds]."),
-        (["--config_files=missing.yaml"], "[config_files] names [missing.yaml], but there is no such file."),
-        (["--learning_rte=0.1"], "[learning_rte] is known neither to RecBole nor here. Did you mean [learning_rate]?"),
-        (["--analyse_user=5"], "[analyse_user] is known neither to RecBole nor here. Did you mean [analyse_users]?"),
+        (
+            ["--config_files=missing.yaml"],
+            "[config_files] names [missing.yaml], but there is no such file.",
+        ),
+        (
+            ["--learning_rte=0.1"],
+            "[learning_rte] is known neither to RecBole nor here. Did you mean [learning_rate]?",
+        ),
+        (
+            ["--analyse_user=5"],
+            "[analyse_user] is known neither to RecBole nor here. Did you mean [analyse_users]?",
+        ),
         (["--teacher_model=LightGCN"], "[teacher_model] has no effect: [teacher] names the model"),
         (["--teacher_topk=0"], "RecBole cannot read the settings of the teacher BPR"),
         (["--topk=[0]"], "RecBole cannot read these settings"),
         (["--kd_loss=scratch+rce"], "[kd_loss] sums scratch with something"),
-        (["--output_dir=s.yaml"], "[output_dir] is 's.yaml', which is no folder and cannot be made one"),
+        (
+            ["--output_dir=s.yaml"],
+            "[output_dir] is 's.yaml', which is no folder and cannot be made one",
+        ),
     ],
 )
 def test_one_sentence_for_each_mistake(
@@ -972,7 +1161,11 @@ def test_one_sentence_for_each_mistake(
 ) -> None:
     Path("s.yaml").write_text(yaml.safe_dump(given(folder)))
     loss = [] if any(word.startswith("--kd_loss") for word in words) else ["--kd_loss=rce"]
-    files = [] if any(word.startswith("--config_files") for word in words) else ["--config_files=s.yaml"]
+    files = (
+        []
+        if any(word.startswith("--config_files") for word in words)
+        else ["--config_files=s.yaml"]
+    )
     assert main(["--model=BPR", "--dataset=tiny", "--teacher=BPR", *loss, *files, *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {message}")
@@ -983,49 +1176,80 @@ def test_one_sentence_for_each_mistake(
 def test_a_word_that_is_no_key(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--model=BPR", "--epochs", "1"])
-    assert "--epochs is not understood: write RecBole's keys, and ours, as --key=value" in capsys.readouterr().err
+    assert (
+        "--epochs is not understood: write RecBole's keys, and ours, as --key=value"
+        in capsys.readouterr().err
+    )
 
 
 def test_models_are_written_as_recbole_writes_them(folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"\[model\] is 'bpr', but RecBole's models are written as in BPR"):
+    with pytest.raises(
+        SettingsError, match=r"\[model\] is 'bpr', but RecBole's models are written as in BPR"
+    ):
         run(folder, model="bpr")
-    with pytest.raises(SettingsError, match=r"\[teacher\] is 'bpr', which is neither a RecBole model"):
+    with pytest.raises(
+        SettingsError, match=r"\[teacher\] is 'bpr', which is neither a RecBole model"
+    ):
         run(folder, teacher="bpr")
 
 
 def test_a_teacher_that_measures_no_ranking_by_default(folder: Path) -> None:
     """What is validated is the student's to say; a context-aware student validates labels, which pairs have not."""
-    settings: dict[str, Any] = {"threshold": {"rating": 4}, "load_col": {"inter": ["user_id", "item_id", "rating"]}}
+    settings: dict[str, Any] = {
+        "threshold": {"rating": 4},
+        "load_col": {"inter": ["user_id", "item_id", "rating"]},
+    }
     result = run(folder, settings, teacher="DeepFM", kd_loss="scratch")
     assert set(result["teacher"]["test_result"]) == {"ndcg@10", "recall@10"}
     settings = dict.fromkeys(("metrics", "topk", "valid_metric"), "nothing")
-    with pytest.raises(SettingsError, match=r"BPR is validated as the student is, on labels, but learns from pairs"):
+    with pytest.raises(
+        SettingsError, match=r"BPR is validated as the student is, on labels, but learns from pairs"
+    ):
         run(folder, settings, model="DeepFM")
 
 
 def test_a_sequential_student_needs_no_word_on_negatives(folder: Path) -> None:
-    settings = without_teacher_keys(load_col={"inter": ["user_id", "item_id", "timestamp"]}, hidden_size=4)
+    settings = without_teacher_keys(
+        load_col={"inter": ["user_id", "item_id", "timestamp"]}, hidden_size=4
+    )
     assert run(folder, settings, model="GRU4Rec", teacher=None, kd_loss="scratch")["test_result"]
-    with pytest.raises(SettingsError, match=r"train_neg_sample_args .* should be None when the loss_type is CE"):
-        run(folder, {**settings, "train_neg_sample_args": {"distribution": "uniform"}}, model="GRU4Rec")
+    with pytest.raises(
+        SettingsError, match=r"train_neg_sample_args .* should be None when the loss_type is CE"
+    ):
+        run(
+            folder,
+            {**settings, "train_neg_sample_args": {"distribution": "uniform"}},
+            model="GRU4Rec",
+        )
 
 
 def test_another_device_is_the_same_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(folder, kd_loss="rce", output_dir="out")
     with caplog.at_level(logging.INFO):
-        run(folder, {"gpu_id": "1", "worker": 0, "eval_batch_size": 300}, kd_loss="rce", output_dir="out")
+        run(
+            folder,
+            {"gpu_id": "1", "worker": 0, "eval_batch_size": 300},
+            kd_loss="rce",
+            output_dir="out",
+        )
     assert trainings(caplog) == []
 
 
-def test_a_run_of_other_settings_is_put_aside(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_of_other_settings_is_put_aside(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for beta in (5.0, 3.0, 1.0):
         run(folder, {"rce_beta": beta}, kd_loss="rce", output_dir="out")
-    found = [json.loads(Path(f"out/rce-seed2020{end}/run.json").read_text()) for end in (".1", ".2", "")]
+    found = [
+        json.loads(Path(f"out/rce-seed2020{end}/run.json").read_text()) for end in (".1", ".2", "")
+    ]
     assert [each["settings"]["rce_beta"] for each in found] == [5.0, 3.0, 1.0]
     assert "it is kept as [out/rce-seed2020.1]" in caplog.text
 
 
-def test_what_was_finished_is_shown_before_an_error(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_was_finished_is_shown_before_an_error(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with (
         caplog.at_level(logging.INFO),
         pytest.raises(KDError, match="The training loss of ce, seed 2020, is no number any more"),
@@ -1046,7 +1270,9 @@ def test_a_teacher_of_other_data_than_those_of_the_training(folder: Path) -> Non
     trainer = distill_trainer(config)(config, model, teacher)
     assert trainer.epochs == 1  # rce_epochs
     trainer.fit(train, valid, show_progress=False)
-    with pytest.raises(TeacherError, match="was loaded with other data than those of this training"):
+    with pytest.raises(
+        TeacherError, match="was loaded with other data than those of this training"
+    ):
         distill_trainer(config)(config, model, load_teacher(path, valid)).fit(train, valid)
     with pytest.raises(SettingsError, match=r"open it with load_teacher\('t.pth', train_data\)"):
         distill_trainer(config)(config, model, "t.pth")  # type: ignore[arg-type]

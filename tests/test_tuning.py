@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from recbole_rcekd import quick_start, teacher_training, tuning
-from recbole_rcekd.command import main
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd import quick_start, tuning
+from recbole_rcekd.cli import main
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.settings import read_settings
 from recbole_rcekd.losses import LOSSES
-from recbole_rcekd.settings import read_settings
+from recbole_rcekd.training import train_teacher as teacher_training
 from recbole_rcekd.tuning import Objective, tune_recbole_kd
 from tests.helpers import write_dataset
 from tests.test_quick_start import given
@@ -22,7 +23,9 @@ from tests.test_quick_start import given
 # isort: split
 from recbole.trainer import HyperTuning
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 hyperopt = pytest.importorskip("hyperopt")
 HYPER = Path(__file__).parents[1] / "properties" / "hyper"
 
@@ -58,7 +61,12 @@ def ranges(path: Path, *lines: str) -> Path:
 
 
 def arguments(folder: Path, **settings: Any) -> dict[str, Any]:
-    return {"model": "BPR", "dataset": "tiny", "teacher": "BPR", "config_dict": given(folder, **settings)}
+    return {
+        "model": "BPR",
+        "dataset": "tiny",
+        "teacher": "BPR",
+        "config_dict": given(folder, **settings),
+    }
 
 
 def test_recboles_hypertuning_takes_the_objective(
@@ -97,7 +105,11 @@ def test_every_method_gets_the_same_number_of_trials_and_one_teacher(
     given_ = arguments(folder)
     found = tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out")
     assert teachers == ["BPR"]
-    assert {name: len(method["trials"]) for name, method in found.items()} == {"scratch": 2, "rce": 2, "rce+ce": 2}
+    assert {name: len(method["trials"]) for name, method in found.items()} == {
+        "scratch": 2,
+        "rce": 2,
+        "rce+ce": 2,
+    }
     assert set(found["rce+ce"]["best"]) == {"rce_weight", "ce_weight"}
     best = yaml.safe_load((tmp_path / "out/tuning/best.yaml").read_text())
     assert best["scratch_weight_decay"] == found["scratch"]["best"]["scratch_weight_decay"]
@@ -105,17 +117,28 @@ def test_every_method_gets_the_same_number_of_trials_and_one_teacher(
     assert "scratch" in (tmp_path / "out/tuning/tuning.md").read_text()
     before = len(fits)
     # The same search again trains nothing; a longer one only what is new.
-    assert tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out") == found
+    assert (
+        tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out")
+        == found
+    )
     assert len(fits) == before
     tune_recbole_kd(3, **given_, kd_loss="scratch", output_dir=tmp_path / "out")
     assert len(fits) == before + 1
 
 
-def test_the_command_searches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_searches(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = tmp_path / "s.yaml"
     settings.write_text(yaml.safe_dump(given(folder)))
     file = ranges(tmp_path / "mine.test", "ce_weight choice [0.5,2.0]", "ce_top_k choice [3,4]")
-    words = ["--model=BPR", "--dataset=tiny", "--teacher=BPR", "--kd_loss=ce", f"--config_files={settings}"]
+    words = [
+        "--model=BPR",
+        "--dataset=tiny",
+        "--teacher=BPR",
+        "--kd_loss=ce",
+        f"--config_files={settings}",
+    ]
     assert main([*words, "--tune=4", f"--params_file={file}", "--output_dir=out"]) == 0
     trials = json.loads(Path("out/tuning/tuning.json").read_text())["ce"]["trials"]
     assert sorted((t["tried"]["ce_weight"], t["tried"]["ce_top_k"]) for t in trials) == [
@@ -125,7 +148,10 @@ def test_the_command_searches(folder: Path, tmp_path: Path, monkeypatch: pytest.
         (2.0, 4),
     ]
     # What it found is a property file of the main command.
-    assert main([*words[:-1], f"--config_files={settings} out/tuning/best.yaml", "--output_dir=out"]) == 0
+    assert (
+        main([*words[:-1], f"--config_files={settings} out/tuning/best.yaml", "--output_dir=out"])
+        == 0
+    )
     run = json.loads(Path("out/result.json").read_text())["runs"][0]
     best = max(trials, key=lambda trial: trial["best_valid_score"])
     assert run["settings"]["ce_weight"] == best["tried"]["ce_weight"]
@@ -136,8 +162,14 @@ def test_the_command_searches(folder: Path, tmp_path: Path, monkeypatch: pytest.
     ("words", "message"),
     [
         ({"trials": 0}, r"\[tune\] is 0, but must be at least 1"),
-        ({"params_file": "nowhere.test"}, r"\[params_file\] nowhere.test cannot be read: No such file"),
-        ({"params_file": "x.test", "kd_loss": "ce,rce"}, r"\[params_file\] has the ranges of one method"),
+        (
+            {"params_file": "nowhere.test"},
+            r"\[params_file\] nowhere.test cannot be read: No such file",
+        ),
+        (
+            {"params_file": "x.test", "kd_loss": "ce,rce"},
+            r"\[params_file\] has the ranges of one method",
+        ),
     ],
 )
 def test_what_is_refused(folder: Path, words: dict[str, Any], message: str) -> None:
@@ -154,7 +186,8 @@ def test_the_command_refuses_what_a_search_ignores(capsys: pytest.CaptureFixture
 def test_a_wrong_key_in_the_ranges_is_named(folder: Path, tmp_path: Path) -> None:
     file = ranges(tmp_path / "x.test", "ce_wieght choice [0.5,2.0]")
     with pytest.raises(
-        SettingsError, match=r"\[ce_wieght\] is not a setting of distillation. Did you mean \[ce_weight\]"
+        SettingsError,
+        match=r"\[ce_wieght\] is not a setting of distillation. Did you mean \[ce_weight\]",
     ):
         tune_recbole_kd(1, **arguments(folder), kd_loss="ce", params_file=file)
 
@@ -172,7 +205,9 @@ def test_shipped_ranges_are_valid_and_equally_wide() -> None:
         space = HyperTuning._build_space_from_file(str(HYPER / f"{name}.test"))
         # λ alone would change nothing in a control that stands for the base loss.
         assert f"{name}_weight" in space or name == "scratch" or LOSSES[name].replaces_base
-        lines = [line.split(" ", 2) for line in (HYPER / f"{name}.test").read_text().splitlines() if line]
+        lines = [
+            line.split(" ", 2) for line in (HYPER / f"{name}.test").read_text().splitlines() if line
+        ]
         for key, kind, values in lines:
             assert kind == "choice"
             listed = yaml.safe_load(values)
@@ -184,23 +219,43 @@ def test_shipped_ranges_are_valid_and_equally_wide() -> None:
 
 def test_a_trial_that_diverges_is_the_worst(folder: Path, tmp_path: Path) -> None:
     file = ranges(tmp_path / "rce.test", "rce_learning_rate choice [1e30,0.02]")
-    found = tune_recbole_kd(2, **arguments(folder), kd_loss="rce", output_dir=tmp_path / "out", params_file=file)["rce"]
-    scores = {trial["tried"]["rce_learning_rate"]: trial["best_valid_score"] for trial in found["trials"]}
+    found = tune_recbole_kd(
+        2, **arguments(folder), kd_loss="rce", output_dir=tmp_path / "out", params_file=file
+    )["rce"]
+    scores = {
+        trial["tried"]["rce_learning_rate"]: trial["best_valid_score"] for trial in found["trials"]
+    }
     assert scores[1e30] == -1e9
     assert found["best"] == {"rce_learning_rate": 0.02}
 
 
 def test_a_sum_keeps_its_own_weights(tmp_path: Path) -> None:
     trials = [{"best_valid_score": 0.1}]
-    best = {"rce": {"rce_weight": 1.0}, "rce+ce": {"rce_weight": 9.0, "ce_weight": 2.0}, "ce": {"ce_weight": 3.0}}
-    found = {name: {"best": values, "best_valid_score": 0.1, "trials": trials} for name, values in best.items()}
+    best = {
+        "rce": {"rce_weight": 1.0},
+        "rce+ce": {"rce_weight": 9.0, "ce_weight": 2.0},
+        "ce": {"ce_weight": 3.0},
+    }
+    found = {
+        name: {"best": values, "best_valid_score": 0.1, "trials": trials}
+        for name, values in best.items()
+    }
     tuning._write(tmp_path, found)
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {"rce_weight": 1.0, "ce_weight": 3.0}
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {
+        "rce_weight": 1.0,
+        "ce_weight": 3.0,
+    }
     assert yaml.safe_load((tmp_path / "best-rce+ce.yaml").read_text()) == best["rce+ce"]
 
 
 @pytest.mark.parametrize("line", ["rce_weight chioce [1.0]", "rce_weight [1.0, 10.0]", ""])
-def test_ranges_are_read_before_a_teacher_is_trained(folder: Path, tmp_path: Path, line: str) -> None:
-    with pytest.raises(SettingsError, match=r"\[params_file\] .*mine.test has no ranges as RecBole writes them"):
-        tune_recbole_kd(1, **arguments(folder), kd_loss="rce", params_file=ranges(tmp_path / "mine.test", line))
+def test_ranges_are_read_before_a_teacher_is_trained(
+    folder: Path, tmp_path: Path, line: str
+) -> None:
+    with pytest.raises(
+        SettingsError, match=r"\[params_file\] .*mine.test has no ranges as RecBole writes them"
+    ):
+        tune_recbole_kd(
+            1, **arguments(folder), kd_loss="rce", params_file=ranges(tmp_path / "mine.test", line)
+        )
     assert not list(Path("saved").glob("*.pth"))

@@ -1,7 +1,8 @@
 """Every quirk of RecBole 1.2.1, and of what it stands on, one function each; `apply` mends what is broken where it runs.
 
-The rules: look for the feature, never compare versions; patch the narrowest thing (RecBole's own methods rather than
-`pandas.Series`); change nothing that works. Places (file:line) are inside the installed `recbole` package.
+The rules: look for the feature, never compare versions; patch the narrowest thing (RecBole's own
+methods rather than `pandas.Series`); change nothing that works. Places (file:line) are inside the
+installed `recbole` package.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from recbole_rcekd.compat.habits import add_model, without_anomaly_detection, wi
 
 __all__ = ["add_model", "apply", "without_anomaly_detection", "without_tensorboard"]
 
-# In this order: importing ray needs numpy's old names, and from `pandas_fill_nan` on they import RecBole.
+# In this order: importing ray needs numpy's old names, and from `pandas_fill_nan` on they import
+# RecBole.
 _QUIRKS: tuple[Callable[[], None], ...] = (
     stack.numpy_aliases,
     stack.ray_stub,

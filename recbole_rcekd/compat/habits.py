@@ -23,14 +23,15 @@ def _on_cpu(value: Any) -> Any:
 def evaluation_counts() -> None:
     """Let the metrics of what lists are made of (`ItemCoverage`, `AveragePopularity`, `GiniIndex`, …) be evaluated.
 
-    Breaks: `.cpu()` of the number of items, and of the counters of interactions, which are no tensors
-    (evaluator/collector.py:227).
-    Upstream: none known.
+    Breaks: `.cpu()` of the number of items, and of the counters of interactions, which are no
+    tensors (evaluator/collector.py:227). Upstream: none known.
     """
     from recbole.evaluator import Collector
 
     kept = "self.data_struct._data_dict[key]"
-    rewrite(Collector, "get_data_struct", {f"{kept}.cpu()": f"_on_cpu({kept})"}, {"_on_cpu": _on_cpu})
+    rewrite(
+        Collector, "get_data_struct", {f"{kept}.cpu()": f"_on_cpu({kept})"}, {"_on_cpu": _on_cpu}
+    )
 
 
 class NoTensorboard:
@@ -47,7 +48,8 @@ class NoTensorboard:
 def without_tensorboard() -> Iterator[None]:
     """While this lasts, trainers open no tensorboard: those that only evaluate leave no folder behind.
 
-    Breaks: every trainer opens a writer in the working directory (trainer/trainer.py:116), which cannot be turned off.
+    Breaks: every trainer opens a writer in the working directory (trainer/trainer.py:116), which
+        cannot be turned off.
     """
     from recbole.trainer import trainer
 
@@ -62,10 +64,10 @@ def without_tensorboard() -> Iterator[None]:
 def without_anomaly_detection() -> Any:
     """A context without torch's anomaly detection, which looks for NaN after every step of every gradient.
 
-    Breaks: `torch.autograd.set_detect_anomaly(True)` stands in the module of SINE (sequential_recommender/sine.py:25),
-    which is imported with any sequential model, so that the training of all of them, and of whatever comes later, takes
-    a fifth longer. Numbers stay as they are.
-    Upstream: none known.
+    Breaks: `torch.autograd.set_detect_anomaly(True)` stands in the module of SINE
+    (sequential_recommender/sine.py:25), which is imported with any sequential model, so that the
+    training of all of them, and of whatever comes later, takes a fifth longer. Numbers stay as they
+    are. Upstream: none known.
     """
     return torch.autograd.set_detect_anomaly(False)
 
@@ -74,18 +76,23 @@ def without_anomaly_detection() -> Any:
 _MODEL_DEFAULTS: dict[str, str] = {}
 
 
-def add_model(name: str, module: types.ModuleType, kind: str, defaults: str, dataset: type | None = None) -> None:
+def add_model(
+    name: str, module: types.ModuleType, kind: str, defaults: str, dataset: type | None = None
+) -> None:
     """Let RecBole find a model that lies outside of it; calling it again changes nothing.
 
-    Breaks: RecBole finds a model's class (utils/utils.py `get_model`), its dataset (data/utils.py `create_dataset`) and
-    its default settings (config/configurator.py `_load_internal_config_dict`) by name in its own folders only, so
-    `run_recbole` and `load_data_and_model` cannot take a model from outside (issues #489, #1544, #1928).
+    Breaks: RecBole finds a model's class (utils/utils.py `get_model`), its dataset (data/utils.py
+    `create_dataset`) and its default settings (config/configurator.py `_load_internal_config_dict`)
+    by name in its own folders only, so `run_recbole` and `load_data_and_model` cannot take a model
+    from outside (issues #489, #1544, #1928).
 
     Args:
         name: The model's name, which is the name of its class in `module`.
-        module: Put under `recbole.model.<kind>.<name in lower case>`, where `get_model` looks first in `sys.modules`.
+        module: Put under `recbole.model.<kind>.<name in lower case>`, where `get_model` looks first
+            in `sys.modules`.
         kind: `general_recommender`, `sequential_recommender`, ...
-        defaults: A yaml file, read where RecBole reads its own: after overall.yaml, before that of the dataset.
+        defaults: A yaml file, read where RecBole reads its own: after overall.yaml, before that of
+            the dataset.
         dataset: What RecBole finds as `<name>Dataset`; otherwise it chooses by the model's type.
     """
     from recbole.config import Config
@@ -107,3 +114,26 @@ def add_model(name: str, module: types.ModuleType, kind: str, defaults: str, dat
         return _update_internal_config_dict
 
     wrap(Config, "_update_internal_config_dict", with_ours)
+
+
+# RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many
+# fit any machine.
+EVAL_BATCH_SIZE = 2**20
+
+
+def evaluate_more(config: Any) -> None:
+    """Let more be evaluated at a time than RecBole's default, where that is safe.
+
+    RecBole counts scores for models that score users. (Rows, and pairs of rows with features, are
+    larger; and for sampled items it makes full rows of whole batches.)
+    """
+    from recbole.utils import ModelType
+
+    small = (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL)
+    full = all(config["eval_args"]["mode"][phase] == "full" for phase in ("valid", "test"))
+    if (
+        full
+        and config["MODEL_TYPE"] in small
+        and "eval_batch_size" not in config.external_config_dict
+    ):
+        config["eval_batch_size"] = EVAL_BATCH_SIZE

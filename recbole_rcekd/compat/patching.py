@@ -13,7 +13,9 @@ MARK = "__recbole_rcekd__"
 _WRAPPED = "__recbole_rcekd_wrapped__"
 
 
-def rewrite(owner: Any, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None) -> None:
+def rewrite(
+    owner: Any, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None
+) -> None:
     """Recompile one method of RecBole with some of its text replaced, at its own line numbers.
 
     Narrower than a method of our own: every other line stays RecBole's, and so do tracebacks.
@@ -35,13 +37,15 @@ def rewrite(owner: Any, method: str, edits: Mapping[str, str], names: Mapping[st
     for old, new in edits.items():
         if old not in source:
             raise RuntimeError(
-                f"{function.__module__}.{function.__qualname__} has no line {old!r}: this is not the RecBole "
-                f"that recbole_rcekd was written for. Install recbole==1.2.1."
+                f"{function.__module__}.{function.__qualname__} has no line {old!r}: this is not "
+                "the RecBole that recbole_rcekd was written for. Install recbole==1.2.1."
             )
         source = source.replace(old, new)
     function.__globals__.update(names or {})
     # dont_inherit: this file's __future__ imports are not RecBole's.
-    code = compile("\n" * (first_line - 1) + source, function.__code__.co_filename, "exec", dont_inherit=True)
+    code = compile(
+        "\n" * (first_line - 1) + source, function.__code__.co_filename, "exec", dont_inherit=True
+    )
     namespace: dict[str, Any] = {}
     exec(code, function.__globals__, namespace)
     replacement = namespace[method]

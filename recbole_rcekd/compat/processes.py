@@ -18,8 +18,8 @@ def _gpu_of_each(gpu_id: str, nproc: int) -> bool:
         return False
     if len(gpu_id.split(",")) < int(nproc):
         raise ValueError(
-            f"[gpu_id]={gpu_id!r} names too few GPUs for [nproc]={nproc}: give each process one, as in "
-            "--nproc=2 --gpu_id=0,1, or none with --gpu_id=''."
+            f"[gpu_id]={gpu_id!r} names too few GPUs for [nproc]={nproc}: give each process one, "
+            "as in --nproc=2 --gpu_id=0,1, or none with --gpu_id=''."
         )
     return True
 
@@ -27,10 +27,11 @@ def _gpu_of_each(gpu_id: str, nproc: int) -> bool:
 def distributed_without_gpu() -> None:
     """Let several processes train on CPUs, and let a process build a second Config.
 
-    Breaks: with `nproc` set, `Config` asserts GPUs (config/configurator.py:496), fixes the backend to nccl (:498) and the
-    device to cuda (:508, :511); the trainer hands GPU numbers to `DistributedDataParallel`, and batch
-    normalisation to a kind that only GPUs have (trainer/trainer.py:60-64). A second Config in a process, a teacher's for
-    example, calls `init_process_group` again (:497), which raises. On GPUs all stays as it is.
+    Breaks: with `nproc` set, `Config` asserts GPUs (config/configurator.py:496), fixes the backend
+    to nccl (:498) and the device to cuda (:508, :511); the trainer hands GPU numbers to
+    `DistributedDataParallel`, and batch normalisation to a kind that only GPUs have
+    (trainer/trainer.py:60-64). A second Config in a process, a teacher's for example, calls
+    `init_process_group` again (:497), which raises. On GPUs all stays as it is.
     """
     from recbole.config import Config
     from recbole.trainer.trainer import AbstractTrainer
@@ -67,10 +68,11 @@ def distributed_evaluation() -> None:
     """Let several processes evaluate each user once, and compute every metric from all users.
 
     Breaks, *silently*: evaluation data are dealt out by a `DistributedSampler`
-    (data/dataloader/abstract_dataloader.py:60), which repeats some users so that all processes have as many. Each
-    process then rounds its own metrics, and `Trainer._map_reduce` averages them with weights that count batches, not
-    users (trainer/trainer.py:615; RecBole issue #1872); of metrics that are no mean over users (coverage, Gini index, AUC)
-    that is no average at all. Here the processes put together what they collected, and all compute the same.
+    (data/dataloader/abstract_dataloader.py:60), which repeats some users so that all processes have
+    as many. Each process then rounds its own metrics, and `Trainer._map_reduce` averages them with
+    weights that count batches, not users (trainer/trainer.py:615; RecBole issue #1872); of metrics
+    that are no mean over users (coverage, Gini index, AUC) that is no average at all. Here the
+    processes put together what they collected, and all compute the same.
     """
     from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
     from recbole.evaluator import Collector
@@ -115,7 +117,11 @@ def distributed_evaluation() -> None:
 def _put_together(struct: Any) -> None:
     """Give every process the rows that all collected, in the order in which one process would have them."""
     # The rest of what is collected describes the training data and is the same everywhere.
-    names = [name for name in ("rec.items", "rec.topk", "rec.meanrank", "rec.score", "data.label") if name in struct]
+    names = [
+        name
+        for name in ("rec.items", "rec.topk", "rec.meanrank", "rec.score", "data.label")
+        if name in struct
+    ]
     world = torch.distributed.get_world_size()
     everyones: list[Any] = [None] * world
     torch.distributed.all_gather_object(everyones, {name: struct.get(name) for name in names})
@@ -128,7 +134,8 @@ def _put_together(struct: Any) -> None:
 def distributed_tensorboard() -> None:
     """Let the first of several processes write tensorboard's files, and no other.
 
-    Breaks: every trainer opens a writer (trainer/trainer.py:116), so the same course is drawn once per process.
+    Breaks: every trainer opens a writer (trainer/trainer.py:116), so the same course is drawn once
+        per process.
     """
     from recbole.trainer import trainer
 

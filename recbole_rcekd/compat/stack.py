@@ -1,10 +1,10 @@
 """RecBole 1.2.1 on current numpy, pandas, scipy, torch, ray and hyperopt: what is broken, one function each.
 
-It sets no upper bound on numpy, pandas, scipy, torch or setuptools, so a plain install takes the newest of each and fails at
-import; on pandas 3 it also goes wrong *silently*.
+It sets no upper bound on numpy, pandas, scipy, torch or setuptools, so a plain install takes the
+newest of each and fails at import; on pandas 3 it also goes wrong *silently*.
 
-Upstream threads on RecBole and its dependencies, all about some of what follows: RUCAIBox/RecBole issues
-#2215, #2212, #2219 and #2174, pull requests #2155 and #2203.
+Upstream threads on RecBole and its dependencies, all about some of what follows: RUCAIBox/RecBole
+issues #2215, #2212, #2219 and #2174, pull requests #2155 and #2203.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import torch
 
 from recbole_rcekd.compat.patching import MARK, rewrite
 
-# Old name -> the name that every numpy has. `Config` later sets most of these itself, to these same types.
+# Old name -> the name that every numpy has. `Config` later sets most of these itself, to these same
+# types.
 _NUMPY_ALIASES = {
     "float_": "float64",
     "complex_": "complex128",
@@ -46,10 +47,10 @@ def numpy_aliases() -> None:
     """Give numpy its removed type names back, each only where it is missing.
 
     Breaks: numpy 2 has no `float_`, `complex_`, `unicode_`, so every `Config()` fails
-    (config/configurator.py:630-635). numpy >= 1.24 has no `float`, `bool`, ...: RecBole sets them when a
-    Config is *built*, but a checkpoint's Config is unpickled, so `load_data_and_model` in a fresh process
-    fails at the first metric (evaluator/metrics.py:90-196, 287; data/interaction.py:31;
-    data/dataset/dataset.py:652). ray 2.6.3 reads `bool8` on import.
+    (config/configurator.py:630-635). numpy >= 1.24 has no `float`, `bool`, ...: RecBole sets them
+    when a Config is *built*, but a checkpoint's Config is unpickled, so `load_data_and_model` in a
+    fresh process fails at the first metric (evaluator/metrics.py:90-196, 287;
+    data/interaction.py:31; data/dataset/dataset.py:652). ray 2.6.3 reads `bool8` on import.
     Upstream: see the threads at the top of this module.
     """
     for alias, target in _NUMPY_ALIASES.items():
@@ -65,7 +66,9 @@ class _MissingRay(types.ModuleType):
     """A stand-in for ray: it can be imported, and says on first use what is missing."""
 
     def __init__(self, name: str, reason: str) -> None:
-        super().__init__(name, "Stand-in installed by recbole_rcekd.compat, because ray cannot be imported.")
+        super().__init__(
+            name, "Stand-in installed by recbole_rcekd.compat, because ray cannot be imported."
+        )
         # A module without a spec makes importlib.util.find_spec raise ValueError.
         self.__spec__ = importlib.machinery.ModuleSpec(name, loader=None)
         self._reason = reason
@@ -75,23 +78,24 @@ class _MissingRay(types.ModuleType):
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         raise ImportError(
-            f"{self.__name__}.{name} is not available: hyper-parameter search with ray needs ray 2.6.3 on "
-            f"Python <= 3.11 with setuptools < 82 (here: {self._reason}). The rest of RecBole works without."
+            f"{self.__name__}.{name} is not available: hyper-parameter search with ray needs ray "
+            f"2.6.3 on Python <= 3.11 with setuptools < 82 (here: {self._reason}). The rest of "
+            "RecBole works without."
         )
 
 
 def ray_stub() -> None:
     """Put a stand-in for `ray` in place where ray, or the `pkg_resources` it needs, is not installed.
 
-    Breaks: `from ray import tune` at quick_start/quick_start.py:20, so RecBole's quick start needs ray even
-    to be imported. RecBole caps ray at 2.6.3, which has no wheel for Python >= 3.12 and needs the
-    `pkg_resources` that setuptools >= 82 no longer ships. Only `tune.report` uses it (quick_start.py:223,
-    `objective_function`).
-    Upstream: see the threads at the top of this module.
+    Breaks: `from ray import tune` at quick_start/quick_start.py:20, so RecBole's quick start needs
+    ray even to be imported. RecBole caps ray at 2.6.3, which has no wheel for Python >= 3.12 and
+    needs the `pkg_resources` that setuptools >= 82 no longer ships. Only `tune.report` uses it
+    (quick_start.py:223, `objective_function`). Upstream: see the threads at the top of this module.
     """
     if "ray" in sys.modules:
         return
-    # Looked for, not imported: that alone takes two seconds of every start, and only RecBole's quick start needs it.
+    # Looked for, not imported: that alone takes two seconds of every start, and only RecBole's
+    # quick start needs it.
     missing = [name for name in ("ray", "pkg_resources") if importlib.util.find_spec(name) is None]
     if missing:
         reason = f"no module named {missing[0]}"
@@ -103,10 +107,10 @@ def ray_stub() -> None:
 def torch_load() -> None:
     """Let RecBole's own `torch.load` calls unpickle a whole checkpoint; nobody else's default changes.
 
-    Breaks: torch >= 2.6 loads with `weights_only=True`, and a RecBole checkpoint holds a pickled Config
-    (trainer/trainer.py:323, 583; quick_start/quick_start.py:250; neumf.py:84, convncf.py:82, nais.py:127,
-    ract.py:75, s3rec.py:120, kd_dagfm.py:56). As in plain RecBole: open only checkpoints that you trust.
-    Upstream: see the threads at the top of this module.
+    Breaks: torch >= 2.6 loads with `weights_only=True`, and a RecBole checkpoint holds a pickled
+    Config (trainer/trainer.py:323, 583; quick_start/quick_start.py:250; neumf.py:84, convncf.py:82,
+    nais.py:127, ract.py:75, s3rec.py:120, kd_dagfm.py:56). As in plain RecBole: open only
+    checkpoints that you trust. Upstream: see the threads at the top of this module.
     """
     original: Callable[..., Any] = torch.load
     if hasattr(original, MARK) or "weights_only" not in inspect.signature(original).parameters:
@@ -126,15 +130,16 @@ def torch_load() -> None:
 def scipy_dok_update() -> None:
     """Give `dok_matrix` its unchecked bulk update back.
 
-    Breaks: scipy >= 1.13 has no `dok_matrix._update`, with which the graph models fill their adjacency matrix
-    (lightgcn.py:111, ngcf.py:110, ncl.py:131, gcmc.py:174, spectralcf.py:123, kgin.py:356, mcclk.py:425).
-    Upstream: see the threads at the top of this module.
+    Breaks: scipy >= 1.13 has no `dok_matrix._update`, with which the graph models fill their
+    adjacency matrix (lightgcn.py:111, ngcf.py:110, ncl.py:131, gcmc.py:174, spectralcf.py:123,
+    kgin.py:356, mcclk.py:425). Upstream: see the threads at the top of this module.
     """
     if hasattr(scipy.sparse.dok_matrix, "_update"):
         return
 
     def _update(self: Any, data: Mapping[tuple[int, int], Any]) -> None:
-        # Setting the entries through the public interface checks each one: minutes on a large graph.
+        # Setting the entries through the public interface checks each one: minutes on a large
+        # graph.
         self._dict.update(data)
 
     scipy.sparse.dok_matrix._update = _update
@@ -143,10 +148,10 @@ def scipy_dok_update() -> None:
 def pandas_fill_nan() -> None:
     """Fill missing values by assignment instead of in place.
 
-    Breaks, *silently*: under pandas 3 (copy-on-write) `frame[column].fillna(..., inplace=True)` fills a copy.
-    Float features keep NaN, and tokens of users or items without a row of their own become id
-    -9223372036854775808 (data/dataset/dataset.py:648, 650). At :501 an empty sequence stays NaN.
-    Upstream: see the threads at the top of this module.
+    Breaks, *silently*: under pandas 3 (copy-on-write) `frame[column].fillna(..., inplace=True)`
+    fills a copy. Float features keep NaN, and tokens of users or items without a row of their own
+    become id -9223372036854775808 (data/dataset/dataset.py:648, 650). At :501 an empty sequence
+    stays NaN. Upstream: see the threads at the top of this module.
     """
     from recbole.data.dataset import Dataset
 
@@ -171,8 +176,8 @@ def pandas_agg_len() -> None:
 
     Breaks: under pandas 3 `Series.agg(len)` is the length of the column, one number
     (data/dataset/dataset.py:712, 792, 809, 1217; data/dataset/kg_dataset.py:316). At
-    data/dataset/sequential_dataset.py:163-165 the fault is *silent*: every row gets the same sequence length.
-    Upstream: see the threads at the top of this module.
+    data/dataset/sequential_dataset.py:163-165 the fault is *silent*: every row gets the same
+    sequence length. Upstream: see the threads at the top of this module.
     """
     from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 
@@ -189,9 +194,9 @@ def pandas_agg_len() -> None:
 def stable_sort() -> None:
     """Keep interactions with equal time stamps in file order when duplicates are removed.
 
-    Breaks, *silently*: data/dataset/dataset.py:853 sorts by time with numpy's unstable default. With ties,
-    `rm_dup_inter` then keeps other rows, gives other item ids and another split on another numpy or CPU.
-    Upstream: see the threads at the top of this module.
+    Breaks, *silently*: data/dataset/dataset.py:853 sorts by time with numpy's unstable default.
+    With ties, `rm_dup_inter` then keeps other rows, gives other item ids and another split on
+    another numpy or CPU. Upstream: see the threads at the top of this module.
     """
     from recbole.data.dataset import Dataset
 
@@ -202,10 +207,14 @@ def stable_sort() -> None:
 def hyperopt_generator() -> None:
     """Draw trials with numpy's new generators, which hyperopt expects since 0.2.6.
 
-    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, hands hyperopt a
-    `RandomState`, which has no `integers`. The order of the trials is another one than with hyperopt 0.2.5.
-    Upstream: none known.
+    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, hands
+    hyperopt a `RandomState`, which has no `integers`. The order of the trials is another one than
+    with hyperopt 0.2.5. Upstream: none known.
     """
     from recbole.trainer import hyper_tuning
 
-    rewrite(hyper_tuning, "exhaustive_search", {"np.random.RandomState(seed)": "np.random.default_rng(seed)"})
+    rewrite(
+        hyper_tuning,
+        "exhaustive_search",
+        {"np.random.RandomState(seed)": "np.random.default_rng(seed)"},
+    )

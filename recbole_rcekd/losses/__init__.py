@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.losses.base import FeatureLoss, KDLoss, Loss
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.settings import nearest
+from recbole_rcekd.losses.base import EmbeddingLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
 from recbole_rcekd.losses.dcd import DCDLoss
@@ -25,7 +26,6 @@ from recbole_rcekd.losses.softmax import SoftmaxLoss
 from recbole_rcekd.losses.tarec import TARecLoss
 from recbole_rcekd.losses.unkd import UnKDLoss
 from recbole_rcekd.losses.vkd import VkDLoss
-from recbole_rcekd.settings import nearest
 
 # In the order of the README: of scores on closed sets, on lists, of vectors, and a control.
 LOSSES: dict[str, type[Loss]] = {
@@ -59,9 +59,9 @@ __all__ = [
     "DCDLoss",
     "DCDPortLoss",
     "DELoss",
+    "EmbeddingLoss",
     "FCELoss",
     "FTDLoss",
-    "FeatureLoss",
     "FitNetLoss",
     "FreqDLoss",
     "HTDLoss",
@@ -90,8 +90,11 @@ def get_loss(name: str) -> type[Loss]:
     """
     if name == "scratch":
         raise SettingsError(
-            "[kd_loss] sums scratch with something, but it stands alone, for the student alone: scratch,rce."
+            "[kd_loss] sums scratch with something, but it stands alone, for the student alone: "
+            "scratch,rce."
         )
     if name not in LOSSES:
-        raise SettingsError(f"[kd_loss] names {name!r}, which is not a loss. {nearest(name, [*LOSSES, 'scratch'])}")
+        raise SettingsError(
+            f"[kd_loss] names {name!r}, which is not a loss. {nearest(name, [*LOSSES, 'scratch'])}"
+        )
     return LOSSES[name]

@@ -1,7 +1,9 @@
 """What a distillation loss is: settings, perhaps weights of its own, and a pure function.
 
-* :class:`KDLoss`: of *scores*. A recipe for item sets, and a formula on the student's scores of them.
-* :class:`FeatureLoss`: of *vectors*. A formula on the student's and the teacher's rows of some users and items.
+* :class:`KDLoss`: of *scores*. A recipe for item sets, and a formula on the student's scores of
+  them.
+* :class:`EmbeddingLoss`: of *vectors*. A formula on the student's and the teacher's rows of some
+  users and items.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.item_sets import Lists
-from recbole_rcekd.settings import LossSettings
-from recbole_rcekd.types import ItemSets, Seen, Vectors
+from recbole_rcekd.core.settings import LossSettings
+from recbole_rcekd.core.types import ItemSets, Seen, Vectors
+from recbole_rcekd.losses.candidates import Candidates
 
 # So many contexts are looked at in full where a loss tunes itself.
 TUNED_ON = 64
@@ -24,11 +26,12 @@ TUNED_ON = 64
 class Loss(nn.Module):
     """What every method has.
 
-    Parameters of a loss (projectors, gates) are learned with the student's and kept in a file of their own beside its
-    checkpoint.
+    Parameters of a loss (projectors, gates) are learned with the student's and kept in a file of
+    their own beside its checkpoint.
 
     Attributes:
-        settings_type: the settings class; its keys are those of ``properties/loss/<name>.yaml``, the weight first.
+        settings_type: the settings class; its keys are those of ``properties/loss/<name>.yaml``,
+            the weight first.
         needs_teacher: ``False`` for controls that learn from the training interactions alone.
         replaces_base: the model's own loss is left out, whatever ``kd_base_weight`` says.
     """
@@ -51,20 +54,24 @@ class Loss(nn.Module):
 class KDLoss(Loss, ABC):
     """A method that distils scores.
 
-    A subclass binds its settings to two things that can be tested apart: :meth:`select` says what each user is
-    scored on (here, and only here, things are drawn) and :meth:`forward` is the formula.
+    A subclass binds its settings to two things that can be tested apart: :meth:`select` says what
+    each user is scored on (here, and only here, things are drawn) and :meth:`forward` is the
+    formula.
 
     Attributes:
-        renewed: whether :meth:`select` chooses anew each time (it looks at the student, or draws); if not, it is
-            called once.
+        renewed: whether :meth:`select` chooses anew each time (it looks at the student, or draws);
+            if not, it is called once.
         scores_all_items: ``forward`` takes the student's scores of the whole catalogue, ``[B, N]``.
         teaches_all_items: ``forward`` takes the teacher's scores of the whole catalogue too.
-        masks_seen: ``forward`` is told in ``sets.seen`` what the B contexts have in the training data (their places 0 to
-            B − 1 as contexts).
+        masks_seen: ``forward`` is told in ``sets.seen`` what the B contexts have in the training
+            data (their places 0 to B − 1 as contexts).
         tuned: :meth:`tune` wants to be called.
-        temperature: τ, by which both sides' scores are divided before their softmax; read by the closure gap.
-        uses_trajectory: lists are taken from the teacher's earlier checkpoints too (``lists.trajectories``).
-        checkpoints: files of these, the least trained first; none: those that lie beside the teacher's.
+        temperature: τ, by which both sides' scores are divided before their softmax; read by the
+            closure gap.
+        uses_trajectory: lists are taken from the teacher's earlier checkpoints too
+            (``lists.trajectories``).
+        checkpoints: files of these, the least trained first; none: those that lie beside the
+            teacher's.
     """
 
     renewed: bool = True
@@ -77,7 +84,7 @@ class KDLoss(Loss, ABC):
     checkpoints: Sequence[str] = ()
 
     @abstractmethod
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """Choose the items that each context of ``lists`` is taught on."""
 
     @abstractmethod
@@ -96,7 +103,7 @@ class KDLoss(Loss, ABC):
     def prepare(self, n_contexts: int, device: torch.device) -> None:
         """Called once before the first :meth:`select`, for what is remembered of each context (``lists.ids``)."""
 
-    def tune(self, lists: Lists) -> None:
+    def tune(self, lists: Candidates) -> None:
         """Called before each epoch's lists with a few random contexts, where ``tuned`` is set."""
 
     def numbers(self) -> dict[str, float]:
@@ -111,19 +118,20 @@ class KDLoss(Loss, ABC):
         """A loss over users for each *item*, with its weight, for methods that distil both ways."""
         return None
 
-    def feature_side(self) -> tuple[FeatureLoss, float] | None:
+    def feature_side(self) -> tuple[EmbeddingLoss, float] | None:
         """A loss of vectors with its weight, for methods that distil both."""
         return None
 
 
-class FeatureLoss(Loss, ABC):
+class EmbeddingLoss(Loss, ABC):
     """A method that distils vectors: the rows of the two tables whose product a model's scores are.
 
-    Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what stands in the training
-    batch, whatever ``kd_schedule`` says.
+    Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what
+    stands in the training batch, whatever ``kd_schedule`` says.
 
     Attributes:
-        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for messages.
+        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for
+            messages.
     """
 
     left_out_by: ClassVar[str] = ""
@@ -135,14 +143,17 @@ class FeatureLoss(Loss, ABC):
         value: str = getattr(self.settings, key)
         return ("users", "items") if value == "both" else (value,)
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """Make the parts that are learned, and what is read off the training interactions (graphs).
 
         Args:
             student_width: of the student's vectors.
             teacher_width: of the teacher's.
             seen: the training interactions of users; of items: ``seen.transposed()``.
-            generator: the source of all draws, here and in training; its device is where the parts should be.
+            generator: the source of all draws, here and in training; its device is where the parts
+                should be.
         """
 
     @staticmethod

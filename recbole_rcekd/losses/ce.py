@@ -3,12 +3,13 @@ r"""Cross-entropy on a short list: the teacher's top-K, the student's, or both.
 .. math:: \ell = -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i, \qquad
     J = Q_T,\ Q_S \text{ or } Q_T\cup Q_S
 
-On :math:`Q_T` this is "vanilla CE" ("KD" in the authors' code), the method that RCE-KD sets out to mend: nothing in it
-pushes down what the student ranks above :math:`Q_T`. On :math:`Q_S` the set is closed, but the student never hears of
-what it misses. Items that a short teacher list lacks are masked; of whom the teacher says nothing, the loss is 0.
+On :math:`Q_T` this is "vanilla CE" ("KD" in the authors' code), the method that RCE-KD sets out to
+mend: nothing in it pushes down what the student ranks above :math:`Q_T`. On :math:`Q_S` the set is
+closed, but the student never hears of what it misses. Items that a short teacher list lacks are
+masked; of whom the teacher says nothing, the loss is 0.
 
-Source: RCE-KD, ICLR 2026, section 5 and figure 3; authors' code woriazzc/RCEKD @ 771322a (class ``KD``,
-``kd_guide: teacher | student``). The union is what a reviewer of that paper asked for.
+Source: RCE-KD, ICLR 2026, section 5 and figure 3; authors' code woriazzc/RCEKD @ 771322a (class
+``KD``, ``kd_guide: teacher | student``). The union is what a reviewer of that paper asked for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import is_member, soft_cross_entropy
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import is_member, soft_cross_entropy
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class CELoss(KDLoss):
         self.renewed = settings.ce_items != "teacher"
         self.temperature = settings.ce_temperature
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[Q_T]``, ``[Q_S]`` or ``[Q_T | Q_S]``, each item counted once."""
         k, which = self.settings.ce_top_k, self.settings.ce_items
         if which == "teacher":
@@ -70,7 +71,7 @@ class CELoss(KDLoss):
         overlap = shared.sum(1) / (teacher_top != 0).sum(1).clamp(min=1)
         return dataclasses.replace(sets, keep=once, overlap=overlap)
 
-    def _sets(self, items: Tensor, lists: Lists) -> ItemSets:
+    def _sets(self, items: Tensor, lists: Candidates) -> ItemSets:
         scores = lists.teacher_scores(items)
         return ItemSets(items, scores, (items != 0) & (scores != -torch.inf))
 

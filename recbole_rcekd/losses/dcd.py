@@ -1,19 +1,21 @@
 r"""DCD, dual correction distillation: teach where the student errs within the teacher's list, in both directions.
 
-Within the teacher's top-P unseen items, ρ_T is an item's place and ρ_S its place by the student's scores:
+Within the teacher's top-P unseen items, ρ_T is an item's place and ρ_S its place by the student's
+scores:
 
 .. math:: e^+ = \tanh\big(\max(0, (\rho_S-\rho_T)/T)\big), \qquad e^- = \tanh\big(\max(0, (\rho_T-\rho_S)/T)\big)
 
-n under-estimated items, drawn ∝ e⁺ and put in the teacher's order, are the head π of a Plackett–Luce likelihood; n
-over-estimated ones, drawn ∝ e⁻, are the rest that should lie below:
+n under-estimated items, drawn ∝ e⁺ and put in the teacher's order, are the head π of a
+Plackett–Luce likelihood; n over-estimated ones, drawn ∝ e⁻, are the rest that should lie below:
 
 .. math:: \ell = \sum_{k=1}^{n}
     \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
 
-``dcd_item_weight`` weighs the item side (ICD), the same for each item over users, against this one (UCD).
+``dcd_item_weight`` weighs the item side (ICD), the same for each item over users, against this one
+(UCD).
 
-Source: Lee & Kim, Dual Correction Strategy for Ranking Distillation in Top-N Recommender System, CIKM 2021. The RCE-KD
-authors' port differs so much that it is a loss of its own, :mod:`.dcd_port`.
+Source: Lee & Kim, Dual Correction Strategy for Ranking Distillation in Top-N Recommender System,
+CIKM 2021. The RCE-KD authors' port differs so much that it is a loss of its own, :mod:`.dcd_port`.
 """
 
 from __future__ import annotations
@@ -24,12 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import draw_without_replacement, plackett_luce
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.functional import draw_without_replacement, plackett_luce
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class DCDSettings(LossSettings):
         """
         if self.dcd_items > self.dcd_pool:
             raise SettingsError(
-                f"[dcd_items]={self.dcd_items} is larger than [dcd_pool]={self.dcd_pool}, the list they are drawn from. "
-                "Raise dcd_pool or lower dcd_items."
+                f"[dcd_items]={self.dcd_items} is larger than [dcd_pool]={self.dcd_pool}, the list "
+                "they are drawn from. Raise dcd_pool or lower dcd_items."
             )
 
     def longest_list(self) -> tuple[str, ...]:
@@ -66,14 +68,19 @@ def corrections(student_rank: Tensor, temperature: float) -> tuple[Tensor, Tenso
         student_rank: its ranks of them, from 0, ``[n, P]``.
         temperature: T, in places.
     """
-    gap = (student_rank - torch.arange(student_rank.shape[1], device=student_rank.device)) / temperature
+    gap = (
+        student_rank - torch.arange(student_rank.shape[1], device=student_rank.device)
+    ) / temperature
     return gap.clamp(min=0.0).tanh(), (-gap).clamp(min=0.0).tanh()
 
 
-def drawn_items(pool: Tensor, weights: Tensor, n: int, generator: torch.Generator, in_order: bool) -> Tensor:
+def drawn_items(
+    pool: Tensor, weights: Tensor, n: int, generator: torch.Generator, in_order: bool
+) -> Tensor:
     """``n`` items of each row of ``pool [rows, P]``, drawn without replacement with p ∝ weights, ``[rows, n]``.
 
-    In the pool's order, or in that of the draw; where fewer than ``n`` have a weight, 0 after those.
+    In the pool's order, or in that of the draw; where fewer than ``n`` have a weight, 0 after
+    those.
     """
     place = draw_without_replacement(weights.log(), min(n, pool.shape[1]), generator)
     place = place.masked_fill(weights.gather(1, place) == 0, pool.shape[1])
@@ -89,7 +96,7 @@ class DCDLoss(KDLoss):
     settings_type = DCDSettings
     settings: DCDSettings
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[under-estimated (n), in teacher order | over-estimated (n)]``; 0 and masked where there are fewer."""
         s = self.settings
         pool = lists.teacher_top(s.dcd_pool, unseen=True)
@@ -110,10 +117,14 @@ class DCDLoss(KDLoss):
         if sets.keep is None:
             raise ValueError("DCDLoss needs keep; see DCDLoss.select.")
         k = sets.items.shape[1] - self.settings.dcd_items
-        return plackett_luce(student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:])
+        return plackett_luce(
+            student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:]
+        )
 
     def item_side(self) -> tuple[KDLoss, float] | None:
         """The same loss over users for each item (ICD)."""
         if self.settings.dcd_item_weight == 0.0:
             return None
-        return DCDLoss(dataclasses.replace(self.settings, dcd_item_weight=0.0)), self.settings.dcd_item_weight
+        return DCDLoss(
+            dataclasses.replace(self.settings, dcd_item_weight=0.0)
+        ), self.settings.dcd_item_weight

@@ -3,11 +3,13 @@ r"""DCD as the RCE-KD authors ported it: the student's ranks are those among *al
 .. math:: e^+ = \max\big(10^{-5}, \tanh(\max(0, (\rho_S-\rho_T)/T))\big), \qquad
     e^- = \max\big(10^{-5}, \tanh(\max(0, (\rho_T-\rho_S)/T))\big)
 
-with ρ_T the place in the teacher's top-P unseen items and ρ_S the student's rank in the catalogue. K items are drawn ∝ e⁺
-and stand in the head *in the order of the draw*, not in the teacher's; K are drawn ∝ e⁻ for the rest. The formula is that of
+with ρ_T the place in the teacher's top-P unseen items and ρ_S the student's rank in the catalogue.
+K items are drawn ∝ e⁺ and stand in the head *in the order of the draw*, not in the teacher's; K are
+drawn ∝ e⁻ for the rest. The formula is that of
 :mod:`.dcd`; users only. An item may be in both, as the smallest weight is not 0.
 
-Source: woriazzc/RCEKD @ 771322a. It is here because their tables are made with it; :mod:`.dcd` is the published method.
+Source: woriazzc/RCEKD @ 771322a. It is here because their tables are made with it; :mod:`.dcd` is
+    the published method.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import plackett_luce
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.functional import plackett_luce
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.dcd import corrections, drawn_items
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
 
 _SMALLEST_WEIGHT = 1e-5
 
@@ -45,8 +47,9 @@ class DCDPortSettings(LossSettings):
         """
         if self.dcd_port_items > self.dcd_port_pool:
             raise SettingsError(
-                f"[dcd_port_items]={self.dcd_port_items} is larger than [dcd_port_pool]={self.dcd_port_pool}, the list they "
-                "are drawn from. Raise dcd_port_pool or lower dcd_port_items."
+                f"[dcd_port_items]={self.dcd_port_items} is larger than "
+                f"[dcd_port_pool]={self.dcd_port_pool}, the list they are drawn from. Raise "
+                "dcd_port_pool or lower dcd_port_items."
             )
 
     def longest_list(self) -> tuple[str, ...]:
@@ -60,7 +63,7 @@ class DCDPortLoss(KDLoss):
     settings_type = DCDPortSettings
     settings: DCDPortSettings
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[under-estimated (K), as drawn | over-estimated (K)]``; a short list of the teacher is masked."""
         s = self.settings
         pool = lists.teacher_top(s.dcd_port_pool, unseen=True)
@@ -83,4 +86,6 @@ class DCDPortLoss(KDLoss):
         if sets.keep is None:
             raise ValueError("DCDPortLoss needs keep; see DCDPortLoss.select.")
         k = sets.items.shape[1] - self.settings.dcd_port_items
-        return plackett_luce(student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:])
+        return plackett_luce(
+            student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:]
+        )

@@ -3,9 +3,11 @@ r"""DE, distillation experts: some of E small networks rebuild the teacher's vec
 .. math:: \ell = \sum_{u} \|t_u - \hat t_u\|^2 + \sum_{i} w_i \|t_i - \hat t_i\|^2, \qquad
     \hat t = \sum_{k=1}^{E} g_k\, f_k(s), \qquad g = \mathrm{softmax}\big((\log\alpha(t) + G)/T\big)
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a negative";
-:math:`\alpha(t)` the softmax of a linear map of the teacher's vector, G Gumbel noise. T falls from 1 to 1e-10 in the course of
-``epochs``, so that in the end each vector has one expert. Users and items have experts of their own.
+over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
+negative";
+:math:`\alpha(t)` the softmax of a linear map of the teacher's vector, G Gumbel noise. T falls from
+1 to 1e-10 in the course of ``epochs``, so that in the end each vector has one expert. Users and
+items have experts of their own.
 
 Source: Kang et al., DE-RRD, CIKM 2020; SeongKu-Kang/DE-RRD and woriazzc/RCEKD @ 771322a.
 """
@@ -18,13 +20,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.functional import squared_error
-from recbole_rcekd.losses.base import FeatureLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import Seen, Vectors
+from recbole_rcekd.core.functional import squared_error
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import Seen, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
 
 _LAST_TEMPERATURE = 1e-10
-# Below it the best expert is taken straight: a row in ten thousand would still be a mixture, with a gradient of size 1/T.
+# Below it the best expert is taken straight: a row in ten thousand would still be a mixture, with a
+# gradient of size 1/T.
 _TINY = 1e-4
 
 
@@ -70,12 +73,14 @@ class Experts(nn.Module):
         )
         found = shares @ self.bias
         for own, share, weight, bias, second in parts:
-            hidden = torch.addmm(bias, vectors.index_select(0, own), weight.t()).relu() * share.unsqueeze(1)
+            hidden = torch.addmm(
+                bias, vectors.index_select(0, own), weight.t()
+            ).relu() * share.unsqueeze(1)
             found.index_add_(0, own, hidden @ second)
         return found
 
 
-class DELoss(FeatureLoss):
+class DELoss(EmbeddingLoss):
     """Squared distance of the teacher's vectors to what the experts make of the student's.
 
     Attributes:
@@ -91,12 +96,18 @@ class DELoss(FeatureLoss):
         super().__init__(settings)
         self.temperature = 1.0
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """Experts and a gate for each side."""
         n = self.settings.de_experts
         self.generator = generator
-        self.experts = nn.ModuleDict({f"of_{side}": Experts(n, student_width, teacher_width) for side in self.sides})
-        self.gates = nn.ModuleDict({f"of_{side}": nn.Linear(teacher_width, n) for side in self.sides})
+        self.experts = nn.ModuleDict(
+            {f"of_{side}": Experts(n, student_width, teacher_width) for side in self.sides}
+        )
+        self.gates = nn.ModuleDict(
+            {f"of_{side}": nn.Linear(teacher_width, n) for side in self.sides}
+        )
 
     def begin_epoch(self, progress: float) -> None:
         """Let T fall."""
@@ -108,12 +119,17 @@ class DELoss(FeatureLoss):
 
     def _of_side(self, side: str, vectors: Vectors) -> Tensor:
         wanted = vectors.teacher.detach()
-        found = self.experts[f"of_{side}"](vectors.student, self._shares(self.gates[f"of_{side}"](wanted)))
+        found = self.experts[f"of_{side}"](
+            vectors.student, self._shares(self.gates[f"of_{side}"](wanted))
+        )
         return squared_error(found, wanted, vectors.weights)
 
     def _shares(self, logits: Tensor) -> Tensor:
         """A draw of g. What is too small to change a value or a gradient (of size 1/T) is 0 and costs no expert."""
-        noisy = logits.log_softmax(1) - torch.empty_like(logits).exponential_(generator=self.generator).log()
+        noisy = (
+            logits.log_softmax(1)
+            - torch.empty_like(logits).exponential_(generator=self.generator).log()
+        )
         if self.temperature < _TINY:
             return torch.nn.functional.one_hot(noisy.argmax(1), logits.shape[1]).to(logits.dtype)
         shares = (noisy / self.temperature).softmax(1)

@@ -4,17 +4,20 @@ r"""Cross-entropy over the whole catalogue, with the teacher's opinion of all it
     \text{all:}     &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau} - \sum_{i\in I} \sigma_I(t/\tau)_i\, s_i/\tau \\
     \text{teacher:} &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau} - \sum_{i\in Q_T} \sigma_{Q_T}(t/\tau)_i\, s_i/\tau
 
-Both are unconditional bounds: the first on NDCG with all items as targets (theorem 4.1 of the paper), the second on
-NDCG of :math:`Q_T`, with no closure assumption (T3 of METHODS.md with A = I; ours, not in the paper). The price is one
-score per user and *item* in every step. Of whom the teacher says nothing, the loss is 0.
+Both are unconditional bounds: the first on NDCG with all items as targets (theorem 4.1 of the
+paper), the second on NDCG of :math:`Q_T`, with no closure assumption (T3 of METHODS.md with A = I;
+ours, not in the paper). The price is one score per user and *item* in every step. Of whom the
+teacher says nothing, the loss is 0.
 
-``fce_normaliser: sampled`` estimates the normaliser of the second from the items that weigh most and n others:
+``fce_normaliser: sampled`` estimates the normaliser of the second from the items that weigh most
+and n others:
 
 .. math:: \log \hat Z = \log\Big[\sum_{j\in A} e^{s_j/\tau} + \frac{N-|A|}{n} \sum_{j\in\text{tail}} e^{s_j/\tau}\Big],
     \qquad A = Q_T \cup Q_S
 
-with the tail drawn uniformly, without replacement, from the other :math:`N-|A|` items. :math:`\hat Z` is unbiased, its
-logarithm a little low on average; where the tail is all of the rest, nothing is estimated.
+with the tail drawn uniformly, without replacement, from the other :math:`N-|A|` items.
+:math:`\hat Z` is unbiased, its logarithm a little low on average; where the tail is all of the
+rest, nothing is estimated.
 
 Source: RCE-KD, ICLR 2026, section 4.1 ("full-CE" in figure 3) for ``all``; the rest is ours.
 """
@@ -27,13 +30,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recbole_rcekd.catalogue import catalogue_cross_entropy
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax, soft_cross_entropy
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.full_softmax import catalogue_cross_entropy
+from recbole_rcekd.core.functional import (
+    at_least_float32,
+    is_member,
+    masked_softmax,
+    soft_cross_entropy,
+)
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -55,8 +63,8 @@ class FCESettings(LossSettings):
         """
         if self.fce_normaliser == "sampled" and self.fce_target == "all":
             raise SettingsError(
-                "[fce_normaliser] is 'sampled', but with [fce_target]='all' every item has to be scored as a target anyway: "
-                "set fce_target to 'teacher'."
+                "[fce_normaliser] is 'sampled', but with [fce_target]='all' every item has to be "
+                "scored as a target anyway: set fce_target to 'teacher'."
             )
 
     def longest_list(self) -> tuple[str, ...]:
@@ -67,7 +75,8 @@ class FCESettings(LossSettings):
 class FCELoss(KDLoss):
     """Cross-entropy whose normaliser runs over all items.
 
-    Relations: with ``fce_target: all`` the limit of :class:`~recbole_rcekd.losses.ce.CELoss` for K = all items.
+    Relations: with ``fce_target: all`` the limit of :class:`~recbole_rcekd.losses.ce.CELoss` for K
+        = all items.
     """
 
     settings_type = FCESettings
@@ -79,26 +88,34 @@ class FCELoss(KDLoss):
         self.renewed = settings.fce_normaliser == "sampled"
         self.scores_all_items = not self.renewed
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """The teacher's top-K with its scores; nothing has to be chosen when all items are targets.
 
-        For an estimated normaliser ``[Q_T | Q_S | tail (n)]``, each item kept once; the targets are those with a teacher score
-        (−∞ elsewhere).
+        For an estimated normaliser ``[Q_T | Q_S | tail (n)]``, each item kept once; the targets are
+        those with a teacher score (−∞ elsewhere).
         """
         if self.teaches_all_items:
-            return ItemSets(torch.zeros((len(lists.contexts), 0), dtype=torch.int64, device=lists.contexts.device))
+            return ItemSets(
+                torch.zeros(
+                    (len(lists.contexts), 0), dtype=torch.int64, device=lists.contexts.device
+                )
+            )
         teacher_top = lists.teacher_top(self.settings.fce_top_k)
         scores = lists.teacher_scores(teacher_top)
         if self.settings.fce_normaliser == "all":
             return ItemSets(teacher_top, scores)
         student_top = lists.student_top(self.settings.fce_top_k)
-        listed = torch.cat([teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1)
+        listed = torch.cat(
+            [teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1
+        )
         tail = lists.draw(self.settings.fce_samples, outside=listed)
         items = torch.cat([listed, tail], dim=1)
         rest = lists.n_allowed() - (listed != 0).sum(1)
         return ItemSets(
             items,
-            torch.nn.functional.pad(scores, (0, items.shape[1] - scores.shape[1]), value=-torch.inf),
+            torch.nn.functional.pad(
+                scores, (0, items.shape[1] - scores.shape[1]), value=-torch.inf
+            ),
             keep=(items != 0) & (teacher_top != 0).any(1, keepdim=True),
             # With nothing in the tail, nothing is left either.
             log_tail=rest.clamp(min=1).log() - (tail != 0).sum(1).clamp(min=1).log(),
@@ -108,14 +125,17 @@ class FCELoss(KDLoss):
         """Per row.
 
         Args:
-            student_scores: ``[B, N]``, column 0 is padding; of ``sets.items`` for an estimated normaliser.
+            student_scores: ``[B, N]``, column 0 is padding; of ``sets.items`` for an estimated
+                normaliser.
             sets: for ``fce_target: all`` with ``teacher_scores [B, N]``.
         """
         if sets.teacher_scores is None:
             raise ValueError("FCELoss needs teacher_scores; see FCELoss.select.")
         tau = self.settings.fce_temperature
         if self.settings.fce_normaliser == "sampled":
-            return self._estimated(at_least_float32(student_scores) / tau, sets.teacher_scores.detach() / tau, sets)
+            return self._estimated(
+                at_least_float32(student_scores) / tau, sets.teacher_scores.detach() / tau, sets
+            )
         if self.teaches_all_items:
             # −inf: hidden from a row, or a whole row of whom the teacher says nothing.
             taught = sets.teacher_scores[:, 1:] != -torch.inf
@@ -126,9 +146,13 @@ class FCELoss(KDLoss):
 
     def _estimated(self, student: Tensor, teacher: Tensor, sets: ItemSets) -> Tensor:
         if sets.keep is None or sets.log_tail is None:
-            raise ValueError("FCELoss needs keep and log_tail to estimate a normaliser; see FCELoss.select.")
+            raise ValueError(
+                "FCELoss needs keep and log_tail to estimate a normaliser; see FCELoss.select."
+            )
         n, lowest = self.settings.fce_samples, torch.finfo(student.dtype).min
-        stands_for = torch.nn.functional.pad(sets.log_tail.unsqueeze(1).expand(-1, n), (student.shape[1] - n, 0))
+        stands_for = torch.nn.functional.pad(
+            sets.log_tail.unsqueeze(1).expand(-1, n), (student.shape[1] - n, 0)
+        )
         normaliser = (student + stands_for).masked_fill(~sets.keep, lowest).logsumexp(-1)
         targets = sets.keep & (teacher != -torch.inf)
         target = masked_softmax(teacher, targets)

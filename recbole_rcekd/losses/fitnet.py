@@ -2,8 +2,9 @@ r"""FitNet: project the student's vectors into the teacher's space and bring the
 
 .. math:: \ell = \sum_{u} \|P_U(s_u) - t_u\|^2 + \sum_{i} w_i \|P_I(s_i) - t_i\|^2
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a negative". P is linear, or
-one hidden layer with ReLU. ``fitnet_normalise`` brings both sides to length 1 first: :math:`2\,(1-\cos)`.
+over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
+negative". P is linear, or one hidden layer with ReLU. ``fitnet_normalise`` brings both sides to
+length 1 first: :math:`2\,(1-\cos)`.
 
 Source: Romero et al., FitNets, ICLR 2015, as a control for the other methods of vectors.
 """
@@ -17,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from recbole_rcekd.functional import squared_error
-from recbole_rcekd.losses.base import FeatureLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import Seen, Vectors
+from recbole_rcekd.core.functional import squared_error
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import Seen, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,15 @@ class FitNetSettings(LossSettings):
     fitnet_normalise: bool = False
 
 
-class FitNetLoss(FeatureLoss):
+class FitNetLoss(EmbeddingLoss):
     """Squared distance of the projected student to the teacher, with a projector for users and one for items."""
 
     settings_type = FitNetSettings
     settings: FitNetSettings
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """A projector for each side."""
         self.projectors = nn.ModuleDict(
             {f"of_{side}": self._projector(student_width, teacher_width) for side in self.sides}
@@ -49,7 +52,9 @@ class FitNetLoss(FeatureLoss):
         if self.settings.fitnet_projector == "linear":
             return nn.Linear(student_width, teacher_width)
         hidden = (student_width + teacher_width) // 2
-        return nn.Sequential(nn.Linear(student_width, hidden), nn.ReLU(), nn.Linear(hidden, teacher_width))
+        return nn.Sequential(
+            nn.Linear(student_width, hidden), nn.ReLU(), nn.Linear(hidden, teacher_width)
+        )
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
         """The sum over both sides."""

@@ -3,10 +3,12 @@ r"""FreqD: bring the student's vectors to the teacher's in what neighbours have 
 .. math:: \ell = \sum_{u} \|(H_U P_U(S))_u - (H_U T)_u\|^2 + \sum_{i} w_i \|(H_I P_I(S))_i - (H_I T)_i\|^2,
     \qquad H = (1-\alpha) I + \alpha A
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a negative". A joins each
-user (item) and the k with whom it shares most training items (users), both ways, with entries
-:math:`1/\sqrt{\deg_a \deg_b}`; in each batch every entry is kept with a probability ρ, and divided by ρ. P is a network with
-one hidden layer. ``freqd_normalise`` replaces the squared distance by 1 − cos.
+over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
+negative". A joins each user (item) and the k with whom it shares most training items (users), both
+ways, with entries
+:math:`1/\sqrt{\deg_a \deg_b}`; in each batch every entry is kept with a probability ρ, and divided
+by ρ. P is a network with one hidden layer. ``freqd_normalise`` replaces the squared distance by 1 −
+cos.
 
 Source: FreqD, KDD 2025 (arXiv 2411.10676).
 """
@@ -21,10 +23,10 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.functional import squared_error, unit_rows
-from recbole_rcekd.losses.base import FeatureLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import Seen, Vectors
+from recbole_rcekd.core.functional import squared_error, unit_rows
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import Seen, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
 
 # Shared items counted at a time while a graph is made: some 200 MB.
 _COUNTED_CELLS = 5_000_000
@@ -47,22 +49,26 @@ class FreqDSettings(LossSettings):
 def neighbour_graph(seen: Seen, k: int) -> Seen:
     """Who is joined with whom: each context with the k others that share most ids with it, and they with it.
 
-    Of equals the lower id; who shares nothing is no neighbour. The counts of a block of contexts are there at a time, no
-    contexts × contexts matrix.
+    Of equals the lower id; who shares nothing is no neighbour. The counts of a block of contexts
+    are there at a time, no contexts × contexts matrix.
 
     Returns:
         The neighbours of each context.
     """
     n = len(seen.starts) - 1
     starts, ids = seen.starts.cpu().numpy(), seen.ids.cpu().numpy()
-    table = scipy.sparse.csr_matrix((np.ones(len(ids), np.int64), ids, starts), shape=(n, seen.n_ids))
+    table = scipy.sparse.csr_matrix(
+        (np.ones(len(ids), np.int64), ids, starts), shape=(n, seen.n_ids)
+    )
     flipped = table.T.tocsr()
     # How many counts the rows before each one cost.
     work = np.concatenate([[0], np.diff(flipped.indptr)[ids].cumsum(dtype=np.int64)])[starts]
     pairs = [np.zeros((2, 0), np.int64)]
     first = 0
     while first < n:
-        last = max(first + 1, int(np.searchsorted(work, work[first] + _COUNTED_CELLS, side="right")) - 1)
+        last = max(
+            first + 1, int(np.searchsorted(work, work[first] + _COUNTED_CELLS, side="right")) - 1
+        )
         shared = table[first:last] @ flipped
         lengths = np.diff(shared.indptr)
         filled = np.flatnonzero(lengths)
@@ -95,7 +101,7 @@ class Projector(nn.Module):
         self.second = nn.Linear(self.first.out_features, teacher_width)
 
 
-class FreqDLoss(FeatureLoss):
+class FreqDLoss(EmbeddingLoss):
     """Squared distance between filtered vectors: of the student, projected, and of the teacher.
 
     In evaluation mode nothing is dropped, neither of the graph nor of the projector.
@@ -110,15 +116,22 @@ class FreqDLoss(FeatureLoss):
     generator: torch.Generator
     graphs: dict[str, Seen]
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """A projector and a graph for each side."""
         s = self.settings
         self.generator = generator
         self.projectors = nn.ModuleDict(
-            {f"of_{side}": Projector(s.freqd_projectors, student_width, teacher_width) for side in self.sides}
+            {
+                f"of_{side}": Projector(s.freqd_projectors, student_width, teacher_width)
+                for side in self.sides
+            }
         )
         self.graphs = {
-            side: neighbour_graph(seen if side == "users" else seen.transposed(), s.freqd_neighbours)
+            side: neighbour_graph(
+                seen if side == "users" else seen.transposed(), s.freqd_neighbours
+            )
             for side in self.sides
         }
 
@@ -136,16 +149,24 @@ class FreqDLoss(FeatureLoss):
         starts, columns, entries = self._drawn_filter(self.graphs[side], vectors)
 
         def filtered(columns: Tensor, x: Tensor) -> Tensor:
-            return torch.nn.functional.embedding_bag(columns, x, starts, mode="sum", per_sample_weights=entries)
+            return torch.nn.functional.embedding_bag(
+                columns, x, starts, mode="sum", per_sample_weights=entries
+            )
 
         used, among_used = torch.unique(columns, return_inverse=True)
         hidden = self._dropped(projector.first(vectors.student.index_select(0, used)).relu())
-        # A filter and a linear map can change places: the map is taken of the batch alone, not of all its neighbours.
+        # A filter and a linear map can change places: the map is taken of the batch alone, not of
+        # all its neighbours.
         total = filtered(among_used, torch.ones_like(hidden[:, :1]))
-        student = filtered(among_used, hidden) @ projector.second.weight.t() + total * projector.second.bias
+        student = (
+            filtered(among_used, hidden) @ projector.second.weight.t()
+            + total * projector.second.bias
+        )
         teacher = filtered(columns, vectors.teacher.detach())
         if self.settings.freqd_normalise:
-            return (vectors.weights * (1.0 - (unit_rows(student) * unit_rows(teacher)).sum(1))).sum()
+            return (
+                vectors.weights * (1.0 - (unit_rows(student) * unit_rows(teacher)).sum(1))
+            ).sum()
         return squared_error(student, teacher, vectors.weights)
 
     def _drawn_filter(self, graph: Seen, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +178,11 @@ class FreqDLoss(FeatureLoss):
         if self.training:
             kept = torch.rand(len(rows), generator=self.generator, device=ids.device) < share
             rows, near = rows[kept], near[kept]
-        entries = s.freqd_alpha / share * (degrees[ids[rows]] * degrees[near]).to(vectors.student.dtype).rsqrt()
+        entries = (
+            s.freqd_alpha
+            / share
+            * (degrees[ids[rows]] * degrees[near]).to(vectors.student.dtype).rsqrt()
+        )
         place = torch.full_like(degrees, -1)
         place[ids] = torch.arange(len(ids), device=ids.device)
         # Each row begins with itself.

@@ -2,13 +2,15 @@ r"""FTD, full topology distillation: learn how alike the teacher finds any two o
 
 .. math:: \sum_{a,b} \big(\cos(t_a, t_b) - \cos(s_a, s_b)\big)^2
 
-over all ordered pairs of the batch's distinct users and items. No learned part: only cosines are compared, so the widths
-of the two may differ. With :math:`\hat T, \hat S` the rows at length 1 this is
+over all ordered pairs of the batch's distinct users and items. No learned part: only cosines are
+compared, so the widths of the two may differ. With :math:`\hat T, \hat S` the rows at length 1 this
+is
 
 .. math:: \|\hat T\hat T^\top - \hat S\hat S^\top\|^2
     = \|\hat T^\top\hat T\|^2 - 2\,\|\hat T^\top\hat S\|^2 + \|\hat S^\top\hat S\|^2
 
-whose matrices are as wide as vectors, not as long as the batch: every pair counts and none is stored.
+whose matrices are as wide as vectors, not as long as the batch: every pair counts and none is
+stored.
 
 Source: Kang et al., Topology Distillation for Recommender System, KDD 2021.
 """
@@ -21,10 +23,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import unit_rows
-from recbole_rcekd.losses.base import FeatureLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import Vectors
+from recbole_rcekd.core.functional import unit_rows
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class FTDSettings(LossSettings):
     ftd_sides: Literal["both", "users", "items"] = "both"
 
 
-class FTDLoss(FeatureLoss):
+class FTDLoss(EmbeddingLoss):
     """Squared differences of cosines. An item counts once, whether it is among the positives, the negatives or both.
 
     In float32 the value is exact to about 1e-6 of the sum of the teacher's squared cosines.
@@ -49,7 +51,11 @@ class FTDLoss(FeatureLoss):
         sides = [side for side in (users, items) if side is not None]
         student = unit_rows(torch.cat([side.student[: side.n] for side in sides]))
         teacher = unit_rows(torch.cat([side.teacher[: side.n] for side in sides]).detach())
-        return _overlap(teacher, teacher) - 2.0 * _overlap(teacher, student) + _overlap(student, student)
+        return (
+            _overlap(teacher, teacher)
+            - 2.0 * _overlap(teacher, student)
+            + _overlap(student, student)
+        )
 
 
 def _overlap(left: Tensor, right: Tensor) -> Tensor:

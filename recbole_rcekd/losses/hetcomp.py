@@ -1,19 +1,22 @@
 r"""HetComp: learn from earlier states of the teacher first, easy things before hard ones.
 
-A teacher's training leaves a *trajectory* of states, the teacher itself last. Each context is taught by one state of each
-teacher, at first the least trained one, and goes on to the next as the student comes nearer to it
-(:meth:`HetCompLoss.select`). :math:`Q` are the K unseen items that these states find best, P some training items, and R(A)
-all that is neither seen nor in A. While any context is taught by an earlier state, the loss does not look at the order:
+A teacher's training leaves a *trajectory* of states, the teacher itself last. Each context is
+taught by one state of each teacher, at first the least trained one, and goes on to the next as the
+student comes nearer to it (:meth:`HetCompLoss.select`). :math:`Q` are the K unseen items that these
+states find best, P some training items, and R(A) all that is neither seen nor in A. While any
+context is taught by an earlier state, the loss does not look at the order:
 
 .. math:: \ell_\text{easy} = 2 \sum_{i\in P\cup Q} -\log \frac{e^{s_i}}{e^{s_i} + \sum_{j\in R(Q)} e^{s_j}}
 
-and then it does, with PL(A; R) the Plackett–Luce loss of picking A in its order before anything of R:
+and then it does, with PL(A; R) the Plackett–Luce loss of picking A in its order before anything of
+R:
 
 .. math:: \ell_\text{hard} = \mathrm{PL}(P; R(Q_{K/2}))
     + \tfrac12 \big[\mathrm{PL}(Q_{K/2}; R(Q_{K/2})) + \mathrm{PL}(Q_{K/10}; R(Q_{K/10}))\big]
 
-Source: Kang et al., Distillation from Heterogeneous Models for Top-K Recommendation, WWW 2023; woriazzc/RCEKD @ 771322a.
-The authors subtract exponentials, which needs scores cut at ±40; here the sums are taken over what is left.
+Source: Kang et al., Distillation from Heterogeneous Models for Top-K Recommendation, WWW 2023;
+woriazzc/RCEKD @ 771322a. The authors subtract exponentials, which needs scores cut at ±40; here the
+sums are taken over what is left.
 """
 
 from __future__ import annotations
@@ -25,14 +28,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import at_least_float32, places, plackett_luce
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.functional import at_least_float32, places, plackett_luce
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets, Seen
+from recbole_rcekd.losses.candidates import Candidates
 
-# Lists are compared to this depth, and an item at place k weighs e^(−k/10), both in comparing and in merging them.
+# Candidates are compared to this depth, and an item at place k weighs e^(−k/10), both in comparing
+# and in merging them.
 _COMPARED = 50
 _FALL = 10.0
 # Each time a context is looked at, moving on takes so much less.
@@ -59,11 +63,16 @@ class HetCompSettings(LossSettings):
             super()._check_type(name, hint)
             return
         given: Any = self.hetcomp_checkpoints
-        files = [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
+        files = (
+            [part.strip() for part in given.split(",") if part.strip()]
+            if isinstance(given, str)
+            else given
+        )
         if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
             raise SettingsError(
-                f"[hetcomp_checkpoints] is {given!r}, but must be a list of files, the least trained first; write it as "
-                "hetcomp_checkpoints: [epoch-10.pth, epoch-20.pth], for example."
+                f"[hetcomp_checkpoints] is {given!r}, but must be a list of files, the least "
+                "trained first; write it as hetcomp_checkpoints: [epoch-10.pth, epoch-20.pth], for "
+                "example."
             )
         object.__setattr__(self, name, list(files))
 
@@ -76,7 +85,8 @@ class HetCompLoss(KDLoss):
     """HetComp; training positives are in P only.
 
     Attributes:
-        hard: whether the loss looks at the order now: all contexts have come to their teachers' last states.
+        hard: whether the loss looks at the order now: all contexts have come to their teachers'
+            last states.
         stage: the state that teaches each context, for each teacher, ``[n_contexts, n_teachers]``.
     """
 
@@ -90,7 +100,9 @@ class HetCompLoss(KDLoss):
         super().__init__(settings)
         self.checkpoints = settings.hetcomp_checkpoints
         self.stage = torch.zeros((0, 0), dtype=torch.int64)
-        self._stored = torch.zeros((0, 0))  # how far the student was from the next state when this one took over
+        self._stored = torch.zeros(
+            (0, 0)
+        )  # how far the student was from the next state when this one took over
         self._looked = torch.zeros(0, dtype=torch.int64)
         self._arrived: bool | None = False
 
@@ -117,48 +129,61 @@ class HetCompLoss(KDLoss):
             RuntimeError: it is of other contexts.
         """
         if state["looked"].shape != self._looked.shape:
-            raise RuntimeError(f"HetComp's state is of {len(state['looked'])} contexts, not of {len(self._looked)}.")
+            raise RuntimeError(
+                f"HetComp's state is of {len(state['looked'])} contexts, not of "
+                f"{len(self._looked)}."
+            )
         device = self._looked.device
-        self.stage, self._stored, self._looked = (state[name].to(device) for name in ("stage", "stored", "looked"))
+        self.stage, self._stored, self._looked = (
+            state[name].to(device) for name in ("stage", "stored", "looked")
+        )
         self._arrived = None  # found out when there are lists
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[P (K/10) | Q (K), best first]``; 0 where there are fewer.
 
-        Every ``hetcomp_interval`` epochs the student's list is compared with that of each context's next state: it takes
-        over if the discrepancy has fallen by the factor α·0.995^n since the present one did, in the n-th comparison, or has
-        grown.
+        Every ``hetcomp_interval`` epochs the student's list is compared with that of each context's
+        next state: it takes over if the discrepancy has fallen by the factor α·0.995^n since the
+        present one did, in the n-th comparison, or has grown.
 
         Several teachers' lists are merged: an item weighs Σ e^(−k/10) over its places k.
         """
         trajectories = lists.trajectories()
         if not trajectories or any(len(states) < 2 for states in trajectories):
-            raise ValueError("HetCompLoss needs earlier states of each teacher; see Lists.trajectories.")
+            raise ValueError(
+                "HetCompLoss needs earlier states of each teacher; see Candidates.trajectories."
+            )
         if self.stage.shape[1] != len(trajectories):
             self.stage = self.stage.new_zeros((len(self._looked), len(trajectories)))
             self._stored = torch.full(self.stage.shape, torch.nan, device=self.stage.device)
         self._move_on(lists, trajectories)
         k = self.settings.hetcomp_top_k
-        by_teacher = [self._top_of_states(lists, n, states) for n, states in enumerate(trajectories)]
+        by_teacher = [
+            self._top_of_states(lists, n, states) for n, states in enumerate(trajectories)
+        ]
         top = by_teacher[0] if len(by_teacher) == 1 else most_important(by_teacher, k)
         positives = lists.positives(k // 10).masked_fill((top == 0).all(1, keepdim=True), 0)
         return ItemSets(torch.cat([positives, top], dim=1))
 
-    def _top_of_states(self, lists: Lists, teacher: int, states: Sequence[Lists]) -> Tensor:
+    def _top_of_states(
+        self, lists: Candidates, teacher: int, states: Sequence[Candidates]
+    ) -> Tensor:
         """The list of each context's present state."""
         stage = self.stage[lists.ids, teacher]
-        top = torch.zeros((len(stage), self.settings.hetcomp_top_k), dtype=torch.int64, device=stage.device)
+        top = torch.zeros(
+            (len(stage), self.settings.hetcomp_top_k), dtype=torch.int64, device=stage.device
+        )
         for number, state in enumerate(states):
             rows = (stage == number).nonzero().squeeze(1)
             found = self._top_of_state(state.part(rows), top.shape[1])
             top[rows, : found.shape[1]] = found
         return top
 
-    def _top_of_state(self, state: Lists, k: int) -> Tensor:
+    def _top_of_state(self, state: Candidates, k: int) -> Tensor:
         """All lists of a state are made at once: always to the greater depth."""
         return state.teacher_top(max(_COMPARED, self.settings.hetcomp_top_k), unseen=True)[:, :k]
 
-    def _move_on(self, lists: Lists, trajectories: Sequence[Sequence[Lists]]) -> None:
+    def _move_on(self, lists: Candidates, trajectories: Sequence[Sequence[Candidates]]) -> None:
         interval = self.settings.hetcomp_interval
         self._looked[lists.ids] = self._looked[lists.ids].clamp(min=0)
         ends = self.stage.new_tensor([len(states) - 1 for states in trajectories])
@@ -174,12 +199,17 @@ class HetCompLoss(KDLoss):
         for teacher, states in enumerate(trajectories):
             # Of the states 1, 2, …; nobody moves to state 0.
             apart = torch.stack(
-                [discrepancy(student, self._top_of_state(state.part(due), _COMPARED)) for state in states[1:]], dim=1
+                [
+                    discrepancy(student, self._top_of_state(state.part(due), _COMPARED))
+                    for state in states[1:]
+                ],
+                dim=1,
             )
             last = len(states) - 1
             stage, stored = self.stage[ids, teacher], self._stored[ids, teacher]
             now = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
-            # Not "above": 0 of 0 moves on, who agrees or is not taught. A first look has NaN stored, and moves nobody.
+            # Not "above": 0 of 0 moves on, who agrees or is not taught. A first look has NaN
+            # stored, and moves nobody.
             moves = (stage < last) & ((stored >= factor * now) | (stored < now))
             stage = stage + moves
             following = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
@@ -194,7 +224,11 @@ class HetCompLoss(KDLoss):
         """Per row; ``student_scores [B, N]``, column 0 is padding; ``sets.seen`` as ``masks_seen`` has it."""
         if sets.seen is None:
             raise ValueError("HetCompLoss needs seen; see KDLoss.masks_seen.")
-        scores, items, k = at_least_float32(student_scores), sets.items.long(), self.settings.hetcomp_top_k
+        scores, items, k = (
+            at_least_float32(student_scores),
+            sets.items.long(),
+            self.settings.hetcomp_top_k,
+        )
         keep = items != 0
         listed = scores.gather(1, items).masked_fill(~keep, 0.0)
         first = items.shape[1] - k
@@ -205,7 +239,8 @@ class HetCompLoss(KDLoss):
         positives, positives_keep = listed[:, :first], keep[:, :first]
         half, half_keep = listed[:, first : first + k // 2], keep[:, first : first + k // 2]
         rest = _log_sum_of_rest(scores, sets.seen, items[:, first : first + k // 2])
-        # What is below the first tenth: the others of the half, and the rest of the half as one entry.
+        # What is below the first tenth: the others of the half, and the rest of the half as one
+        # entry.
         below = torch.cat([half[:, k // 10 :], rest], dim=1)
         below_keep = torch.cat([half_keep[:, k // 10 :], torch.ones_like(half_keep[:, :1])], dim=1)
         return plackett_luce(positives, rest, positives_keep) + 0.5 * (

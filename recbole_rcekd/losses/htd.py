@@ -3,10 +3,11 @@ r"""HTD, hierarchical topology distillation: how groups of users and items lie t
 .. math:: \ell = \alpha\,\Big[\sum_{a}\sum_{G} \big(\cos(t_a, \bar t_G) - \cos(s_a, \bar s_G)\big)^2
     + \sum_{a,b} M_{ab} \big(\cos(t_a, t_b) - \cos(s_a, s_b)\big)^2\Big] + (1-\alpha)\,\mathrm{GA}
 
-a, b: the batch's distinct users and items; G: the groups that they are in, :math:`\bar t_G` the mean of a group's members in
-the batch (no gradient through it); :math:`M_{ab}` 1 for ordered pairs of one group whose :math:`\cos(t_a, t_b)` is positive.
-The group of an entity is what the gate of :class:`~recbole_rcekd.losses.de.DELoss` finds best for its teacher's vector, and
-GA is that loss: a group is whatever one expert can rebuild. Groups of users and of items are different ones.
+a, b: the batch's distinct users and items; G: the groups that they are in, :math:`\bar t_G` the
+mean of a group's members in the batch (no gradient through it); :math:`M_{ab}` 1 for ordered pairs
+of one group whose :math:`\cos(t_a, t_b)` is positive. The group of an entity is what the gate of
+:class:`~recbole_rcekd.losses.de.DELoss` finds best for its teacher's vector, and GA is that loss: a
+group is whatever one expert can rebuild. Groups of users and of items are different ones.
 
 Source: Kang et al., Topology Distillation for Recommender System, KDD 2021.
 """
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_rcekd.functional import unit_rows
-from recbole_rcekd.losses.base import FeatureLoss
+from recbole_rcekd.core.functional import unit_rows
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import Seen, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
 from recbole_rcekd.losses.de import DELoss, DESettings
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import Seen, Vectors
 
-# Pairs looked at at a time: 16 MB of float32 for each of some five matrices. A gate may put everybody into one group.
+# Pairs looked at at a time: 16 MB of float32 for each of some five matrices. A gate may put
+# everybody into one group.
 _PAIRS = 4_000_000
 
 
@@ -40,7 +42,7 @@ class HTDSettings(LossSettings):
     htd_alpha: float = setting(0.5, low=0.0, high=1.0)
 
 
-class HTDLoss(FeatureLoss):
+class HTDLoss(EmbeddingLoss):
     """Topology in two levels. An item counts once, whether it is among the positives, the negatives or both.
 
     Attributes:
@@ -52,9 +54,13 @@ class HTDLoss(FeatureLoss):
 
     def __init__(self, settings: HTDSettings) -> None:
         super().__init__(settings)
-        self.assignment = DELoss(DESettings(de_sides=settings.htd_sides, de_experts=settings.htd_groups))
+        self.assignment = DELoss(
+            DESettings(de_sides=settings.htd_sides, de_experts=settings.htd_groups)
+        )
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """Experts and a gate for each side."""
         self.assignment.build(student_width, teacher_width, seen, generator)
 
@@ -66,7 +72,9 @@ class HTDLoss(FeatureLoss):
         """Summed over entities and ordered pairs; a user and an item are in no group together."""
         alpha = self.settings.htd_alpha
         users, items = (None if side is None else _counted_once(side) for side in (users, items))
-        sides = {name: side for name, side in (("users", users), ("items", items)) if side is not None}
+        sides = {
+            name: side for name, side in (("users", users), ("items", items)) if side is not None
+        }
         student = torch.cat([side.student for side in sides.values()])
         teacher = torch.cat([side.teacher for side in sides.values()]).detach()
         groups = torch.cat([self.groups(name, side.teacher) for name, side in sides.items()])
@@ -101,7 +109,9 @@ def within_groups(student: Tensor, teacher: Tensor, groups: Tensor) -> Tensor:
     """Squared differences of cosines over ordered pairs of one group that are alike (cosine above 0) for the teacher."""
     order = groups.argsort()
     _, counts = torch.unique_consecutive(groups[order], return_counts=True)
-    found: Tensor = _WithinGroups.apply(unit_rows(student), unit_rows(teacher), torch.split(order, counts.tolist()))  # type: ignore[no-untyped-call]
+    found: Tensor = _WithinGroups.apply(
+        unit_rows(student), unit_rows(teacher), torch.split(order, counts.tolist())
+    )  # type: ignore[no-untyped-call]
     return found
 
 

@@ -4,12 +4,13 @@ r"""LambdaLoss: pairs weighted by what swapping them would change in NDCG of the
     \frac{(G_i - G_j)\, \big|d(r_i) - d(r_j)\big|}{\mathrm{IDCG}} \, \log\big(1 + e^{-(s_i - s_j)}\big), \qquad
     d(r) = \frac{1}{\log_2(1+r)}
 
-with j in :math:`Q_T` or in the student's top-M. Gains G are the teacher's softmax on :math:`Q_T`, 0 elsewhere; IDCG is the DCG
-of :math:`Q_T` in the teacher's order. Ranks r are the places in the student's top-M when the lists were made, and M + 1 for
-what is not in it; scores are those of the step. So each pair weighs as much NDCG as its swap would give or take.
+with j in :math:`Q_T` or in the student's top-M. Gains G are the teacher's softmax on :math:`Q_T`, 0
+elsewhere; IDCG is the DCG of :math:`Q_T` in the teacher's order. Ranks r are the places in the
+student's top-M when the lists were made, and M + 1 for what is not in it; scores are those of the
+step. So each pair weighs as much NDCG as its swap would give or take.
 
-Source: Wang et al., The LambdaLoss Framework for Ranking Metric Optimization, CIKM 2018, in its LambdaRank form; a teacher's
-probabilities for labels are ours.
+Source: Wang et al., The LambdaLoss Framework for Ranking Metric Optimization, CIKM 2018, in its
+LambdaRank form; a teacher's probabilities for labels are ours.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax, places
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import at_least_float32, is_member, masked_softmax, places
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class LambdaLossSettings(LossSettings):
 
     def longest_list(self) -> tuple[str, ...]:
         """The longer of the two lists, which may have everything in common."""
-        return (max(("lambdaloss_top_k", "lambdaloss_pool"), key=lambda key: int(getattr(self, key))),)
+        return (
+            max(("lambdaloss_top_k", "lambdaloss_pool"), key=lambda key: int(getattr(self, key))),
+        )
 
 
 class LambdaLossLoss(KDLoss):
@@ -47,11 +50,13 @@ class LambdaLossLoss(KDLoss):
     settings_type = LambdaLossSettings
     settings: LambdaLossSettings
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[the student's top-M, best first | Q_T (K)]``; the teacher's scores are those of Q_T (−∞ elsewhere)."""
         pool = lists.student_top(self.settings.lambdaloss_pool)
         teacher_top = lists.teacher_top(self.settings.lambdaloss_top_k)
-        scores = torch.nn.functional.pad(lists.teacher_scores(teacher_top), (pool.shape[1], 0), value=-torch.inf)
+        scores = torch.nn.functional.pad(
+            lists.teacher_scores(teacher_top), (pool.shape[1], 0), value=-torch.inf
+        )
         return ItemSets(torch.cat([pool, teacher_top], dim=1), scores)
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:

@@ -2,11 +2,12 @@ r"""ListMLE: the likelihood of the teacher's order of its top-K, under the stude
 
 .. math:: \ell = \sum_{k=1}^{K} \Big[\log\sum_{k'\ge k} e^{s_{\pi_{k'}}} - s_{\pi_k}\Big]
 
-with π the teacher's top-K, best first: the Plackett–Luce model picks them one by one in this order. Nothing but the order
-counts: not how far apart the teacher's scores are, and not where the other items stand.
+with π the teacher's top-K, best first: the Plackett–Luce model picks them one by one in this order.
+Nothing but the order counts: not how far apart the teacher's scores are, and not where the other
+items stand.
 
-Source: Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008. Taking a teacher's list for the
-truth is ours.
+Source: Xia et al., Listwise Approach to Learning to Rank: Theory and Algorithm, ICML 2008. Taking a
+teacher's list for the truth is ours.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recbole_rcekd.functional import plackett_luce
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import plackett_luce
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class ListMLESettings(LossSettings):
 class ListMLELoss(KDLoss):
     """ListMLE on the teacher's top-K.
 
-    Relations: :class:`~recbole_rcekd.losses.rrd.RRDLoss` has a tail of other items below the list, and
-    :class:`~recbole_rcekd.losses.ce.CELoss` learns the teacher's probabilities on the same list instead of its order.
+    Relations: :class:`~recbole_rcekd.losses.rrd.RRDLoss` has a tail of other items below the list,
+        and
+    :class:`~recbole_rcekd.losses.ce.CELoss` learns the teacher's probabilities on the same list
+      instead of its order.
     """
 
     settings_type = ListMLESettings
     settings: ListMLESettings
     renewed = False
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """The teacher's top-K, best first."""
         items = lists.teacher_top(self.settings.listmle_top_k)
         return ItemSets(items, keep=items != 0)

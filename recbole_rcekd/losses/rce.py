@@ -6,16 +6,19 @@ For each user, with :math:`Q_T, Q_S` the top-K lists of teacher and student:
     \ell_1 &= \mathrm{CE}_{Q_S}, \qquad \ell_2 = \mathrm{CE}_{A}, \quad A = (Q_T \setminus Q_S) \cup \text{samples} \\
     \ell   &= (1-\gamma)\,\ell_1 + \gamma\,\ell_2, \qquad \gamma = e^{-\beta\,|Q_T\cap Q_S|/|Q_T|}
 
-where :math:`\mathrm{CE}_J = -\sum_{i\in J}\sigma_J(t/\tau)_i\log\sigma_J(s/\tau)_i`. The samples are L of the student's
-top-M, drawn without replacement with :math:`p_j\propto e^{z_j/T}`, z the number of :math:`Q_T\setminus Q_S` that the
-student ranks below j: likely blockers, which make A almost closed. A teacher that lists fewer than K items has a shorter
+where :math:`\mathrm{CE}_J = -\sum_{i\in J}\sigma_J(t/\tau)_i\log\sigma_J(s/\tau)_i`. The samples
+are L of the student's top-M, drawn without replacement with :math:`p_j\propto e^{z_j/T}`, z the
+number of :math:`Q_T\setminus Q_S` that the student ranks below j: likely blockers, which make A
+almost closed. A teacher that lists fewer than K items has a shorter
 :math:`Q_T`; with an empty one the loss is 0.
 
-Variants: uniform items join A (``rce_tail_samples``), weights multiply the teacher's probabilities (``rce_popularity_tilt``,
-``rce_rank_boost``, ``rce_history_boost``), and T is the one that leaves A most nearly closed (``auto``).
+Variants: uniform items join A (``rce_tail_samples``), weights multiply the teacher's probabilities
+(``rce_popularity_tilt``, ``rce_rank_boost``, ``rce_history_boost``), and T is the one that leaves A
+most nearly closed (``auto``).
 
-Source: Rejuvenating Cross-Entropy Loss in Knowledge Distillation for Recommender Systems, ICLR 2026 (arXiv 2509.20989);
-authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting; see METHODS.md.
+Source: Rejuvenating Cross-Entropy Loss in Knowledge Distillation for Recommender Systems, ICLR 2026
+(arXiv 2509.20989); authors' code woriazzc/RCEKD @ 771322a. Where the two differ, each is a setting;
+see METHODS.md.
 """
 
 from __future__ import annotations
@@ -28,9 +31,9 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from recbole_rcekd.diagnostics import mean_closure_gaps
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.functional import (
+from recbole_rcekd.core.closure import mean_closure_gaps
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.functional import (
     draw_without_replacement,
     is_member,
     mixed_cross_entropy,
@@ -38,14 +41,15 @@ from recbole_rcekd.functional import (
     soft_cross_entropy,
     votes_from_below,
 )
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 # The authors' code never counts more than this many votes (`playground.py` @ 771322a).
 _CODE_MAX_VOTES = 50
-# What `rce_sampling_temperature: auto` tries. Votes are at most K, so the last is as good as uniform.
+# What `rce_sampling_temperature: auto` tries. Votes are at most K, so the last is as good as
+# uniform.
 _TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
 # Until it was tuned: the paper's.
 _FIRST_TEMPERATURE = 10.0
@@ -77,8 +81,8 @@ class RCESettings(LossSettings):
         for key in ("rce_top_k", "rce_samples"):
             if getattr(self, key) > self.rce_pool:
                 raise SettingsError(
-                    f"[{key}]={getattr(self, key)} is larger than [rce_pool]={self.rce_pool}, the student's list it is "
-                    f"taken from. Raise rce_pool or lower {key}."
+                    f"[{key}]={getattr(self, key)} is larger than [rce_pool]={self.rce_pool}, the "
+                    f"student's list it is taken from. Raise rce_pool or lower {key}."
                 )
 
     def longest_list(self) -> tuple[str, ...]:
@@ -92,9 +96,9 @@ def blocker_votes(hits: Tensor, top_k: int, mode: str) -> Tensor:
     Args:
         hits: which of the student's top-M, best first, are in Q_T, bool ``[n, M]``.
         top_k: K.
-        mode: ``paper``: only Q_T∖Q_S votes, strictly below. (Members of it that lie beyond M would add the same number
-            everywhere, which cancels in p.) ``code``: all of Q_T inside the pool, the position itself included, at
-            most 50.
+        mode: ``paper``: only Q_T∖Q_S votes, strictly below. (Members of it that lie beyond M would
+            add the same number everywhere, which cancels in p.) ``code``: all of Q_T inside the
+            pool, the position itself included, at most 50.
     """
     if mode == "code":
         return votes_from_below(hits, inclusive=True).clamp(max=_CODE_MAX_VOTES)
@@ -112,8 +116,8 @@ def _marked(place: Tensor, n: int) -> Tensor:
 class RCELoss(KDLoss):
     """RCE-KD, and its ablations through ``rce_terms`` and ``rce_gamma``.
 
-    Relations: ``rce_terms: l1`` is :class:`~recbole_rcekd.losses.ce.CELoss` on the student's top-K; with
-    ``rce_samples: 0`` and ``rce_beta: 0`` it is cross-entropy on Q_T without Q_S.
+    Relations: ``rce_terms: l1`` is :class:`~recbole_rcekd.losses.ce.CELoss` on the student's top-K;
+    with ``rce_samples: 0`` and ``rce_beta: 0`` it is cross-entropy on Q_T without Q_S.
     """
 
     settings_type = RCESettings
@@ -126,13 +130,15 @@ class RCELoss(KDLoss):
         self.temperature = settings.rce_temperature
         self._sampling_temperature = _FIRST_TEMPERATURE if temperature == "auto" else temperature
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """Columns ``[Q_S (K) | samples (L) | tail | Q_T (K)]``; Q_T is masked where it is already in one of the others."""
         s = self.settings
         teacher_top, pool = lists.teacher_top(s.rce_top_k), lists.student_top(s.rce_pool)
         return self._select(teacher_top, pool, self._sampling_temperature, lists)
 
-    def _select(self, teacher_top: Tensor, pool: Tensor, temperature: float, lists: Lists) -> ItemSets:
+    def _select(
+        self, teacher_top: Tensor, pool: Tensor, temperature: float, lists: Candidates
+    ) -> ItemSets:
         s = self.settings
         # Rows to which little is allowed have short lists, with 0 at the end, which is no item.
         place = places(pool, teacher_top).masked_fill_(pool == 0, -1)
@@ -148,7 +154,7 @@ class RCELoss(KDLoss):
         sets = self.build(pool[:, : s.rce_top_k], sampled, teacher_top, shared, in_sample, lists)
         return self._weighted(sets, pool, lists)
 
-    def _weighted(self, sets: ItemSets, pool: Tensor, lists: Lists) -> ItemSets:
+    def _weighted(self, sets: ItemSets, pool: Tensor, lists: Candidates) -> ItemSets:
         """The log of each item's target weight goes to the teacher's score, times τ, by which :meth:`forward` divides."""
         s, items = self.settings, sets.items
         scores = cast(Tensor, sets.teacher_scores)
@@ -159,12 +165,14 @@ class RCELoss(KDLoss):
             place = places(items, pool)
             # Beyond the pool: the rank after it.
             rank = 1 + place.masked_fill(place < 0, pool.shape[1]).to(scores.dtype)
-            weights += (s.rce_rank_boost * ((rank - s.rce_top_k) / s.rce_rank_boost_scale).sigmoid()).log1p()
+            weights += (
+                s.rce_rank_boost * ((rank - s.rce_top_k) / s.rce_rank_boost_scale).sigmoid()
+            ).log1p()
         if s.rce_history_boost:
             weights += math.log1p(s.rce_history_boost) * lists.is_seen(items).to(scores.dtype)
         return dataclasses.replace(sets, teacher_scores=scores + s.rce_temperature * weights)
 
-    def tune(self, lists: Lists) -> None:
+    def tune(self, lists: Candidates) -> None:
         """Take the sampling temperature whose draws leave the smallest mean Δ (METHODS.md, T3), with the same noise for all."""
         if len(lists.contexts) == 0:
             return
@@ -176,7 +184,9 @@ class RCELoss(KDLoss):
             lists.generator.set_state(state)
             pairs.append(self.closure_sets(self._select(teacher_top, pool, temperature, lists)))
         # The targets are the same in all: they are not drawn.
-        gaps = mean_closure_gaps(pairs[0][0], [support for _, support in pairs], rows, self.temperature)
+        gaps = mean_closure_gaps(
+            pairs[0][0], [support for _, support in pairs], rows, self.temperature
+        )
         self._sampling_temperature = _TEMPERATURES[gaps.index(min(gaps))]
 
     def numbers(self) -> dict[str, float]:
@@ -190,7 +200,7 @@ class RCELoss(KDLoss):
         teacher_top: Tensor,
         shared: Tensor,
         in_sample: Tensor,
-        lists: Lists,
+        lists: Candidates,
     ) -> ItemSets:
         """Lay the three lists out in columns, with the mask, γ and the teacher's scores."""
         s = self.settings
@@ -201,7 +211,8 @@ class RCELoss(KDLoss):
         items = torch.cat([student_top, sampled, teacher_top], dim=1)
         keep = torch.cat([sampled != 0, ~(shared | in_sample) & listed], dim=1)
         if s.rce_terms == "no_split":
-            # One cross-entropy on the union: the student's top-K counts once, whether it was drawn or not.
+            # One cross-entropy on the union: the student's top-K counts once, whether it was drawn
+            # or not.
             keep[:, : sampled.shape[1]] &= ~is_member(sampled, student_top)
         n_listed = listed.sum(1).clamp(min=1)
         overlap = shared.sum(1) / n_listed
@@ -209,7 +220,8 @@ class RCELoss(KDLoss):
         gamma = torch.exp(-s.rce_beta * counted)
         if s.rce_gamma == "constant":
             gamma = torch.full_like(gamma, s.rce_gamma_value)
-        # Of whom the teacher says nothing: all weight on the second term, which keeps nothing, so it is 0.
+        # Of whom the teacher says nothing: all weight on the second term, which keeps nothing, so
+        # it is 0.
         return ItemSets(
             items=items,
             teacher_scores=lists.teacher_scores(items).masked_fill(~taught, 0.0),
@@ -227,10 +239,14 @@ class RCELoss(KDLoss):
         if terms == "no_split":
             return soft_cross_entropy(student_scores, teacher, self._keep_all(sets), tau)
         if terms == "l1":
-            return soft_cross_entropy(student_scores[:, :k], teacher[:, :k], sets.items[:, :k] != 0, tau)
+            return soft_cross_entropy(
+                student_scores[:, :k], teacher[:, :k], sets.items[:, :k] != 0, tau
+            )
         if terms == "l2":
             return soft_cross_entropy(student_scores[:, k:], teacher[:, k:], sets.keep, tau)
-        return mixed_cross_entropy(student_scores, teacher, k, sets.gamma, self._keep_all(sets), tau)
+        return mixed_cross_entropy(
+            student_scores, teacher, k, sets.gamma, self._keep_all(sets), tau
+        )
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets]:
         """J = what the student misses of the teacher's top-K, A = J and the samples: how well the draw closes it.
@@ -254,4 +270,6 @@ class RCELoss(KDLoss):
 
     def _keep_all(self, sets: ItemSets) -> Tensor:
         """The mask of all columns: the student's top-K counts in full, where there is one."""
-        return torch.cat([sets.items[:, : self.settings.rce_top_k] != 0, cast(Tensor, sets.keep)], dim=1)
+        return torch.cat(
+            [sets.items[:, : self.settings.rce_top_k] != 0, cast(Tensor, sets.keep)], dim=1
+        )

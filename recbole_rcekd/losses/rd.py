@@ -4,11 +4,13 @@ r"""RD, ranking distillation: the teacher's best unseen items as positives, weig
     a_r = \frac{e^{-r/\lambda_p}}{\sum_{r'} e^{-r'/\lambda_p}}, \qquad
     b_r = \max\big(0, \tanh(\mu(\hat r_r - r))\big)
 
-with π the teacher's top-K unseen items. The student's rank :math:`\hat r = \lfloor (N-1)\,f \rfloor` is estimated from the
-share f of n random unseen items that it scores higher, as it stands in that step. :math:`w = a` before
-``rd_start_epoch``, :math:`w = a\,b` from then on; no gradient is taken of w.
+with π the teacher's top-K unseen items. The student's rank
+:math:`\hat r = \lfloor (N-1)\,f \rfloor` is estimated from the share f of n random unseen items
+that it scores higher, as it stands in that step. :math:`w = a` before ``rd_start_epoch``,
+:math:`w = a\,b` from then on; no gradient is taken of w.
 
-Source: Tang & Wang, Ranking Distillation, KDD 2018; ``rd_weights: port`` is woriazzc/RCEKD @ 771322a, which counts
+Source: Tang & Wang, Ranking Distillation, KDD 2018; ``rd_weights: port`` is woriazzc/RCEKD @
+    771322a, which counts
 :math:`\hat r` from 1 and divides :math:`a\,b` by its sum.
 """
 
@@ -21,11 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recbole_rcekd.functional import at_least_float32, count_above, masked_log_softmax
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import at_least_float32, count_above, masked_log_softmax
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 # A whole rank must not be rounded to the one below it in float32.
 _ROUNDING = 1e-5
@@ -54,7 +56,7 @@ class RDLoss(KDLoss):
     settings_type = RDSettings
     settings: RDSettings
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[teacher's top-K | n samples]``; γ is 1 once the student's ranks count, and 0 before."""
         s = self.settings
         head = lists.teacher_top(s.rd_top_k, unseen=True)
@@ -82,7 +84,9 @@ class RDLoss(KDLoss):
         weights = self._weights(head.detach(), samples, sets.keep[:, :k], sets.gamma, sets.log_tail)
         return (weights * softplus(-head)).sum(-1)
 
-    def _weights(self, head: Tensor, samples: Tensor, keep: Tensor, gamma: Tensor, log_tail: Tensor) -> Tensor:
+    def _weights(
+        self, head: Tensor, samples: Tensor, keep: Tensor, gamma: Tensor, log_tail: Tensor
+    ) -> Tensor:
         """W ``[B, K]``, 0 for what does not count."""
         s = self.settings
         rank = (keep.cumsum(1) - 1).to(head.dtype)

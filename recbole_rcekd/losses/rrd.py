@@ -3,14 +3,16 @@ r"""RRD, relaxed ranking distillation: learn the teacher's order at the top, and
 .. math:: \ell = \sum_{k=1}^{K}
     \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
 
-with π the "interesting" items in the teacher's order and the rest "uninteresting" ones. Interesting: K of the teacher's
-top-P unseen items, drawn without replacement with :math:`p_r\propto e^{-r/T}`. Uninteresting: L items drawn uniformly
-from what is neither seen nor in that list. ``rrd_sample: False`` takes the first K and, as the rest, the next L: the
-HetComp authors report that to be better. ``rrd_item_weight`` adds the item side of IR-RRD: the same for each item, over
-users.
+with π the "interesting" items in the teacher's order and the rest "uninteresting" ones.
+Interesting: K of the teacher's top-P unseen items, drawn without replacement with
+:math:`p_r\propto e^{-r/T}`. Uninteresting: L items drawn uniformly from what is neither seen nor in
+that list. ``rrd_sample: False`` takes the first K and, as the rest, the next L: the HetComp authors
+report that to be better. ``rrd_item_weight`` adds the item side of IR-RRD: the same for each item,
+over users.
 
-Source: Kang et al., DE-RRD, CIKM 2020; IR-RRD, Information Sciences 2021; woriazzc/RCEKD @ 771322a. One deviation: the
-scores are not cut at 80, which the log-space form does not need and which kills gradients.
+Source: Kang et al., DE-RRD, CIKM 2020; IR-RRD, Information Sciences 2021; woriazzc/RCEKD @ 771322a.
+One deviation: the scores are not cut at 80, which the log-space form does not need and which kills
+gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import draw_without_replacement, plackett_luce
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import draw_without_replacement, plackett_luce
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class RRDLoss(KDLoss):
         super().__init__(settings)
         self.renewed = settings.rrd_sample
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[interesting (K), in teacher order | uninteresting (L)]``; entries that a user lacks are masked."""
         s = self.settings
         if not s.rrd_sample:
@@ -69,7 +71,9 @@ class RRDLoss(KDLoss):
         longest = (lists.n_unseen().unsqueeze(1) - s.rrd_rest).clamp(min=s.rrd_top_k)
         pool = pool.masked_fill(rank > longest, 0)
         log_weights = (-rank / s.rrd_sampling_temperature).masked_fill(pool == 0, -torch.inf)
-        drawn = draw_without_replacement(log_weights, min(s.rrd_top_k, pool.shape[1]), lists.generator)
+        drawn = draw_without_replacement(
+            log_weights, min(s.rrd_top_k, pool.shape[1]), lists.generator
+        )
         head = pool.gather(1, drawn.sort(1).values)
         tail = lists.draw_unseen(s.rrd_rest, outside=pool)
         items = torch.cat([head, tail], dim=1)
@@ -80,10 +84,14 @@ class RRDLoss(KDLoss):
         if sets.keep is None:
             raise ValueError("RRDLoss needs keep; see RRDLoss.select.")
         k = sets.items.shape[1] - self.settings.rrd_rest
-        return plackett_luce(student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:])
+        return plackett_luce(
+            student_scores[:, :k], student_scores[:, k:], sets.keep[:, :k], sets.keep[:, k:]
+        )
 
     def item_side(self) -> tuple[KDLoss, float] | None:
         """The same loss over users for each item."""
         if self.settings.rrd_item_weight == 0.0:
             return None
-        return RRDLoss(dataclasses.replace(self.settings, rrd_item_weight=0.0)), self.settings.rrd_item_weight
+        return RRDLoss(
+            dataclasses.replace(self.settings, rrd_item_weight=0.0)
+        ), self.settings.rrd_item_weight

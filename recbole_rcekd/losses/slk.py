@@ -4,12 +4,13 @@ r"""SL@K for distillation: cross-entropy over the catalogue, weighted by whether
     \Big[\log\sum_{j\in I} e^{s_j/\tau} - s_i/\tau\Big], \qquad
     w_i = \sigma\big((s_i - \beta)/\tau_w\big)
 
-with β the score of the student's K-th best item, the border of its top K. Of NDCG@K only what lies above the border counts;
-w is a soft form of that: an item far below it, which no step will lift into the top K, weighs little. The item at the border
-is looked up with the lists, its score in every step. The weights are taken as constants.
+with β the score of the student's K-th best item, the border of its top K. Of NDCG@K only what lies
+above the border counts; w is a soft form of that: an item far below it, which no step will lift
+into the top K, weighs little. The item at the border is looked up with the lists, its score in
+every step. The weights are taken as constants.
 
-Source: Breaking the Top-K Barrier (SL@K), KDD 2025, arXiv 2508.05673, for labels; a teacher's top items and probabilities in
-their place are ours.
+Source: Breaking the Top-K Barrier (SL@K), KDD 2025, arXiv 2508.05673, for labels; a teacher's top
+items and probabilities in their place are ours.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recbole_rcekd.catalogue import catalogue_cross_entropy
-from recbole_rcekd.functional import at_least_float32, masked_softmax
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.full_softmax import catalogue_cross_entropy
+from recbole_rcekd.core.functional import at_least_float32, masked_softmax
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,23 @@ class SLKSettings(LossSettings):
 class SLKLoss(KDLoss):
     """Cross-entropy over the catalogue with the soft weights of SL@K.
 
-    Relations: with all weights 1 it is :class:`~recbole_rcekd.losses.fce.FCELoss` (``fce_target: teacher``).
+    Relations: with all weights 1 it is :class:`~recbole_rcekd.losses.fce.FCELoss`
+        (``fce_target: teacher``).
     """
 
     settings_type = SLKSettings
     settings: SLKSettings
     scores_all_items = True
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[Q_T | the student's K-th best item]``; of the last there is no teacher score to learn (−∞)."""
         teacher_top = lists.teacher_top(self.settings.slk_top_k)
         border = lists.student_top(self.settings.slk_cut)[:, -1:]
         scores = lists.teacher_scores(teacher_top)
         no_target = torch.full_like(scores[:, :1], -torch.inf)
-        return ItemSets(torch.cat([teacher_top, border], dim=1), torch.cat([scores, no_target], dim=1))
+        return ItemSets(
+            torch.cat([teacher_top, border], dim=1), torch.cat([scores, no_target], dim=1)
+        )
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
         """Per row; ``student_scores [B, N]``, column 0 is padding. Without a list of the teacher the loss is 0."""
@@ -73,4 +77,6 @@ class SLKLoss(KDLoss):
         weight = torch.sigmoid((listed - border) / s.slk_cut_temperature)
         teacher = at_least_float32(sets.teacher_scores.detach())[:, :-1]
         target = masked_softmax(teacher / s.slk_temperature, keep)
-        return catalogue_cross_entropy(scores, sets.items[:, :-1], target * weight, s.slk_temperature)
+        return catalogue_cross_entropy(
+            scores, sets.items[:, :-1], target * weight, s.slk_temperature
+        )

@@ -2,10 +2,12 @@ r"""Softmax: a control. The student alone, with a softmax over the catalogue on 
 
 .. math:: \ell = \log\sum_{j\in I} e^{s_j/\tau} - \frac{1}{|P|} \sum_{i\in P} s_i/\tau
 
-P: training items of the user, up to n drawn at random; of a row of a sequence its target. No teacher is asked. What a method
-of distillation gains over a student with a pairwise loss may be the gain of a normaliser over all items: this tells.
+P: training items of the user, up to n drawn at random; of a row of a sequence its target. No
+teacher is asked. What a method of distillation gains over a student with a pairwise loss may be the
+gain of a normaliser over all items: this tells.
 
-Source: softmax cross-entropy of labels, as in Bruch et al., ICTIR 2019, where it bounds NDCG; as a control, ours.
+Source: softmax cross-entropy of labels, as in Bruch et al., ICTIR 2019, where it bounds NDCG; as a
+    control, ours.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from recbole_rcekd.catalogue import catalogue_cross_entropy
-from recbole_rcekd.functional import at_least_float32
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.full_softmax import catalogue_cross_entropy
+from recbole_rcekd.core.functional import at_least_float32
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class SoftmaxLoss(KDLoss):
     replaces_base = True
     scores_all_items = True
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """Up to n training items, 0 where there are fewer."""
         return ItemSets(lists.positives(self.settings.softmax_positives))
 

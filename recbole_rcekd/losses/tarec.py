@@ -3,17 +3,18 @@ r"""TARec in spirit: Wasserstein distance of the lists, contrast of the vectors,
 .. math:: \ell = \sum_{k=1}^{|J|} \big|F_T(k) - F_S(k)\big|, \qquad
     F(k) = \sum_{j\le k} \sigma_J(\cdot/\tau)_j, \qquad J = Q_T\cup Q_S \text{ in the teacher's order}
 
-the Wasserstein-1 distance of the two softmaxes, where an item lies as many steps from another as there are places between
-them in the teacher's list. Its gradient by F_S(k) is the sign of F_S(k) − F_T(k), 0 where they meet. The contrast is
-InfoNCE between the student's projected vector of a user (or item) and the teacher's, against the teacher's of others in
-the batch (:class:`TARecContrast`).
+the Wasserstein-1 distance of the two softmaxes, where an item lies as many steps from another as
+there are places between them in the teacher's list. Its gradient by F_S(k) is the sign of F_S(k) −
+F_T(k), 0 where they meet. The contrast is InfoNCE between the student's projected vector of a user
+(or item) and the teacher's, against the teacher's of others in the batch (:class:`TARecContrast`).
 
-The assistant, a model of the student's kind and of ``tarec_assistant_size``, is the business of ``run_recbole_kd``, which
-trains it first and lets it teach. :class:`~recbole_rcekd.trainer.DistillTrainer` knows no assistant: whatever teacher it
-is given teaches; to have one there, train it and pass it on as the next teacher.
+The assistant, a model of the student's kind and of ``tarec_assistant_size``, is the business of
+``run_recbole_kd``, which trains it first and lets it teach.
+:class:`~recbole_rcekd.training.trainer.DistillTrainer` knows no assistant: whatever teacher it is
+given teaches; to have one there, train it and pass it on as the next teacher.
 
-Source: Zhuang et al., WWW 2025, "Teacher-Assisted Wasserstein Knowledge Distillation", from its abstract: approximate, no
-code of the authors was found; see METHODS.md.
+Source: Zhuang et al., WWW 2025, "Teacher-Assisted Wasserstein Knowledge Distillation", from its
+abstract: approximate, no code of the authors was found; see METHODS.md.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recbole_rcekd.functional import at_least_float32, is_member, masked_softmax
-from recbole_rcekd.item_sets import Lists
-from recbole_rcekd.losses.base import FeatureLoss, KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets, Seen, Vectors
+from recbole_rcekd.core.functional import at_least_float32, is_member, masked_softmax
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets, Seen, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss, KDLoss
+from recbole_rcekd.losses.candidates import Candidates
 
-# Vectors are told apart from at most so many: a batch of 2,048 rows has some 4,000 items, whose square is slow on a CPU.
+# Vectors are told apart from at most so many: a batch of 2,048 rows has some 4,000 items, whose
+# square is slow on a CPU.
 _CONTRASTED_AT_A_TIME = 512
 # A squared length that is taken for 0.
 _TINY = 1e-24
@@ -59,14 +61,17 @@ class TARecLoss(KDLoss):
     settings_type = TARecSettings
     settings: TARecSettings
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``Q_T ∪ Q_S`` in the teacher's order, each item once, then what is masked.
 
-        Items that a teacher scores alike (what a score file does not list) stand in the student's order.
+        Items that a teacher scores alike (what a score file does not list) stand in the student's
+        order.
         """
         k = self.settings.tarec_top_k
         teacher_top, student_top = lists.teacher_top(k), lists.student_top(k)
-        items = torch.cat([teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1)
+        items = torch.cat(
+            [teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1
+        )
         scores = lists.teacher_scores(items).masked_fill(items == 0, -torch.inf)
         scores, order = scores.sort(dim=1, descending=True, stable=True)
         return ItemSets(items.gather(1, order), scores, scores != -torch.inf)
@@ -77,52 +82,68 @@ class TARecLoss(KDLoss):
             raise ValueError("TARecLoss needs teacher_scores and keep; see TARecLoss.select.")
         student, teacher = (
             masked_softmax(scores / self.settings.tarec_temperature, sets.keep)
-            for scores in (at_least_float32(student_scores), at_least_float32(sets.teacher_scores.detach()))
+            for scores in (
+                at_least_float32(student_scores),
+                at_least_float32(sets.teacher_scores.detach()),
+            )
         )
         return (student - teacher).cumsum(-1).abs().masked_fill(~sets.keep, 0.0).sum(-1)
 
-    def feature_side(self) -> tuple[FeatureLoss, float] | None:
+    def feature_side(self) -> tuple[EmbeddingLoss, float] | None:
         """The contrast of vectors."""
         weight = self.settings.tarec_contrast_weight
         return None if weight == 0.0 else (TARecContrast(self.settings), weight)
 
 
-class TARecContrast(FeatureLoss):
+class TARecContrast(EmbeddingLoss):
     r"""InfoNCE between a linear projection of the student's vectors and the teacher's.
 
     .. math:: \ell = \sum_i -w_i \log \frac{e^{\cos(W s_i, t_i)/\tau}}{\sum_j e^{\cos(W s_i, t_j)/\tau}}
 
-    with j over the batch's users, or items; where these are more than 512, over those of i's random part of at most 512.
-    W is learned, one for each side.
+    with j over the batch's users, or items; where these are more than 512, over those of i's random
+    part of at most 512. W is learned, one for each side.
     """
 
     settings_type = TARecSettings
     settings: TARecSettings
     left_out_by = "tarec_contrast_weight: 0"
 
-    def build(self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator) -> None:
+    def build(
+        self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
+    ) -> None:
         """The projections W."""
         self.projections = nn.ModuleDict(
-            {f"of_{side}": nn.Linear(student_width, teacher_width, bias=False) for side in self.sides}
+            {
+                f"of_{side}": nn.Linear(student_width, teacher_width, bias=False)
+                for side in self.sides
+            }
         )
         self._generator = generator
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
         """The weighted sum over the batch's users and items."""
         given = {"users": users, "items": items}
-        terms = [self._contrast(side, vectors) for side, vectors in given.items() if vectors is not None]
+        terms = [
+            self._contrast(side, vectors) for side, vectors in given.items() if vectors is not None
+        ]
         return torch.stack(terms).sum()
 
     def _contrast(self, side: str, vectors: Vectors) -> Tensor:
-        # (W s)·t is s·(Wᵀ t), and |W s|² is s·(WᵀW) s: what is compared is as short as the student's vectors.
+        # (W s)·t is s·(Wᵀ t), and |W s|² is s·(WᵀW) s: what is compared is as short as the
+        # student's vectors.
         projection: Any = self.projections[f"of_{side}"]
         weight, student = projection.weight, vectors.student
         square = ((student @ (weight.t() @ weight)) * student).sum(1, keepdim=True)
         student = student / square.clamp(min=_TINY).sqrt()
-        teacher = nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1) @ weight
+        teacher = (
+            nn.functional.normalize(vectors.teacher.detach().to(student.dtype), dim=1) @ weight
+        )
         total: Tensor = student.new_zeros(())
         for part in self._parts(vectors.n, student.device):
-            alike = at_least_float32(student[part] @ teacher[part].t()) / self.settings.tarec_contrast_temperature
+            alike = (
+                at_least_float32(student[part] @ teacher[part].t())
+                / self.settings.tarec_contrast_temperature
+            )
             own = torch.arange(len(part), device=part.device)
             lost = nn.functional.cross_entropy(alike, own, reduction="none")
             total = total + (vectors.weights[part] * lost).sum()

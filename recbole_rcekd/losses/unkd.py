@@ -1,15 +1,17 @@
 r"""UnKD, unbiased knowledge distillation: pairs of items that are about equally popular, in the teacher's order.
 
-The items are cut by popularity into G groups with about the same number of interactions each. Of every group a user gets a
-quota of pairs (a, b) from the teacher's top-P unseen items of the *group*, a the better one:
+The items are cut by popularity into G groups with about the same number of interactions each. Of
+every group a user gets a quota of pairs (a, b) from the teacher's top-P unseen items of the
+*group*, a the better one:
 
 .. math:: \ell = \frac1n \sum_{(a,b)} \log\big(1 + e^{s_b - s_a}\big)
 
-The two places of a pair are drawn independently with :math:`p_r \propto e^{-r/T}`, and again where they are the same.
-A teacher's bias towards what is popular is a difference between groups, which no pair shows.
+The two places of a pair are drawn independently with :math:`p_r \propto e^{-r/T}`, and again where
+they are the same. A teacher's bias towards what is popular is a difference between groups, which no
+pair shows.
 
-Source: Chen et al., Unbiased Knowledge Distillation for Recommendation, WSDM 2023. The port in woriazzc/RCEKD @ 771322a
-does not run as published.
+Source: Chen et al., Unbiased Knowledge Distillation for Recommendation, WSDM 2023. The port in
+woriazzc/RCEKD @ 771322a does not run as published.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from recbole_rcekd.functional import at_least_float32
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import at_least_float32
+from recbole_rcekd.core.settings import LossSettings, setting
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.settings import LossSettings, setting
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 
 # The share of the least popular group's mean popularity is rounded, and not less than this.
 _DECIMALS, _SMALLEST_SHARE = 2, 0.1
@@ -49,8 +51,9 @@ class UnKDSettings(LossSettings):
 def popularity_groups(popularity: Tensor, n_groups: int) -> Tensor:
     """The group of each item, ``[n_items]``: 0 holds the most popular, each about the same number of interactions.
 
-    An item belongs to the group in whose share of all interactions it begins, the most popular items first; those without any
-    (and padding) to the last. A group stays empty where one item has more than a group's share.
+    An item belongs to the group in whose share of all interactions it begins, the most popular
+    items first; those without any (and padding) to the last. A group stays empty where one item has
+    more than a group's share.
     """
     order = popularity.argsort(descending=True, stable=True)
     counts = popularity[order].long()
@@ -59,7 +62,9 @@ def popularity_groups(popularity: Tensor, n_groups: int) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, group)
 
 
-def quotas(popularity: Tensor, group: Tensor, n_groups: int, n_pairs: int, power: float) -> list[int]:
+def quotas(
+    popularity: Tensor, group: Tensor, n_groups: int, n_pairs: int, power: float
+) -> list[int]:
     """How many of ``n_pairs`` each group gets: ∝ (least mean popularity / its own)^λ, rounded so that the sum is kept.
 
     A mean of padding or of items nobody has is no mean; empty groups get nothing.
@@ -68,7 +73,9 @@ def quotas(popularity: Tensor, group: Tensor, n_groups: int, n_pairs: int, power
     counts = torch.bincount(own, minlength=n_groups)
     mean = torch.bincount(own, weights=items, minlength=n_groups) / counts.clamp(min=1)
     least = mean[mean > 0].min() if bool((mean > 0).any()) else mean.new_ones(())
-    ratio = (least / mean.clamp(min=float(least))).round(decimals=_DECIMALS).clamp(min=_SMALLEST_SHARE)
+    ratio = (
+        (least / mean.clamp(min=float(least))).round(decimals=_DECIMALS).clamp(min=_SMALLEST_SHARE)
+    )
     share = ratio**power * (counts > 0)
     exact = n_pairs * share / share.sum()
     whole = exact.floor()
@@ -80,7 +87,8 @@ def quotas(popularity: Tensor, group: Tensor, n_groups: int, n_pairs: int, power
 def draw_pairs(weights: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``n`` pairs of places per row with p(a, b) ∝ w_a·w_b, a ≠ b: two independent draws, again where they agree.
 
-    The first is drawn with p ∝ w_a·(Σw − w_a), the second among the others, so that nothing is drawn again.
+    The first is drawn with p ∝ w_a·(Σw − w_a), the second among the others, so that nothing is
+    drawn again.
 
     Args:
         weights: ``[rows, P]``, at least 0.
@@ -88,12 +96,15 @@ def draw_pairs(weights: Tensor, n: int, generator: torch.Generator) -> tuple[Ten
         generator: of the draws.
 
     Returns:
-        The smaller and the larger place, ``[rows, n]`` each; equal where a row has no two places with a weight.
+        The smaller and the larger place, ``[rows, n]`` each; equal where a row has no two places
+        with a weight.
     """
     weights = weights.double()
     total = weights.sum(1, keepdim=True)
     shape = (2, len(weights), n)
-    first_at, second_at = torch.rand(shape, generator=generator, dtype=torch.float64, device=weights.device)
+    first_at, second_at = torch.rand(
+        shape, generator=generator, dtype=torch.float64, device=weights.device
+    )
     last = weights.shape[1] - 1
     firsts = (weights * (total - weights)).cumsum(1)
     first = torch.searchsorted(firsts, first_at * firsts[:, -1:], right=True).clamp_(max=last)
@@ -123,13 +134,17 @@ class UnKDLoss(KDLoss):
     def prepare(self, n_contexts: int, device: torch.device) -> None:
         """Make room for the teacher's lists of each context."""
         s = self.settings
-        pools = torch.zeros((n_contexts, s.unkd_groups, s.unkd_pool), dtype=torch.int32, device=device)
+        pools = torch.zeros(
+            (n_contexts, s.unkd_groups, s.unkd_pool), dtype=torch.int32, device=device
+        )
         self.register_buffer("_pools", pools, persistent=False)
-        self.register_buffer("_known", torch.zeros(n_contexts, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer(
+            "_known", torch.zeros(n_contexts, dtype=torch.bool, device=device), persistent=False
+        )
         self._group: Tensor | None = None
         self._quotas: list[int] = []
 
-    def select(self, lists: Lists) -> ItemSets:
+    def select(self, lists: Candidates) -> ItemSets:
         """``[better of each pair (n) | worse (n)]``; both 0 where a group has fewer than two items for a user."""
         s = self.settings
         pools = self._pools_of(lists)
@@ -143,13 +158,15 @@ class UnKDLoss(KDLoss):
             worse.append(pool.gather(1, low) * two)
         return ItemSets(torch.cat(better + worse, dim=1))
 
-    def _pools_of(self, lists: Lists) -> Tensor:
+    def _pools_of(self, lists: Candidates) -> Tensor:
         """The teacher's best unseen items of each group, ``[n, G, P]``; asked for once."""
         s = self.settings
         if self._group is None:
             popularity = lists.popularity()
             self._group = popularity_groups(popularity, s.unkd_groups)
-            self._quotas = quotas(popularity, self._group, s.unkd_groups, s.unkd_pairs, s.unkd_quota_power)
+            self._quotas = quotas(
+                popularity, self._group, s.unkd_groups, s.unkd_pairs, s.unkd_quota_power
+            )
         new = (~self._known[lists.ids]).nonzero().squeeze(1)
         if len(new):
             part = lists.part(new)
@@ -163,6 +180,12 @@ class UnKDLoss(KDLoss):
         n = self.settings.unkd_pairs
         pairs = sets.items[:, :n] != 0
         scores = at_least_float32(student_scores)
-        # Masked before, so that nothing of a struck score is in the gradient; and after, since softplus(0) is not 0.
-        better, worse = scores[:, :n].masked_fill(~pairs, 0.0), scores[:, n:].masked_fill(~pairs, 0.0)
-        return softplus(worse - better).masked_fill(~pairs, 0.0).sum(-1) / pairs.sum(-1).clamp(min=1)
+        # Masked before, so that nothing of a struck score is in the gradient; and after, since
+        # softplus(0) is not 0.
+        better, worse = (
+            scores[:, :n].masked_fill(~pairs, 0.0),
+            scores[:, n:].masked_fill(~pairs, 0.0),
+        )
+        return softplus(worse - better).masked_fill(~pairs, 0.0).sum(-1) / pairs.sum(-1).clamp(
+            min=1
+        )

@@ -1,6 +1,7 @@
 """Models of our own, found by RecBole under their names like its own: ``run_recbole(model="HSTU")``.
 
-A model is one line in :data:`MODELS`, a module of the same name in lower case, and ``properties/model/<Model>.yaml``.
+A model is one line in :data:`MODELS`, a module of the same name in lower case, and
+``properties/model/<Model>.yaml``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class OwnModel(NamedTuple):
     Attributes:
         module: the module that defines the class.
         kind: the folder of ``recbole.model`` in which RecBole will find it.
-        dataset: the class in the same module that RecBole is to load its data with; ``None``: as the kind says.
+        dataset: the class in the same module that RecBole is to load its data with; ``None``: as
+            the kind says.
     """
 
     module: str

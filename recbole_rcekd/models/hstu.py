@@ -1,7 +1,8 @@
 """HSTU: pointwise SiLU attention over a user's items, trained at every position of the sequence at once.
 
-Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for Generative Recommendations",
-ICML 2024. In RCE-KD's experiments it is the sequential teacher (8 blocks) and student (1 block).
+Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
+Generative Recommendations", ICML 2024. In RCE-KD's experiments it is the sequential teacher (8
+blocks) and student (1 block).
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.sequences import SequenceDataset
-from recbole_rcekd.settings import Settings, setting
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.settings import Settings, setting
+from recbole_rcekd.data.sequence_dataset import SequenceDataset
 
-# Of the time bias, as in HSTU's code: bucket = ⌊ln(seconds) / .301⌋. Of its 128 buckets, 64 reach beyond 10⁸ s (3 years).
+# Of the time bias, as in HSTU's code: bucket = ⌊ln(seconds) / .301⌋. Of its 128 buckets, 64 reach
+# beyond 10⁸ s (3 years).
 _TIME_BUCKETS = 128
 _LOG_SECONDS_PER_BUCKET = 0.301
 # Of layer and length normalisation, as in HSTU's code.
 _EPS = 1e-6
-# The authors of RCE-KD divide attention by the longest length plus this many places, which HSTU's code keeps for output.
+# The authors of RCE-KD divide attention by the longest length plus this many places, which HSTU's
+# code keeps for output.
 _OUTPUT_PLACES = 10
 
 
@@ -57,9 +60,9 @@ class HSTUBlock(nn.Module):
         a_{ij} &= \mathrm{SiLU}(q_i^\top k_j + b_{ij}) / n \quad (j \le i) \\
         y_i &= x_i + \mathrm{dropout}\bigl(W_o\,(u_i \odot \mathrm{norm}(\textstyle\sum_j a_{ij} v_j)) + c\bigr)
 
-    q, k and v per head; n is ``max_length`` + 10 (RCE-KD's code), norm a layer normalisation without parameters (HSTU's
-    code), b the relative bias, one for all heads: a number per distance i − j and, with ``position_time``, one per step
-    of ln(t_i − t_j).
+    q, k and v per head; n is ``max_length`` + 10 (RCE-KD's code), norm a layer normalisation
+    without parameters (HSTU's code), b the relative bias, one for all heads: a number per distance
+    i − j and, with ``position_time``, one per step of ln(t_i − t_j).
 
     Args:
         settings: of the model.
@@ -69,7 +72,10 @@ class HSTUBlock(nn.Module):
     def __init__(self, settings: HSTUSettings, max_length: int) -> None:
         super().__init__()
         self.n_heads = settings.n_heads
-        values, queries = settings.n_heads * settings.linear_dim, settings.n_heads * settings.attention_dim
+        values, queries = (
+            settings.n_heads * settings.linear_dim,
+            settings.n_heads * settings.attention_dim,
+        )
         self.sizes = [values, values, queries, queries]
         self.n = max_length + _OUTPUT_PLACES
         self.project = nn.Linear(settings.hidden_size, sum(self.sizes), bias=False)
@@ -90,7 +96,8 @@ class HSTUBlock(nn.Module):
     def forward(self, x: Tensor, real: Tensor, time_buckets: Tensor | None = None) -> Tensor:
         """One block for the real positions of a batch, row after row.
 
-        Only attention sees rows of equal length; short rows cost no more than they hold everywhere else.
+        Only attention sees rows of equal length; short rows cost no more than they hold everywhere
+        else.
 
         Args:
             x: ``[T, d]``.
@@ -115,9 +122,15 @@ class HSTUBlock(nn.Module):
             logits = logits + self.position_bias[(step.unsqueeze(1) - step).clamp(min=0)]
         if self.time_bias is not None and time_buckets is not None:
             logits = logits + self.time_bias[time_buckets].unsqueeze(1)
-        # Padding comes after all items, so what hides the future hides padding from every item, too.
+        # Padding comes after all items, so what hides the future hides padding from every item,
+        # too.
         past = torch.full((length, length), 1 / self.n, dtype=x.dtype, device=x.device).tril()
-        attended = ((F.silu(logits) * past) @ v).transpose(1, 2).reshape(rows * length, -1).index_select(0, place)
+        attended = (
+            ((F.silu(logits) * past) @ v)
+            .transpose(1, 2)
+            .reshape(rows * length, -1)
+            .index_select(0, place)
+        )
         added: Tensor = self.dropout(self.project_out(u * _layer_norm(attended)))
         return x + added
 
@@ -133,21 +146,22 @@ def _cosine_form(x: Tensor) -> Tensor:
 class HSTU(SequentialRecommender):  # type: ignore[misc]
     r"""Query and items are of length 1; the score is their cosine (over the temperature, see ``score_scale``).
 
-    Input is item · √d + position, with dropout; then come the blocks (:class:`HSTUBlock`). Trained by sampled softmax:
-    with the query z of a position, the item p that follows and the negatives N, which are drawn uniformly and shared by
-    the whole batch,
+    Input is item · √d + position, with dropout; then come the blocks (:class:`HSTUBlock`). Trained
+    by sampled softmax: with the query z of a position, the item p that follows and the negatives N,
+    which are drawn uniformly and shared by the whole batch,
 
     .. math:: -\log \frac{e^{\cos(z, p)/\tau}}{e^{\cos(z, p)/\tau} + \sum_{i \in N, i \ne p} e^{\cos(z, i)/\tau}},
 
-    meant over every position of every row: the items of the row, and its own target after the last. The trainer needs
-    one row per user then, which :class:`HSTUDataset` sees to.
+    meant over every position of every row: the items of the row, and its own target after the last.
+    The trainer needs one row per user then, which :class:`HSTUDataset` sees to.
 
     Args:
         config: RecBole's Config.
         dataset: the training data.
 
     Raises:
-        SettingsError: a setting does not fit, RecBole is to draw negatives, or the time bias has no times.
+        SettingsError: a setting does not fit, RecBole is to draw negatives, or the time bias has no
+            times.
     """
 
     input_type = InputType.POINTWISE
@@ -158,7 +172,8 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         drawn = config["train_neg_sample_args"]["distribution"]
         if drawn != "none":
             raise SettingsError(
-                f"[train_neg_sample_args] draws {drawn} negatives, but HSTU draws its own; write train_neg_sample_args: ~."
+                f"[train_neg_sample_args] draws {drawn} negatives, but HSTU draws its own; write "
+                "train_neg_sample_args: ~."
             )
         self.time_field = f"{config['TIME_FIELD']}{config['LIST_SUFFIX']}"
         self.timed = self.settings.relative_bias == "position_time"
@@ -179,16 +194,20 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         with torch.no_grad():
             self.item_embedding.weight[0] = 0
 
-    def forward(self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the last block says at every real position, row after row.
 
         Args:
             item_seq: items, padded on the right by 0, ``[B, L]``.
             item_seq_len: number of items, ``[B]``.
-            time_seq: when they were taken, in seconds, ``[B, L]``; for ``relative_bias: position_time`` only.
+            time_seq: when they were taken, in seconds, ``[B, L]``; for
+                ``relative_bias: position_time`` only.
 
         Returns:
-            ``[T, d]``, and which positions these are, ``[B, L']`` with T true ones; L' is the longest row's length.
+            ``[T, d]``, and which positions these are, ``[B, L']`` with T true ones; L' is the
+            longest row's length.
 
         Raises:
             SettingsError: the time bias has no times.
@@ -216,7 +235,9 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         hidden, real = self(item_seq, item_seq_len, self._times(interaction))
         # The target of a position is the next item, after the last one the row's own.
         targets = item_seq[:, : real.shape[1]].roll(-1, dims=1)
-        targets = targets.scatter(1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1))
+        targets = targets.scatter(
+            1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1)
+        )
         return self.sampled_softmax(_cosine_form(hidden), targets[real], self._draw_negatives())
 
     def sampled_softmax(self, queries: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
@@ -226,7 +247,9 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         positive = (queries * items[: len(targets)]).sum(-1)
         others = queries @ items[len(targets) :].t()
         # A finite number, so that the gradient is 0 and not NaN where no negative is left.
-        others = others.masked_fill(targets.unsqueeze(1) == negatives, torch.finfo(others.dtype).min)
+        others = others.masked_fill(
+            targets.unsqueeze(1) == negatives, torch.finfo(others.dtype).min
+        )
         return F.softplus(torch.logsumexp(others, 1) - positive).mean()
 
     def predict(self, interaction: Any) -> Tensor:
@@ -241,15 +264,25 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
 
     def _query(self, interaction: Any) -> Tensor:
         """The query after the last item of each row, scaled as ``score_scale`` says, ``[B, d]``."""
-        hidden, real = self(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction))
+        hidden, real = self(
+            interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction)
+        )
         query = _cosine_form(hidden[real.sum(1).cumsum(0) - 1])
-        return query / self.settings.temperature if self.settings.score_scale == "temperature" else query
+        return (
+            query / self.settings.temperature
+            if self.settings.score_scale == "temperature"
+            else query
+        )
 
     def _draw_negatives(self) -> Tensor:
-        return torch.randint(1, self.n_items, (self.settings.n_negatives,), device=self.item_embedding.weight.device)
+        return torch.randint(
+            1, self.n_items, (self.settings.n_negatives,), device=self.item_embedding.weight.device
+        )
 
     def _times(self, interaction: Any) -> Tensor | None:
-        return interaction[self.time_field] if self.timed and self.time_field in interaction else None
+        return (
+            interaction[self.time_field] if self.timed and self.time_field in interaction else None
+        )
 
     def _time_buckets(self, times: Tensor) -> Tensor:
         """Buckets of t_i − t_j, ``[B, L, L]``; those of the future mean nothing and are hidden later."""
@@ -258,20 +291,23 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
 
     def _no_times(self) -> SettingsError:
         return SettingsError(
-            f"[relative_bias] is 'position_time', but there is no [{self.time_field}]: load the time field "
-            "(load_col: {inter: [user_id, item_id, timestamp]}), or set relative_bias: position."
+            f"[relative_bias] is 'position_time', but there is no [{self.time_field}]: load the "
+            f"time field (load_col: {{inter: [user_id, item_id, timestamp]}}), or set "
+            "relative_bias: position."
         )
 
 
 class HSTUDataset(SequenceDataset):
     """RecBole's sequential data, with one training row per user: the one that holds all others.
 
-    RecBole makes a row of every prefix of a user's sequence, and HSTU learns from every position of a row: with all rows,
-    the early items would be learned from over and over. Rows for validation and test stay.
+    RecBole makes a row of every prefix of a user's sequence, and HSTU learns from every position of
+    a row: with all rows, the early items would be learned from over and over. Rows for validation
+    and test stay.
 
     Attributes:
-        training_pairs: ids of (users, items), ``[n]`` each, of all training interactions, each pair once, in ascending
-            order; the rows that are left hold the last MAX_ITEM_LIST_LENGTH items only. Set by :meth:`build`.
+        training_pairs: ids of (users, items), ``[n]`` each, of all training interactions, each pair
+            once, in ascending order; the rows that are left hold the last MAX_ITEM_LIST_LENGTH
+            items only. Set by :meth:`build`.
     """
 
     training_pairs: tuple[Tensor, Tensor]
@@ -281,7 +317,9 @@ class HSTUDataset(SequenceDataset):
         train, *others = super().build()
         rows = train.inter_feat
         users, lengths = rows[self.uid_field], rows[self.item_list_length_field]
-        order = torch.from_numpy(np.lexsort((lengths.numpy(), users.numpy())))  # stable: ties stay as they are
+        order = torch.from_numpy(
+            np.lexsort((lengths.numpy(), users.numpy()))
+        )  # stable: ties stay as they are
         users, items = users[order], rows[self.iid_field][order]
         lists = rows[self.iid_field + self.config["LIST_SUFFIX"]][order]
         last = torch.ones(len(users), dtype=torch.bool)
@@ -293,9 +331,12 @@ class HSTUDataset(SequenceDataset):
         return [train, *others]
 
 
-def _distinct_pairs(users: Tensor, items: Tensor, lists: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _distinct_pairs(
+    users: Tensor, items: Tensor, lists: Tensor, last: Tensor
+) -> tuple[Tensor, Tensor]:
     """The distinct pairs in rows that are sorted by user and length: of users and targets, and of users and lists."""
-    # What the row before lists at the same place, or one later, is known from there; that is nearly all.
+    # What the row before lists at the same place, or one later, is known from there; that is nearly
+    # all.
     new = lists != 0
     same_user = ~last[:-1].unsqueeze(1)
     new[1:] &= ~(same_user & (lists[1:] == lists[:-1]))

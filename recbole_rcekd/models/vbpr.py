@@ -1,6 +1,7 @@
 """VBPR: matrix factorisation in which items are also described by given vectors, of text or images.
 
-Paper: He and McAuley, "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback", AAAI 2016.
+Paper: He and McAuley, "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback", AAAI
+    2016.
 """
 
 from __future__ import annotations
@@ -16,25 +17,30 @@ from recbole.model.loss import BPRLoss
 from recbole.utils import FeatureType, InputType
 from torch import Tensor, nn
 
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
 
 
 class VBPR(GeneralRecommender):  # type: ignore[misc]
     """Scores of free factors, of factors made from given features, and of what features say of popularity.
 
-    ``score(u, i) = γ_u · γ_i + θ_u · (E f_i) + β_i + β' · f_i`` (equations 4 and 7 of the paper). Its global offset and
-    the bias of a user are left out: they change neither a ranking nor the BPR loss.
+    ``score(u, i) = γ_u · γ_i + θ_u · (E f_i) + β_i + β' · f_i`` (equations 4 and 7 of the paper).
+    Its global offset and the bias of a user are left out: they change neither a ranking nor the BPR
+    loss.
 
-    ``f_i`` is the concatenation of the item's vectors, one for each name in ``item_features``, prepared by
-    :func:`prepare_features`. The prepared vectors are part of the checkpoint, though they could be read again: what a
-    teacher says then hangs on its checkpoint alone, and so does the key of the teacher-score cache.
+    ``f_i`` is the concatenation of the item's vectors, one for each name in ``item_features``,
+    prepared by
+    :func:`prepare_features`. The prepared vectors are part of the checkpoint, though they could be
+    read again: what a teacher says then hangs on its checkpoint alone, and so does the key of the
+    teacher-score cache.
 
     Args:
-        config: RecBole's Config; ``properties/model/VBPR.yaml`` documents the keys. Weight decay is RecBole's.
+        config: RecBole's Config; ``properties/model/VBPR.yaml`` documents the keys. Weight decay is
+            RecBole's.
         dataset: RecBole's dataset, with the vectors preloaded.
 
     Raises:
-        SettingsError: ``item_features`` names no vectors, or vectors that are not there, or not by item, or not finite.
+        SettingsError: ``item_features`` names no vectors, or vectors that are not there, or not by
+            item, or not finite.
     """
 
     input_type = InputType.PAIRWISE
@@ -64,8 +70,14 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
         if items is None:
             gamma, features, bias = self.item_embedding.weight, self.features, self.item_bias.weight
         else:
-            gamma, features, bias = self.item_embedding(items), self.features[items], self.item_bias(items)
-        return torch.cat((gamma, self.projection(features), bias + self.feature_bias(features)), dim=1)
+            gamma, features, bias = (
+                self.item_embedding(items),
+                self.features[items],
+                self.item_bias(items),
+            )
+        return torch.cat(
+            (gamma, self.projection(features), bias + self.feature_bias(features)), dim=1
+        )
 
     def calculate_loss(self, interaction: Any) -> Tensor:
         """RecBole's BPR loss, ``−mean log σ(score(u, i) − score(u, j))``, of a batch."""
@@ -79,18 +91,23 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
 
     def predict(self, interaction: Any) -> Tensor:
         """Scores of pairs of a user and an item: ``[n]``."""
-        return (self.user_rows(interaction[self.USER_ID]) * self.item_rows(interaction[self.ITEM_ID])).sum(1)
+        return (
+            self.user_rows(interaction[self.USER_ID]) * self.item_rows(interaction[self.ITEM_ID])
+        ).sum(1)
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores of all items: ``[n, n_items]``, one product of two tables (see :mod:`recbole_rcekd.scoring`)."""
-        return torch.matmul(self.user_rows(interaction[self.USER_ID]), self.item_rows().transpose(0, 1))
+        """Scores of all items: ``[n, n_items]``, one product of two tables (see :mod:`recbole_rcekd.models.scorer`)."""
+        return torch.matmul(
+            self.user_rows(interaction[self.USER_ID]), self.item_rows().transpose(0, 1)
+        )
 
 
 def prepare_features(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Centre the vectors on the mean over the items that have one, and scale each to length 1.
 
-    Encoders give all their vectors a large part in common, which says nothing of one item; and vectors of several
-    encoders come in several scales. An item without a vector (a row of zeros) keeps the zeros: it is as the mean.
+    Encoders give all their vectors a large part in common, which says nothing of one item; and
+    vectors of several encoders come in several scales. An item without a vector (a row of zeros)
+    keeps the zeros: it is as the mean.
 
     Args:
         vectors: ``[n_items, n]``, row 0 the padding item.
@@ -101,7 +118,9 @@ def prepare_features(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     given = vectors.any(axis=1, keepdims=True)
     centred = np.where(given, vectors - vectors.sum(axis=0) / max(1, given.sum()), 0.0)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
-    prepared: np.ndarray[Any, Any] = (centred / np.where(length > 0, length, 1.0)).astype(np.float32)
+    prepared: np.ndarray[Any, Any] = (centred / np.where(length > 0, length, 1.0)).astype(
+        np.float32
+    )
     return prepared
 
 
@@ -118,19 +137,22 @@ def _id_fields(config: Any, dataset: Any) -> dict[str, str]:
     names = config["item_features"]
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not names:
-        raise SettingsError(f"[item_features] is {names!r}, but must name vectors, as in item_features: [text_vec].")
+        raise SettingsError(
+            f"[item_features] is {names!r}, but must name vectors, as in item_features: [text_vec]."
+        )
     known = {value: key for key, value in (config["preload_weight"] or {}).items()}
     for name in names:
         if name not in known or name not in dataset.field2type:
             raise SettingsError(
-                f"[item_features] names [{name}], which is not loaded. For vectors in a file <dataset>.text with the "
-                f"columns tid:token and {name}:float_seq, write additional_feat_suffix: [text], alias_of_item_id: [tid], "
-                f"preload_weight: {{tid: {name}}}, and in load_col text: [tid, {name}]."
+                f"[item_features] names [{name}], which is not loaded. For vectors in a file "
+                f"<dataset>.text with the columns tid:token and {name}:float_seq, write "
+                "additional_feat_suffix: [text], alias_of_item_id: [tid], preload_weight: "
+                f"{{tid: {name}}}, and in load_col text: [tid, {name}]."
             )
         if known[name] not in dataset.alias["item_id"]:
             raise SettingsError(
-                f"The vectors [{name}] are by [{known[name]}], which RecBole does not take for an item: write "
-                f"alias_of_item_id: [{known[name]}]."
+                f"The vectors [{name}] are by [{known[name]}], which RecBole does not take for an "
+                f"item: write alias_of_item_id: [{known[name]}]."
             )
         if dataset.field2type[name] not in (FeatureType.FLOAT, FeatureType.FLOAT_SEQ):
             raise _no_numbers(name)
@@ -139,8 +161,8 @@ def _id_fields(config: Any, dataset: Any) -> dict[str, str]:
 
 def _no_numbers(name: str) -> SettingsError:
     return SettingsError(
-        f"The vectors [{name}] must be finite numbers: write {name}:float_seq in the first line of their file, and leave "
-        "out the row of an item that has none."
+        f"The vectors [{name}] must be finite numbers: write {name}:float_seq in the first line of "
+        "their file, and leave out the row of an item that has none."
     )
 
 

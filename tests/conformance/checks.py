@@ -1,7 +1,7 @@
 """The two things that are tried with every model: to teach, and to learn.
 
-What comes out is an :class:`Outcome`, found by running. An error that is not one of ours, or not in one line, is a
-failure of the suite.
+What comes out is an :class:`Outcome`, found by running. An error that is not one of ours, or not in
+one line, is a failure of the suite.
 """
 
 from __future__ import annotations
@@ -24,22 +24,30 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd import KDError, distill_trainer, load_teacher
-from recbole_rcekd import terms as terms_module
-from recbole_rcekd.contexts import is_sequential
-from recbole_rcekd.distiller import Distiller
+from recbole_rcekd.core.random_state import preserved_random_state
+from recbole_rcekd.data.contexts import is_sequential
 from recbole_rcekd.models import MODELS
-from recbole_rcekd.random_state import preserved_random_state
-from recbole_rcekd.row_distiller import RowDistiller
-from recbole_rcekd.teachers import open_scores as open_original
+from recbole_rcekd.teachers.load import open_scores as open_original
+from recbole_rcekd.training import kd_terms as terms_module
+from recbole_rcekd.training.sequence_distiller import SequenceDistiller
+from recbole_rcekd.training.user_distiller import UserDistiller
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
-from tests.conformance.models import STUDENT_OF, TEACHER_OF, Model, data_settings, registry, settings_of
+from tests.conformance.models import (
+    STUDENT_OF,
+    TEACHER_OF,
+    Model,
+    data_settings,
+    registry,
+    settings_of,
+)
 from tests.helpers import Bundle, build, build_model, inside, save_untrained
 
 # isort: split
 from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 
-# Small lists for sixty items, and a weight under which the KD term outweighs base losses that are sums over the batch.
+# Small lists for sixty items, and a weight under which the KD term outweighs base losses that are
+# sums over the batch.
 KD: dict[str, Any] = {
     "rce_top_k": 5,
     "rce_samples": 5,
@@ -49,8 +57,8 @@ KD: dict[str, Any] = {
     "kd_refresh_epochs": 1,
 }
 EPOCHS = 10
-# Freshly drawn students and hardly trained teachers both rank all items about alike, and nothing is left to learn. So
-# students begin astray: noise of this size is added to their weights.
+# Freshly drawn students and hardly trained teachers both rank all items about alike, and nothing is
+# left to learn. So students begin astray: noise of this size is added to their weights.
 ASTRAY = 0.1
 # And of the teacher whose opinions are drawn.
 STUBBORN = 0.7
@@ -66,7 +74,8 @@ class Outcome:
         note: why not, in one line.
         scored: how the model is scored: ``product``, ``rows`` or ``pairs``.
         kd: the KD loss on the item sets of the first epoch, before and after training.
-        users: of a sequential teacher: what came of teaching a general student, by each user's whole sequence.
+        users: of a sequential teacher: what came of teaching a general student, by each user's
+            whole sequence.
         checkpoint: of the student, to be opened by plain RecBole.
         test_result: the metrics that it must then have.
     """
@@ -93,13 +102,18 @@ def _outcome(attempt: Callable[[Outcome], None]) -> Outcome:
         attempt(found)
     except ImpossibleError as error:
         found.status, found.note = "not possible", str(error)
-    except ModuleNotFoundError as error:  # some models import what they need only when they are trained
+    except (
+        ModuleNotFoundError
+    ) as error:  # some models import what they need only when they are trained
         found.status, found.note = "not possible", reason(error)
     except KDError as error:
         found.status, found.note = "refused", str(error)
         if "\n" in found.note:
             found.status, found.note = "failed", f"an error of more than one line: {found.note!r}"
-        elif "has no gradient through its scores" in found.note or "can teach, but not learn" in found.note:
+        elif (
+            "has no gradient through its scores" in found.note
+            or "can teach, but not learn" in found.note
+        ):
             found.status = "teacher only"
     except (Exception, SystemExit) as error:
         found.status, found.note = "failed", f"{type(error).__name__}: {error}"
@@ -132,9 +146,12 @@ def as_teacher_of_users(model: Model, folder: Path) -> Outcome:
         teacher: Any = load_teacher(path, taught.train)
         _, used = _distil(found, taught, teacher, folder)
         found.scored = teacher.scorer.kind
-        # With one item left out for validation, that item's row holds the whole training sequence in plain RecBole.
+        # With one item left out for validation, that item's row holds the whole training sequence
+        # in plain RecBole.
         plain, rows = _plain_model(bundle, path), bundle.valid._dataset
-        users = _translated(rows, taught.train._dataset, rows.uid_field, rows.inter_feat[rows.uid_field])
+        users = _translated(
+            rows, taught.train._dataset, rows.uid_field, rows.inter_feat[rows.uid_field]
+        )
         wanted = _scores_of_rows(bundle, plain, _as_loaded(bundle, rows, torch.arange(len(rows))))
         _require_same_as(found, bundle, plain, taught, used, users, wanted)
 
@@ -148,7 +165,11 @@ def as_student_of_users(model: Model, folder: Path) -> Outcome:
         general = registry()["BPR"]
         own = prepare_or_give_up(model, folder)
         path = _stubborn_teacher(general, _for_pair(general, model), folder)
-        taught = build(folder, model.name, **{**own, "epochs": EPOCHS, "checkpoint_dir": str(folder / "saved"), **KD})
+        taught = build(
+            folder,
+            model.name,
+            **{**own, "epochs": EPOCHS, "checkpoint_dir": str(folder / "saved"), **KD},
+        )
         trainer, _ = _distil(found, taught, load_teacher(path, taught.train), folder)
         found.scored = trainer.distiller._scorer.kind
 
@@ -174,7 +195,9 @@ def as_student(model: Model, folder: Path) -> Outcome:
         except KDError:
             raise
         except Exception:
-            _plain_teacher(model, own, folder)  # if plain RecBole cannot train it either, this says so
+            _plain_teacher(
+                model, own, folder
+            )  # if plain RecBole cannot train it either, this says so
             raise
         found.scored = trainer.distiller._scorer.kind
         _require_scorer_is_the_model(found, taught, trainer)
@@ -213,7 +236,9 @@ def _for_pair(model: Model, other: Model) -> dict[str, Any]:
 
 def _plain_teacher(model: Model, settings: dict[str, Any], folder: Path) -> tuple[Bundle, Path]:
     """Trained in plain RecBole, two epochs if the settings say no more; made once for the same settings."""
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
+        :12
+    ]
     path = folder / "teachers" / f"{model.name}-{key}.pth"
     try:
         bundle = build(folder, model.name, **{"epochs": 2, **settings})
@@ -258,12 +283,13 @@ def _astray(model: Any, size: float = ASTRAY) -> Any:
 def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple[Any, Any]:
     """Train a student; the trainer, and the teacher scores that it learned from.
 
-    The KD loss must fall. The lists, and with them γ, change from epoch to epoch; so the loss on the sets of the first
-    epoch is compared, in evaluation mode, before the first step and after the last.
+    The KD loss must fall. The lists, and with them γ, change from epoch to epoch; so the loss on
+    the sets of the first epoch is compared, in evaluation mode, before the first step and after the
+    last.
     """
     used: list[Any] = []
     sets: list[Any] = []
-    originals = {kind: kind.begin_epoch for kind in (Distiller, RowDistiller)}
+    originals = {kind: kind.begin_epoch for kind in (UserDistiller, SequenceDistiller)}
 
     def open_scores(*args: Any, **kwargs: Any) -> Any:
         used.append(open_original(*args, **kwargs))
@@ -275,19 +301,25 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
             sets.append(_first_sets(distiller))
             found.kd.append(_kd_loss(distiller, sets[0]))
 
-    shutil.rmtree(folder / "saved" / "teacher_scores", ignore_errors=True)  # of other sources, perhaps
+    shutil.rmtree(
+        folder / "saved" / "teacher_scores", ignore_errors=True
+    )  # of other sources, perhaps
     with (
         inside(folder),
         mock.patch.object(terms_module, "open_scores", open_scores),
-        mock.patch.object(Distiller, "begin_epoch", begin_epoch),
-        mock.patch.object(RowDistiller, "begin_epoch", begin_epoch),
+        mock.patch.object(UserDistiller, "begin_epoch", begin_epoch),
+        mock.patch.object(SequenceDistiller, "begin_epoch", begin_epoch),
     ):
-        trainer: Any = distill_trainer(bundle.config)(bundle.config, _astray(build_model(bundle)), teacher)
+        trainer: Any = distill_trainer(bundle.config)(
+            bundle.config, _astray(build_model(bundle)), teacher
+        )
         trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
     found.kd.append(_kd_loss(trainer.distiller, sets[0]))
     # KTUP spends every other few epochs on its knowledge graph alone.
     by_epoch = [float(row["kd_loss"]) for row in trainer.history.rows if "kd_loss" in row]
-    if len(by_epoch) < EPOCHS / 2 or not all(math.isfinite(value) for value in (*by_epoch, *found.kd)):
+    if len(by_epoch) < EPOCHS / 2 or not all(
+        math.isfinite(value) for value in (*by_epoch, *found.kd)
+    ):
         raise WrongError(f"KD losses are {by_epoch}")
     before, after = found.kd
     if not after < before:
@@ -297,7 +329,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
 
 def _first_sets(distiller: Any) -> Any:
     """Item sets of all users, or of all rows."""
-    if isinstance(distiller, Distiller):
+    if isinstance(distiller, UserDistiller):
         side: Any = distiller._sides[0]
         return side.sets.rows(torch.arange(len(side.contexts)))
     with preserved_random_state(), distiller._scorer.evaluating():
@@ -310,7 +342,7 @@ def _first_sets(distiller: Any) -> Any:
 def _kd_loss(distiller: Any, sets: Any) -> float:
     with preserved_random_state(), distiller._scorer.evaluating():
         torch.manual_seed(7)
-        if isinstance(distiller, Distiller):
+        if isinstance(distiller, UserDistiller):
             side: Any = distiller._sides[0]
             scores = side.score(side.contexts, sets.items)
         else:
@@ -356,10 +388,14 @@ def _contexts(bundle: Bundle) -> Tensor:
 def _translated(dataset: Any, other: Any, name: str, ids: Tensor) -> Tensor:
     """The ids in ``other`` of the same tokens."""
     tokens = dataset.id2token(name, ids)
-    return torch.tensor([other.token2id(name, str(token)) if str(token) != "[PAD]" else 0 for token in tokens])
+    return torch.tensor(
+        [other.token2id(name, str(token)) if str(token) != "[PAD]" else 0 for token in tokens]
+    )
 
 
-def _require_same_scores(found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any) -> None:
+def _require_same_scores(
+    found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any
+) -> None:
     """What the student learned from, against the teacher in plain RecBole, every cell."""
     own, other = taught.train._dataset, bundle.train._dataset
     contexts = _contexts(taught)
@@ -372,19 +408,28 @@ def _require_same_scores(found: Outcome, bundle: Bundle, model: Any, taught: Bun
         for name in (own.uid_field, own.iid_field):
             if list(own.field2id_token[name]) != list(other.field2id_token[name]):
                 raise WrongError("teacher and student have other rows and other ids")
-    _require_same_as(found, bundle, model, taught, used, contexts, _scores_of_rows(bundle, model, rows))
+    _require_same_as(
+        found, bundle, model, taught, used, contexts, _scores_of_rows(bundle, model, rows)
+    )
 
 
 def _same_rows(one: Any, other: Any) -> bool:
     """The same users and targets, in the same order."""
     return len(one) == len(other) and all(
-        list(one.id2token(name, one.inter_feat[name])) == list(other.id2token(name, other.inter_feat[name]))
+        list(one.id2token(name, one.inter_feat[name]))
+        == list(other.id2token(name, other.inter_feat[name]))
         for name in (one.uid_field, one.iid_field)
     )
 
 
 def _require_same_as(
-    found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any, contexts: Tensor, wanted: Tensor
+    found: Outcome,
+    bundle: Bundle,
+    model: Any,
+    taught: Bundle,
+    used: Any,
+    contexts: Tensor,
+    wanted: Tensor,
 ) -> None:
     """Teacher scores ``used`` of ``contexts``, and ``wanted`` ones in the teacher's own ids."""
     own = taught.train._dataset
@@ -399,7 +444,10 @@ def _require_same_as(
 def _draws(found: Outcome, bundle: Bundle, model: Any) -> bool:
     """Whether a model has other scores each time it is asked, so that there is nothing to compare; noted then."""
     contexts = _contexts(bundle)
-    first, second = _own_scores(bundle, model, contexts), _own_scores(bundle, model, contexts, seed=8)
+    first, second = (
+        _own_scores(bundle, model, contexts),
+        _own_scores(bundle, model, contexts, seed=8),
+    )
     draws = not torch.allclose(first, second, rtol=1e-4, atol=1e-4)
     if draws:
         found.note = "it draws its scores anew each time it is asked; they were not compared"
@@ -416,7 +464,9 @@ def _require_scorer_is_the_model(found: Outcome, taught: Bundle, trainer: Any) -
         "scores of all items": lambda: scorer.score_all(contexts)[:, 1:],
     }
     if is_sequential(taught.train._dataset):
-        answers["scores of a batch"] = lambda: scorer.score_batch(_inputs(taught, contexts), []).score(items)
+        answers["scores of a batch"] = lambda: scorer.score_batch(
+            _inputs(taught, contexts), []
+        ).score(items)
     if _draws(found, taught, trainer.model):
         return
     for what, answer in answers.items():
@@ -426,7 +476,9 @@ def _require_scorer_is_the_model(found: Outcome, taught: Bundle, trainer: Any) -
 
 
 def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
-    if got.shape != wanted.shape or not torch.allclose(got.float(), wanted.float(), rtol=1e-4, atol=1e-4):
+    if got.shape != wanted.shape or not torch.allclose(
+        got.float(), wanted.float(), rtol=1e-4, atol=1e-4
+    ):
         far = f"{float((got - wanted).abs().max()):.2g}" if got.shape == wanted.shape else "shape"
         raise WrongError(f"{what} differ from the model's own ({far})")
 
@@ -463,7 +515,8 @@ for file in files:
 def open_in_plain_recbole(checkpoints: dict[str, str], place: Path) -> dict[str, Any]:
     """Test metrics of the models' checkpoints, or what went wrong, by model.
 
-    Of models of RecBole, from a process with RecBole alone; of our own, with this package imported first.
+    Of models of RecBole, from a process with RecBole alone; of our own, with this package imported
+    first.
     """
     found: dict[str, Any] = {}
     for way in ("plain", "own"):
@@ -476,9 +529,13 @@ def open_in_plain_recbole(checkpoints: dict[str, str], place: Path) -> dict[str,
 
 def _open(checkpoints: list[str], way: str, place: Path) -> dict[str, Any]:
     command = [sys.executable, "-W", "ignore", "-c", PLAIN, way, *checkpoints]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=900, check=False
+    )
     found: dict[str, Any] = dict(
-        json.loads(line.removeprefix("PLAIN ")) for line in done.stdout.splitlines() if line.startswith("PLAIN ")
+        json.loads(line.removeprefix("PLAIN "))
+        for line in done.stdout.splitlines()
+        if line.startswith("PLAIN ")
     )
     last = (done.stderr.strip().splitlines() or ["no output"])[-1]
     return {file: found.get(file, last) for file in checkpoints}
@@ -487,4 +544,7 @@ def _open(checkpoints: list[str], way: str, place: Path) -> dict[str, Any]:
 def judge_plain(found: Outcome, plain: Any) -> None:
     """Plain RecBole must give a working student's own metrics."""
     if plain != found.test_result:
-        found.status, found.note = "failed", f"plain RecBole gives {plain}, distillation gave {found.test_result}"
+        found.status, found.note = (
+            "failed",
+            f"plain RecBole gives {plain}, distillation gave {found.test_result}",
+        )

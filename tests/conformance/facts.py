@@ -34,9 +34,11 @@ class Facts:
     Attributes:
         impossible: why plain RecBole cannot train it or rank with it; empty where it can.
         model_type: RecBole's ``ModelType``.
-        input_type: whether batches are pointwise (labels) or pairwise (a negative beside each positive).
+        input_type: whether batches are pointwise (labels) or pairwise (a negative beside each
+            positive).
         trainer: the class that RecBole trains it with.
-        loss_types: of ``CE`` and ``BPR`` those it trains an epoch with, where it has a ``loss_type``.
+        loss_types: of ``CE`` and ``BPR`` those it trains an epoch with, where it has a
+            ``loss_type``.
         through_calculate_loss: whether its trainer calls ``calculate_loss``.
         scored_by: ``full_sort_predict`` or ``predict``, whichever evaluation takes.
         gradient: whether its scores have one, in training mode.
@@ -86,7 +88,9 @@ def prepare(model: Model, folder: Path, **overrides: Any) -> Settings:
         place = folder / "stages" / "-".join(map(str, stage.values()))
         bundle = build(folder, model.name, **{**settings, **stage, "checkpoint_dir": str(place)})
         with inside(folder):
-            trainer = get_trainer(bundle.config["MODEL_TYPE"], model.name)(bundle.config, build_model(bundle))
+            trainer = get_trainer(bundle.config["MODEL_TYPE"], model.name)(
+                bundle.config, build_model(bundle)
+            )
             trainer.fit(bundle.train, bundle.valid, show_progress=False)
         settings["pre_model_path"] = settings["warm_up"] = str(trainer.saved_model_file)
     return settings
@@ -126,7 +130,9 @@ def train_plain(bundle: Bundle, path: Path, seen: set[str] | None = None) -> tup
 
         model.calculate_loss = calculate_loss
     with inside(path.parent):
-        trainer = get_trainer(bundle.config["MODEL_TYPE"], bundle.config["model"])(bundle.config, model)
+        trainer = get_trainer(bundle.config["MODEL_TYPE"], bundle.config["model"])(
+            bundle.config, model
+        )
         trainer.saved_model_file = str(path)
         trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
     vars(model).pop("calculate_loss", None)
@@ -185,7 +191,10 @@ def find_facts(model: Model, folder: Path) -> Facts:
         facts.reads_to_train = sorted(seen - {""})
         if not path.exists():
             raise ImpossibleError("its trainer wrote no checkpoint")
-        losses = [sum(loss) if isinstance(loss, tuple) else loss for loss in trainer.train_loss_dict.values()]
+        losses = [
+            sum(loss) if isinstance(loss, tuple) else loss
+            for loss in trainer.train_loss_dict.values()
+        ]
         if not losses or not all(math.isfinite(loss) for loss in losses):
             raise ImpossibleError(f"its training loss is {losses}")
         result = trainer.evaluate(bundle.test)
@@ -196,7 +205,9 @@ def find_facts(model: Model, folder: Path) -> Facts:
         facts.impossible = str(error) if isinstance(error, ImpossibleError) else reason(error)
         return facts
     if "loss_type" in shipped(model.name):
-        facts.loss_types = [kind for kind in ("CE", "BPR") if _trains_with(model, settings, kind, folder)]
+        facts.loss_types = [
+            kind for kind in ("CE", "BPR") if _trains_with(model, settings, kind, folder)
+        ]
     return facts
 
 
@@ -224,7 +235,9 @@ def _look_at_scores(facts: Facts, model: Any, bundle: Bundle) -> None:
         facts.alone = torch.allclose(scores, single, atol=1e-5)
         if facts.scored_by == "full_sort_predict":
             try:
-                facts.predict_agrees = torch.allclose(pairs(model, rows, dataset)[:, 1:], scores[:, 1:], atol=1e-4)
+                facts.predict_agrees = torch.allclose(
+                    pairs(model, rows, dataset)[:, 1:], scores[:, 1:], atol=1e-4
+                )
             except Exception:
                 facts.predict_agrees = None
     forget(model)
@@ -241,12 +254,17 @@ def _trains_with(model: Model, settings: Settings, kind: str, folder: Path) -> b
     negatives = None if kind == "CE" else {"distribution": "uniform", "sample_num": 1}
     try:
         bundle = build(
-            folder, model.name, **{**settings, "loss_type": kind, "train_neg_sample_args": negatives, "epochs": 1}
+            folder,
+            model.name,
+            **{**settings, "loss_type": kind, "train_neg_sample_args": negatives, "epochs": 1},
         )
         seen: set[str] = set()
         _, trainer = train_plain(bundle, folder / "facts" / f"{model.name}-{kind}.pth", seen)
         if kind == "BPR" and not any(name.lower().startswith("neg_") for name in seen):
             return False  # it takes the word and goes on as before
-        return all(math.isfinite(sum(x) if isinstance(x, tuple) else x) for x in trainer.train_loss_dict.values())
+        return all(
+            math.isfinite(sum(x) if isinstance(x, tuple) else x)
+            for x in trainer.train_loss_dict.values()
+        )
     except (Exception, SystemExit):  # the CPR models end the process
         return False

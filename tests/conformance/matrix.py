@@ -2,9 +2,9 @@
 
     python -m tests.conformance.matrix --out docs/model_support.md
 
-Each model is run in a process of its own, so that one that crashes or hangs does not end the others, and its outcome is
-kept in ``--work``: the same command goes on where it was stopped, and runs again whatever was found with other sources
-or versions. ``--only`` names models or packages.
+Each model is run in a process of its own, so that one that crashes or hangs does not end the
+others, and its outcome is kept in ``--work``: the same command goes on where it was stopped, and
+runs again whatever was found with other sources or versions. ``--only`` names models or packages.
 """
 
 from __future__ import annotations
@@ -109,16 +109,30 @@ def run_all(models: list[Model], work: Path) -> dict[str, dict[str, Any]]:
         process.join(LIMIT)
         found = kept(work, model, key)
         if found is None:
-            how = f"took over {LIMIT:.0f} s" if process.is_alive() else f"its process ended with {process.exitcode}"
+            how = (
+                f"took over {LIMIT:.0f} s"
+                if process.is_alive()
+                else f"its process ended with {process.exitcode}"
+            )
             process.kill()
             process.join()
             crash = checks.Outcome("failed", how).as_dict()
             found = {"key": key, "facts": {}, "teacher": crash, "student": crash, "seconds": LIMIT}
             write(work, model, found)
-        print(f"{model.name}: teacher {found['teacher']['status']}, student {found['student']['status']}", flush=True)
+        print(
+            f"{model.name}: teacher {found['teacher']['status']}, student "
+            f"{found['student']['status']}",
+            flush=True,
+        )
     outcomes = {model.name: kept(work, model, key) or {} for model in models}
-    fresh = [name for name, found in outcomes.items() if found["student"]["checkpoint"] and "plain" not in found]
-    opened = checks.open_in_plain_recbole({name: outcomes[name]["student"]["checkpoint"] for name in fresh}, work)
+    fresh = [
+        name
+        for name, found in outcomes.items()
+        if found["student"]["checkpoint"] and "plain" not in found
+    ]
+    opened = checks.open_in_plain_recbole(
+        {name: outcomes[name]["student"]["checkpoint"] for name in fresh}, work
+    )
     for model in models:
         found = outcomes[model.name]
         if model.name in fresh:
@@ -141,16 +155,20 @@ def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Which of RecBole's models can teach, and which can learn",
         "",
-        f"Found by running, {now:%Y-%m-%d}: `{COMMAND}`, Python {sys.version.split()[0]}, {versions}.",
+        f"Found by running, {now:%Y-%m-%d}: `{COMMAND}`, Python {sys.version.split()[0]}, "
+        f"{versions}.",
         "",
-        f"Of {len(models)} models {count['teacher']} teach and {count['student']} learn. *works* means, for a teacher: "
-        "a student learned from it with RCE-KD (its loss on fixed item sets fell), and all scores it learned from were the "
-        "model's own `full_sort_predict` (or `predict`, where RecBole's evaluation takes that); for a student: the same "
-        "of its own scores, the loss fell, and plain RecBole, in a process without this package, opens the checkpoint and gets the "
-        "same test metrics (of HSTU and VBPR, which are models of this package: a process that imports it). A sequential "
-        "model teaches sequential students its scores of their own rows, and general students (BPR) those of each user's "
-        "whole training sequence; both were tried. *scored* is how: from two tables (`product`), by full rows, or pair by "
-        "pair. *loss* is RecBole's: the values of `loss_type` that train, or what a batch holds.",
+        f"Of {len(models)} models {count['teacher']} teach and {count['student']} learn. *works* "
+        "means, for a teacher: a student learned from it with RCE-KD (its loss on fixed item sets "
+        "fell), and all scores it learned from were the model's own `full_sort_predict` (or "
+        "`predict`, where RecBole's evaluation takes that); for a student: the same of its own "
+        "scores, the loss fell, and plain RecBole, in a process without this package, opens the "
+        "checkpoint and gets the same test metrics (of HSTU and VBPR, which are models of this "
+        "package: a process that imports it). A sequential model teaches sequential students its "
+        "scores of their own rows, and general students (BPR) those of each user's whole training "
+        "sequence; both were tried. *scored* is how: from two tables (`product`), by full rows, or "
+        "pair by pair. *loss* is RecBole's: the values of `loss_type` that train, or what a batch "
+        "holds.",
         "",
         "| model | type | teacher | student | scored | loss | note |",
         "|---|---|---|---|---|---|---|",
@@ -169,8 +187,8 @@ def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
         note = re.sub(r"\[/[^\]]*\.pth\]", "[checkpoint]", "; ".join(notes)).replace("|", "\\|")
         scored = student["scored"] or teacher["scored"]
         lines.append(
-            f"| {model.name} | {model.package.replace('_', '-')} | {teacher['status']} | {student['status']} | {scored} "
-            f"| {loss} | {note} |"
+            f"| {model.name} | {model.package.replace('_', '-')} | {teacher['status']} | "
+            f"{student['status']} | {scored} | {loss} | {note} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -179,17 +197,25 @@ def main() -> int:
     """The command; 1 if anything failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, help="where the table goes (nowhere unless given)")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "conformance", help="where runs are kept")
-    parser.add_argument("--only", default="", help="names of models or packages, with commas between")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "conformance", help="where runs are kept"
+    )
+    parser.add_argument(
+        "--only", default="", help="names of models or packages, with commas between"
+    )
     options = parser.parse_args()
     only = set(filter(None, options.only.split(",")))
-    models = [model for model in registry().values() if not only or {model.name, model.package} & only]
+    models = [
+        model for model in registry().values() if not only or {model.name, model.package} & only
+    ]
     outcomes = run_all(models, options.work.absolute())
     text = table(models, outcomes)
     if options.out:
         options.out.write_text(text, encoding="utf-8")
     failed = [
-        name for name, found in outcomes.items() if "failed" in (found["teacher"]["status"], found["student"]["status"])
+        name
+        for name, found in outcomes.items()
+        if "failed" in (found["teacher"]["status"], found["student"]["status"])
     ]
     print(f"{len(models)} models, failed: {', '.join(failed) or 'none'}")
     return 1 if failed else 0

@@ -1,6 +1,7 @@
 """Every model that this RecBole has, found in its packages, and what each needs to be small and to run at all.
 
-Nothing here says what a model can do: that is found by running it (:mod:`tests.conformance.facts`, ``checks``).
+Nothing here says what a model can do: that is found by running it (:mod:`tests.conformance.facts`,
+``checks``).
 """
 
 from __future__ import annotations
@@ -18,15 +19,23 @@ import yaml
 
 import recbole_rcekd  # noqa: F401  (mends RecBole before it is imported)
 from recbole_rcekd.models import MODELS
-from tests.conformance.world import CONTEXT_COLUMNS, GENERAL_COLUMNS, KNOWLEDGE_COLUMNS, NAME, SEQUENCE_COLUMNS, VECTOR
+from tests.conformance.world import (
+    CONTEXT_COLUMNS,
+    GENERAL_COLUMNS,
+    KNOWLEDGE_COLUMNS,
+    NAME,
+    SEQUENCE_COLUMNS,
+    VECTOR,
+)
 
 # isort: split
 import recbole.model
 
 Settings = dict[str, Any]
 
-# The model that teaches and is taught: for each package a simple one, a product of two tables where there is one. Scores of
-# context-aware models are probabilities, nearly all alike when hardly trained: one would have nothing to say to another.
+# The model that teaches and is taught: for each package a simple one, a product of two tables where
+# there is one. Scores of context-aware models are probabilities, nearly all alike when hardly
+# trained: one would have nothing to say to another.
 TEACHER_OF = {
     "general": "BPR",
     "knowledge_aware": "CKE",
@@ -37,13 +46,31 @@ TEACHER_OF = {
 STUDENT_OF = {**TEACHER_OF, "sequential": "GRU4Rec"}
 
 _SMALL: Settings = {
-    **dict.fromkeys(("embedding_size", "kg_embedding_size", "mf_embedding_size", "mlp_embedding_size"), 8),
-    **dict.fromkeys(("ui_embedding_size", "neigh_embedding_size", "gcn_output_dim", "hidden_size", "weight_size"), 8),
+    **dict.fromkeys(
+        ("embedding_size", "kg_embedding_size", "mf_embedding_size", "mlp_embedding_size"), 8
+    ),
+    **dict.fromkeys(
+        (
+            "ui_embedding_size",
+            "neigh_embedding_size",
+            "gcn_output_dim",
+            "hidden_size",
+            "weight_size",
+        ),
+        8,
+    ),
     **dict.fromkeys(("latent_dimension", "low_rank", "rank"), 4),
-    **{key: [8] for key in ("mlp_hidden_size", "encoder_hidden_size", "dims_dnn", "in_dims", "layers")},
+    **{
+        key: [8]
+        for key in ("mlp_hidden_size", "encoder_hidden_size", "dims_dnn", "in_dims", "layers")
+    },
     **{key: [8] for key in ("cin_layer_size", "t_cin", "critic_layers", "order_list")},
-    **dict.fromkeys(("hidden_dimension", "attention_size", "inner_size", "num_conv_kernel", "n_memory"), 8),
-    **dict.fromkeys(("n_layers", "n_heads", "num_heads", "cross_layer_num", "expert_num", "n_factors"), 2),
+    **dict.fromkeys(
+        ("hidden_dimension", "attention_size", "inner_size", "num_conv_kernel", "n_memory"), 8
+    ),
+    **dict.fromkeys(
+        ("n_layers", "n_heads", "num_heads", "cross_layer_num", "expert_num", "n_factors"), 2
+    ),
     **dict.fromkeys(("num_layers", "n_enc_epochs", "n_dec_epochs", "n_hop"), 1),
     **dict.fromkeys(("block_num", "depth", "t_depth", "nv", "nh", "steps"), 2),
     **dict.fromkeys(("prototype_size", "k_interests", "num_clusters", "metrics_k"), 5),
@@ -55,14 +82,19 @@ _SMALL: Settings = {
 _LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
 _BY_USER = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 _ONE_NEGATIVE = {"distribution": "uniform", "sample_num": 1}
-# Auto-encoders and HSTU are trained on users: small batches, or an epoch of forty users were one step.
+# Auto-encoders and HSTU are trained on users: small batches, or an epoch of forty users were one
+# step.
 _NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 12}
 _ITEM_CLASS = {"load_col": {**SEQUENCE_COLUMNS, "item": ["item_id", "class"]}}
 
 _OF_PACKAGE: dict[str, Settings] = {
     "general": {"load_col": GENERAL_COLUMNS},
     "knowledge_aware": {"load_col": KNOWLEDGE_COLUMNS},
-    "sequential": {"load_col": SEQUENCE_COLUMNS, "eval_args": _LEAVE_ONE_OUT, "MAX_ITEM_LIST_LENGTH": 6},
+    "sequential": {
+        "load_col": SEQUENCE_COLUMNS,
+        "eval_args": _LEAVE_ONE_OUT,
+        "MAX_ITEM_LIST_LENGTH": 6,
+    },
     "context_aware": {
         "load_col": CONTEXT_COLUMNS,
         "numerical_features": ["age", "price"],
@@ -108,7 +140,9 @@ _WITH_FEATURES: Settings = {
 _SPECIAL: dict[str, Settings] = {
     "VBPR": _VECTORS,
     # RecBole refuses to sample negatives for auto-encoders.
-    **dict.fromkeys(("CDAE", "MultiDAE", "MultiVAE", "RecVAE", "DiffRec", "LDiffRec"), _NO_NEGATIVES),
+    **dict.fromkeys(
+        ("CDAE", "MultiDAE", "MultiVAE", "RecVAE", "DiffRec", "LDiffRec"), _NO_NEGATIVES
+    ),
     "RaCT": {**_NO_NEGATIVES, "train_stage": "finetune"},
     "MacridVAE": {**_NO_NEGATIVES, "kfac": 2},
     "ConvNCF": {"embedding_size": 64},  # its convolutions are cut to this size
@@ -121,8 +155,8 @@ _SPECIAL: dict[str, Settings] = {
     "DIN": _WITH_FEATURES,
     "DIEN": _WITH_FEATURES,
 }
-# Stages that are trained before, with these settings; the next stage starts from the checkpoint at `pre_model_path` or,
-# in KD_DAGFM, `warm_up`.
+# Stages that are trained before, with these settings; the next stage starts from the checkpoint at
+# `pre_model_path` or, in KD_DAGFM, `warm_up`.
 STAGES: dict[str, list[Settings]] = {
     "KD_DAGFM": [{"phase": "teacher_training"}],
     "S3Rec": [{"train_stage": "pretrain"}],
@@ -142,10 +176,13 @@ class Model:
 def registry() -> dict[str, Model]:
     """All models that ``recbole.utils.get_model`` finds: RecBole's, read from the sources without importing them, and ours.
 
-    A model's class has the name of its file but for capitals. The sources are parsed once: Python before 3.11.8 fails
-    (SystemError) if a thread that died is being reported, which parses too, at the same moment.
+    A model's class has the name of its file but for capitals. The sources are parsed once: Python
+    before 3.11.8 fails (SystemError) if a thread that died is being reported, which parses too, at
+    the same moment.
     """
-    found = {name: Model(name, own.kind.removesuffix("_recommender")) for name, own in MODELS.items()}
+    found = {
+        name: Model(name, own.kind.removesuffix("_recommender")) for name, own in MODELS.items()
+    }
     for package in pkgutil.iter_modules(recbole.model.__path__):
         if not package.name.endswith("_recommender") or not package.ispkg:
             continue
@@ -177,16 +214,30 @@ def settings_of(model: Model) -> Settings:
     start = {**shipped(model.name), **_SMALL} if model.package == "exlib" else _SMALL
     settings = {**start, **_OF_PACKAGE[model.package], **_SPECIAL.get(model.name, {})}
     if model.package == "sequential" and shipped(model.name).get("loss_type") == "CE":
-        settings["train_neg_sample_args"] = None  # cross-entropy over all items; RecBole refuses negatives then
+        settings["train_neg_sample_args"] = (
+            None  # cross-entropy over all items; RecBole refuses negatives then
+        )
     return {"train_batch_size": 64, "learning_rate": 0.01, "dataset": NAME, **settings}
 
 
 def data_settings(model: Model) -> Settings:
     """Of those, the ones that decide interactions and features: teacher and student of a pair share them.
 
-    Pretrained vectors are left out: only the dataset classes of the models made for them can read those.
+    Pretrained vectors are left out: only the dataset classes of the models made for them can read
+    those.
     """
     settings = settings_of(model)
-    shared = ("eval_args", "MAX_ITEM_LIST_LENGTH", "numerical_features", "threshold", "metrics", "valid_metric")
-    columns = _OF_PACKAGE[model.package]["load_col"] if "preload_weight" in settings else settings["load_col"]
+    shared = (
+        "eval_args",
+        "MAX_ITEM_LIST_LENGTH",
+        "numerical_features",
+        "threshold",
+        "metrics",
+        "valid_metric",
+    )
+    columns = (
+        _OF_PACKAGE[model.package]["load_col"]
+        if "preload_weight" in settings
+        else settings["load_col"]
+    )
     return {"load_col": columns, **{key: settings[key] for key in shared if key in settings}}

@@ -1,7 +1,8 @@
 """A tiny dataset on disk with all that any RecBole model reads: features, a knowledge graph, pretrained vectors.
 
-40 users and 60 items in four blocks: a user mostly takes items of her own block, and features, genres and vectors tell
-the blocks apart, so that there is something to learn from each of them. An epoch of any model takes about a second.
+40 users and 60 items in four blocks: a user mostly takes items of her own block, and features,
+genres and vectors tell the blocks apart, so that there is something to learn from each of them. An
+epoch of any model takes about a second.
 """
 
 from __future__ import annotations
@@ -9,7 +10,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from tests.helpers import N_BLOCKS, N_ITEMS, N_USERS, block_pairs, write_atomic_file, write_dataset, write_knowledge
+from tests.helpers import (
+    N_BLOCKS,
+    N_ITEMS,
+    N_USERS,
+    block_pairs,
+    write_atomic_file,
+    write_dataset,
+    write_knowledge,
+)
 
 NAME = "world"
 VECTOR = 8  # of the pretrained entity and relation vectors
@@ -17,7 +26,8 @@ VECTOR = 8  # of the pretrained entity and relation vectors
 INTER = ["user_id", "item_id", "rating", "timestamp"]
 USER = ["user_id", "age", "gender", "tags"]
 ITEM = ["item_id", "price", "brand", "class"]
-# What is loaded for which kind of model; `class` is the item attribute that RecBole's own settings name.
+# What is loaded for which kind of model; `class` is the item attribute that RecBole's own settings
+# name.
 GENERAL_COLUMNS = {"inter": ["user_id", "item_id"]}
 SEQUENCE_COLUMNS = {"inter": ["user_id", "item_id", "timestamp"]}
 CONTEXT_COLUMNS = {"inter": ["user_id", "item_id"], "user": USER, "item": ITEM}
@@ -34,22 +44,30 @@ def write_world(folder: Path) -> Path:
     write_dataset(folder, NAME, pairs)
     write_knowledge(folder, NAME, pairs)
     draw = random.Random(1)
-    # Numbers between 0 and 1: models of features multiply by them as they are, and end in a sigmoid.
+    # Numbers between 0 and 1: models of features multiply by them as they are, and end in a
+    # sigmoid.
     place = folder / NAME
     write_atomic_file(
         place / f"{NAME}.user",
         ("user_id:token", "age:float", "gender:token", "tags:token_seq"),
-        [(f"u{u}", (u % N_BLOCKS) / N_BLOCKS, "fm"[u % 2], f"t{u % N_BLOCKS} t{4 + u % 3}") for u in range(N_USERS)],
+        [
+            (f"u{u}", (u % N_BLOCKS) / N_BLOCKS, "fm"[u % 2], f"t{u % N_BLOCKS} t{4 + u % 3}")
+            for u in range(N_USERS)
+        ],
     )
     write_atomic_file(
         place / f"{NAME}.item",
         ("item_id:token", "price:float", "brand:token", "class:token_seq"),
-        [(f"i{i}", (i % N_BLOCKS) / N_BLOCKS, f"b{i % 5}", f"c{i % N_BLOCKS} c{4 + i % 3}") for i in range(N_ITEMS)],
+        [
+            (f"i{i}", (i % N_BLOCKS) / N_BLOCKS, f"b{i % 5}", f"c{i % N_BLOCKS} c{4 + i % 3}")
+            for i in range(N_ITEMS)
+        ],
     )
 
     def vector(block: int) -> str:
         return " ".join(
-            f"{(1.0 if axis % N_BLOCKS == block else 0.0) + draw.gauss(0, 0.1):.4f}" for axis in range(VECTOR)
+            f"{(1.0 if axis % N_BLOCKS == block else 0.0) + draw.gauss(0, 0.1):.4f}"
+            for axis in range(VECTOR)
         )
 
     entities = [(f"ei{i}", vector(i % N_BLOCKS)) for i in range(N_ITEMS)]

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.ce import CELoss, CESettings
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
 from recbole_rcekd.losses.rce import RCELoss, RCESettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.ce import ce, soft_ce
 from tests.tables import Golden, Table, make_world, seen_of
 
@@ -27,16 +27,21 @@ def test_two_items_by_hand() -> None:
 
 
 def test_temperature_divides_both_sides_and_nothing_else() -> None:
-    # Scores 2·ln 3 at τ = 2 are ln 3: teacher and student both (3/4, 1/4), the entropy of which is left; no τ² factor.
+    # Scores 2·ln 3 at τ = 2 are ln 3: teacher and student both (3/4, 1/4), the entropy of which is
+    # left; no τ² factor.
     scores = torch.tensor([[2 * LN3, 0.0]], dtype=torch.float64)
-    value = CELoss(CESettings(ce_temperature=2.0)).forward(scores, ItemSets(torch.tensor([[1, 2]]), scores))
+    value = CELoss(CESettings(ce_temperature=2.0)).forward(
+        scores, ItemSets(torch.tensor([[1, 2]]), scores)
+    )
     assert value.item() == pytest.approx(3 / 4 * math.log(4 / 3) + 1 / 4 * math.log(4), abs=1e-12)
 
 
 def test_union_by_hand() -> None:
     # Q_T = {1, 2}, Q_S = {2, 3}; the union has three items, each counted once.
     teacher = Table(torch.tensor([[0.0] * 5, [0.0, 4.0, 3.0, 1.0, 0.0]]), seen_of([], 2, 5))
-    world = make_world(1, 4)._replace(student=torch.tensor([[-torch.inf] + [0.0] * 4, [-torch.inf, 0.0, 2.0, 2.0, -1]]))
+    world = make_world(1, 4)._replace(
+        student=torch.tensor([[-torch.inf] + [0.0] * 4, [-torch.inf, 0.0, 2.0, 2.0, -1]])
+    )
     lists = world.lists()
     lists._teacher = teacher
     sets = CELoss(CESettings(ce_items="union", ce_top_k=2)).select(lists)
@@ -65,7 +70,10 @@ def test_equals_the_slow_version(which: str, tau: float) -> None:
 
 
 def test_equals_the_slow_version_under_any_mask() -> None:
-    student, teacher = torch.randn(40, 9, dtype=torch.float64) * 3, torch.randn(40, 9, dtype=torch.float64) * 3
+    student, teacher = (
+        torch.randn(40, 9, dtype=torch.float64) * 3,
+        torch.randn(40, 9, dtype=torch.float64) * 3,
+    )
     keep = torch.rand(40, 9) < 0.6
     keep[0] = False
     sets = ItemSets(torch.arange(1, 10).expand(40, 9), teacher, keep)
@@ -81,7 +89,9 @@ def test_authors_numbers(golden: Golden, which: str) -> None:
     # https://github.com/woriazzc/RCEKD, commit 771322a, class KD
     prefix = f"ce_{which}_"
     settings = golden.meta[prefix]
-    loss = CELoss(CESettings(ce_top_k=settings["kd_K"], ce_temperature=settings["kd_tau"], ce_items=which))  # type: ignore[arg-type]
+    loss = CELoss(
+        CESettings(ce_top_k=settings["kd_K"], ce_temperature=settings["kd_tau"], ce_items=which)
+    )  # type: ignore[arg-type]
     users = golden.batch()
     sets = loss.select(golden.lists(users))
     assert torch.equal(sets.items, golden.ids(f"{prefix}top")[users])
@@ -117,24 +127,36 @@ def test_the_student_pays_least_when_it_agrees() -> None:
     sets = ItemSets(torch.ones(5, 8, dtype=torch.int64), teacher)
     student = teacher.clone().requires_grad_()
     value = CELoss(CESettings()).forward(student, sets)
-    torch.testing.assert_close(value.detach(), -(teacher.softmax(1) * teacher.log_softmax(1)).sum(1))
+    torch.testing.assert_close(
+        value.detach(), -(teacher.softmax(1) * teacher.log_softmax(1)).sum(1)
+    )
     assert torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-15
 
 
 def test_at_a_high_temperature_only_differences_are_learned() -> None:
     # τ → ∞: ℓ → ln K, and τ²·∇ℓ → ((s − s̄) − (t − t̄)) / K.
-    student, teacher = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    student, teacher = (
+        torch.randn(3, 6, dtype=torch.float64),
+        torch.randn(3, 6, dtype=torch.float64),
+    )
     student.requires_grad_()
     tau = 1e4
-    value = CELoss(CESettings(ce_temperature=tau)).forward(student, ItemSets(torch.ones(3, 6).long(), teacher))
-    torch.testing.assert_close(value.detach(), torch.full((3,), math.log(6), dtype=torch.float64), atol=1e-7, rtol=0)
+    value = CELoss(CESettings(ce_temperature=tau)).forward(
+        student, ItemSets(torch.ones(3, 6).long(), teacher)
+    )
+    torch.testing.assert_close(
+        value.detach(), torch.full((3,), math.log(6), dtype=torch.float64), atol=1e-7, rtol=0
+    )
     centred = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     gradient = torch.autograd.grad(value.sum(), student)[0]
     torch.testing.assert_close(gradient * tau**2, centred.detach() / 6, atol=1e-3, rtol=0)
 
 
 def test_only_the_teachers_list_is_chosen_once() -> None:
-    renewed = {which: CELoss(CESettings(ce_items=which)).renewed for which in ("teacher", "student", "union")}
+    renewed = {
+        which: CELoss(CESettings(ce_items=which)).renewed
+        for which in ("teacher", "student", "union")
+    }
     assert renewed == {"teacher": False, "student": True, "union": True}
 
 

@@ -1,13 +1,15 @@
 """What every loss of scores promises, whatever its formula.
 
-``tests/reference/<name>.py`` has, besides the slow formula: ``SMALL``, settings that fit a catalogue of 30 items; ``CASES``, what
-to try beyond them; ``value(user, settings)``, the slow formula for one :class:`~tests.tables.User`; and where they differ from
-the defaults: ``RELATIVE`` (True: only differences of scores count), ``BLOCKS`` (first columns of blocks that are told apart by
-their place), ``ORDERED`` (so many first columns stand in an order to be learned), ``TAIL`` (the setting that says how many the
-last columns are), ``ZERO`` (True: a row may learn nothing, as where the student agrees), ``support(settings, sets)`` (bool
-``[6, T]``: which columns count; default: ``sets.keep``, or all), ``NO_TEACHER`` (True: a control that learns the same whatever
-the teacher says), ``CONSTANTS`` (True: something that is computed from the student's scores has no gradient, so the gradient
-is not that of the value).
+``tests/reference/<name>.py`` has, besides the slow formula: ``SMALL``, settings that fit a
+catalogue of 30 items; ``CASES``, what to try beyond them; ``value(user, settings)``, the slow
+formula for one :class:`~tests.tables.User`; and where they differ from the defaults: ``RELATIVE``
+(True: only differences of scores count), ``BLOCKS`` (first columns of blocks that are told apart by
+their place), ``ORDERED`` (so many first columns stand in an order to be learned), ``TAIL`` (the
+setting that says how many the last columns are), ``ZERO`` (True: a row may learn nothing, as where
+the student agrees), ``support(settings, sets)`` (bool ``[6, T]``: which columns count; default:
+``sets.keep``, or all), ``NO_TEACHER`` (True: a control that learns the same whatever the teacher
+says), ``CONSTANTS`` (True: something that is computed from the student's scores has no gradient, so
+the gradient is not that of the value).
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
 from recbole_rcekd.losses import KDLoss, get_loss
-from recbole_rcekd.outside import ListedScores
-from recbole_rcekd.types import ItemSets, Seen
+from recbole_rcekd.teachers.score_file import ListedScores
 from tests.tables import World, make_world
 
 # Those of vectors have a contract of their own.
-LOSSES: dict[str, type[KDLoss]] = {name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, KDLoss)}
+LOSSES: dict[str, type[KDLoss]] = {
+    name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, KDLoss)
+}
 
 
 def make_loss(name: str, **settings: Any) -> KDLoss:
@@ -38,13 +42,16 @@ def make_loss(name: str, **settings: Any) -> KDLoss:
 
 
 # What tests/reference/<name>.py says of a loss besides its formula.
-REFERENCE: dict[str, Any] = {name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES}
+REFERENCE: dict[str, Any] = {
+    name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES
+}
 SMALL: dict[str, dict[str, Any]] = {name: reference.SMALL for name, reference in REFERENCE.items()}
 # name of the loss, what differs from SMALL
 CASES: list[tuple[str, dict[str, Any]]] = [
     (name, settings) for name, reference in REFERENCE.items() for settings in reference.CASES
 ]
-# Losses that look only at differences of scores: cross-entropies and Plackett–Luce. CD looks at each score alone.
+# Losses that look only at differences of scores: cross-entropies and Plackett–Luce. CD looks at
+# each score alone.
 RELATIVE = {name for name, reference in REFERENCE.items() if getattr(reference, "RELATIVE", True)}
 # Losses whose rows may be 0 though the teacher speaks.
 ZERO = {name for name, reference in REFERENCE.items() if getattr(reference, "ZERO", False)}
@@ -61,16 +68,22 @@ class Case:
     support: Tensor
 
     def value(self, scores: Tensor | None = None, sets: ItemSets | None = None) -> Tensor:
-        return self.loss.forward(self.scores if scores is None else scores, self.sets if sets is None else sets)
+        return self.loss.forward(
+            self.scores if scores is None else scores, self.sets if sets is None else sets
+        )
 
-    def gradient(self, scores: Tensor | None = None, sets: ItemSets | None = None) -> tuple[Tensor, Tensor]:
+    def gradient(
+        self, scores: Tensor | None = None, sets: ItemSets | None = None
+    ) -> tuple[Tensor, Tensor]:
         scores = (self.scores if scores is None else scores).detach().clone().requires_grad_()
         value = self.value(scores, sets)
         (found,) = torch.autograd.grad(value.sum(), scores)
         return value.detach(), found
 
     def double(self) -> Case:
-        double: dict[str, Any] = {k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()}
+        double: dict[str, Any] = {
+            k: v.double() if v.is_floating_point() else v for k, v in self.sets.tensors().items()
+        }
         sets = dataclasses.replace(self.sets, **double)
         return dataclasses.replace(self, scores=self.scores.double(), sets=sets)
 
@@ -103,7 +116,9 @@ def build(name: str, settings: dict[str, Any]) -> Case:
 
 
 def case_id(case: tuple[str, dict[str, Any]]) -> str:
-    return "-".join([case[0], *(f"{key.partition('_')[2]}={value}" for key, value in case[1].items())])
+    return "-".join(
+        [case[0], *(f"{key.partition('_')[2]}={value}" for key, value in case[1].items())]
+    )
 
 
 @pytest.fixture(params=CASES, ids=case_id)
@@ -115,7 +130,9 @@ def only(*names: str, having: str = "") -> Callable[[Any], Any]:
     """Run a test for the cases of these losses, if their sets have the field ``having``."""
     cases = [case for case in CASES if case[0] in names]
     cases = [case for case in cases if not having or having in build(*case).sets.tensors()]
-    return pytest.mark.parametrize("case", [build(*case) for case in cases], ids=map(case_id, cases))
+    return pytest.mark.parametrize(
+        "case", [build(*case) for case in cases], ids=map(case_id, cases)
+    )
 
 
 def learns(name: str, value: Tensor) -> bool:
@@ -141,7 +158,9 @@ def test_finite_at_extreme_scores(case: Case) -> None:
         sets = case.sets
         if sets.teacher_scores is not None:
             sets = dataclasses.replace(
-                sets, teacher_scores=torch.randint(-1, 2, sets.teacher_scores.shape, generator=draw) * 1e4
+                sets,
+                teacher_scores=torch.randint(-1, 2, sets.teacher_scores.shape, generator=draw)
+                * 1e4,
             )
         value, gradient = case.gradient(scores.where(case.support | (scores == 0), -1e4), sets)
         assert scores.dtype == torch.float32
@@ -154,7 +173,9 @@ def test_gradient_is_that_of_the_value(case: Case) -> None:
         return  # its own test says what the gradient is
     exact = case.double()
     # An item may stand in two columns; ranks jump where scores are equal.
-    scores = exact.scores + 1e-3 * torch.rand(exact.scores.shape, generator=torch.Generator().manual_seed(4))
+    scores = exact.scores + 1e-3 * torch.rand(
+        exact.scores.shape, generator=torch.Generator().manual_seed(4)
+    )
     scores[~exact.support] = 0.0  # −inf at the padding item
     assert torch.autograd.gradcheck(lambda x: exact.value(x), scores.requires_grad_())
 
@@ -188,8 +209,12 @@ def test_masked_is_as_good_as_deleted(case: Case) -> None:
         tail: str | None = getattr(REFERENCE[case.name], "TAIL", None)
         if tail is not None:
             head = case.sets.items.shape[1] - getattr(loss.settings, tail)
-            loss = type(loss)(dataclasses.replace(loss.settings, **{tail: int((columns >= head).sum())}))
-        alone = dataclasses.replace(case, loss=loss, scores=case.scores[row : row + 1, columns], sets=shorter)
+            loss = type(loss)(
+                dataclasses.replace(loss.settings, **{tail: int((columns >= head).sum())})
+            )
+        alone = dataclasses.replace(
+            case, loss=loss, scores=case.scores[row : row + 1, columns], sets=shorter
+        )
         alone_value, alone_gradient = alone.gradient()
         torch.testing.assert_close(alone_value[0], value[row])
         torch.testing.assert_close(alone_gradient[0], gradient[row, columns])
@@ -232,15 +257,22 @@ def test_the_order_of_items_does_not_matter(case: Case) -> None:
         sets = dataclasses.replace(case.sets, items=renamed[case.sets.items])
         if sets.seen is not None:
             rows, ids = sets.seen.cells(torch.arange(6))
-            sets = dataclasses.replace(sets, seen=Seen.from_pairs(rows, renamed[ids], 6, sets.seen.n_ids))
+            sets = dataclasses.replace(
+                sets, seen=Seen.from_pairs(rows, renamed[ids], 6, sets.seen.n_ids)
+            )
         if case.loss.teaches_all_items and sets.teacher_scores is not None:
             sets = dataclasses.replace(sets, teacher_scores=sets.teacher_scores[:, order])
     else:
         reference = REFERENCE[case.name]
         ordered = getattr(reference, "ORDERED", 0)
-        starts = (ordered, *(start for start in getattr(reference, "BLOCKS", ()) if start > ordered))
+        starts = (
+            ordered,
+            *(start for start in getattr(reference, "BLOCKS", ()) if start > ordered),
+        )
         blocks = zip(starts, (*starts[1:], width), strict=True)
-        order = torch.cat([torch.arange(ordered), *(order[(order >= a) & (order < b)] for a, b in blocks)])
+        order = torch.cat(
+            [torch.arange(ordered), *(order[(order >= a) & (order < b)] for a, b in blocks)]
+        )
         if ordered == 0 and starts == (0,):
             order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
         keep, teacher = case.sets.keep, case.sets.teacher_scores
@@ -365,7 +397,9 @@ def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_of_whom_the_teacher_says_nothing_nothing_is_learned(case: tuple[str, dict[str, Any]]) -> None:
+def test_of_whom_the_teacher_says_nothing_nothing_is_learned(
+    case: tuple[str, dict[str, Any]],
+) -> None:
     loss = make_loss(case[0], **case[1])
     sets, value, gradient = learned_from(loss, short_world({2: 2, 4: 30, 5: 1, 6: 30}))
     if getattr(REFERENCE[case[0]], "NO_TEACHER", False):
@@ -397,7 +431,9 @@ def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, A
     world = short_world({1: 1, 2: 2, 3: 3, 4: 4, 5: 6, 6: 30})
     sets, value, _ = learned_from(loss, world)
     for user in range(1, 7):
-        expected = REFERENCE[name].value(world.user(user, sets.items[user - 1].tolist()), {**SMALL[name], **settings})
+        expected = REFERENCE[name].value(
+            world.user(user, sets.items[user - 1].tolist()), {**SMALL[name], **settings}
+        )
         assert value[user - 1].item() == pytest.approx(expected, rel=1e-5), user
     if sets.overlap is not None:  # of what is listed, not of K
         first = set(world.teacher.top_k(torch.tensor([2]), 5, False)[0].tolist()) - {0}
@@ -405,7 +441,8 @@ def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, A
 
 
 def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
-    # 9 of 30 items are listed: all may be drawn as interesting, none as uninteresting, though 5 uninteresting are wanted.
+    # 9 of 30 items are listed: all may be drawn as interesting, none as uninteresting, though 5
+    # uninteresting are wanted.
     world = short_world(dict.fromkeys(range(1, 7), 9))
     loss = make_loss("rrd")
     drawn: set[int] = set()
@@ -421,7 +458,9 @@ def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
 def test_a_list_of_all_items_is_no_other_teacher(case: tuple[str, dict[str, Any]]) -> None:
     loss = make_loss(case[0], **case[1])
     for found, expected in zip(
-        learned_from(loss, short_world(dict.fromkeys(range(1, 7), 30))), learned_from(loss, make_world()), strict=True
+        learned_from(loss, short_world(dict.fromkeys(range(1, 7), 30))),
+        learned_from(loss, make_world()),
+        strict=True,
     ):
         if isinstance(found, ItemSets):
             assert isinstance(expected, ItemSets)
@@ -438,7 +477,9 @@ def test_settings_class_and_weight(case: Case) -> None:
 
 
 def test_unknown_loss() -> None:
-    with pytest.raises(Exception, match=r"\[kd_loss\] names 'rcee', which is not a loss. Did you mean \[rce\]\?"):
+    with pytest.raises(
+        Exception, match=r"\[kd_loss\] names 'rcee', which is not a loss. Did you mean \[rce\]\?"
+    ):
         get_loss("rcee")
     with pytest.raises(Exception, match="scratch"):
         get_loss("zzzzz")

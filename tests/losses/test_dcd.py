@@ -7,9 +7,9 @@ import pytest
 import scipy.stats
 import torch
 
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings, corrections, drawn_items
-from recbole_rcekd.types import ItemSets
 from tests.reference.dcd import corrections as slow_corrections
 from tests.reference.rrd import rrd
 from tests.tables import World, make_world
@@ -18,7 +18,8 @@ LN = math.log
 
 
 def test_by_hand() -> None:
-    # Weights e^s: the student has items 1 and 2 (3 and 1) too low, 3 and 4 (1 and 1) too high. First 3 of 6, then 1 of 3.
+    # Weights e^s: the student has items 1 and 2 (3 and 1) too low, 3 and 4 (1 and 1) too high.
+    # First 3 of 6, then 1 of 3.
     scores = torch.tensor([[LN(3), 0.0, 0.0, 0.0]], dtype=torch.float64)
     sets = ItemSets(torch.tensor([[1, 2, 3, 4]]), keep=torch.ones(1, 4, dtype=torch.bool))
     loss = DCDLoss(DCDSettings(dcd_items=2))
@@ -39,7 +40,9 @@ def test_corrections_by_hand() -> None:
 def test_equals_the_slow_version_under_any_mask(n: int, k: int) -> None:
     student = torch.randn(40, k + n, dtype=torch.float64) * 2
     keep = torch.rand(40, k + n) < 0.7
-    found = DCDLoss(DCDSettings(dcd_items=n)).forward(student, ItemSets(torch.ones(40, k + n).long(), keep=keep))
+    found = DCDLoss(DCDSettings(dcd_items=n)).forward(
+        student, ItemSets(torch.ones(40, k + n).long(), keep=keep)
+    )
     for row in range(40):
         head = [i for i in range(k) if keep[row, i]]
         tail = [i for i in range(k, k + n) if keep[row, i]]
@@ -54,9 +57,16 @@ def test_what_is_too_low_is_taught_in_order_above_what_is_too_high() -> None:
     for row in range(6):
         top = world.lists().teacher_top(14, unseen=True)[row].tolist()
         under, over = slow_corrections(world.student[row + 1].tolist(), top, 10.0)
-        head, tail = ([i for i in part if i] for part in (sets.items[row, :9].tolist(), sets.items[row, 9:].tolist()))
-        assert sets.items[row, :9].tolist() == head + [0] * (9 - len(head))  # what is missing stands last
-        too_low, too_high = ([i for i, e in zip(top, errors, strict=True) if e > 0] for errors in (under, over))
+        head, tail = (
+            [i for i in part if i]
+            for part in (sets.items[row, :9].tolist(), sets.items[row, 9:].tolist())
+        )
+        assert sets.items[row, :9].tolist() == head + [0] * (
+            9 - len(head)
+        )  # what is missing stands last
+        too_low, too_high = (
+            [i for i, e in zip(top, errors, strict=True) if e > 0] for errors in (under, over)
+        )
         assert head == [i for i in top if i in head]  # in the teacher's order
         assert set(head) <= set(too_low)
         assert set(tail) <= set(too_high)
@@ -90,9 +100,12 @@ def test_where_fewer_are_wrong_the_rest_is_no_item() -> None:
     pool, weights = torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.0, 0.1]])
     generator = torch.Generator().manual_seed(0)
     assert drawn_items(pool, weights, 3, generator, in_order=True).tolist() == [[7, 9, 0]]
-    assert drawn_items(pool, weights, 5, generator, in_order=True).tolist() == [[7, 9, 0, 0, 0]]  # a pool of 3
+    assert drawn_items(pool, weights, 5, generator, in_order=True).tolist() == [
+        [7, 9, 0, 0, 0]
+    ]  # a pool of 3
     orders = {
-        tuple(drawn_items(pool, weights, 3, generator, in_order=False)[0].tolist()) for _ in range(60)
+        tuple(drawn_items(pool, weights, 3, generator, in_order=False)[0].tolist())
+        for _ in range(60)
     }  # in the draw's order
     assert orders == {(7, 9, 0), (9, 7, 0)}
 
@@ -104,7 +117,7 @@ def test_item_side() -> None:
     loss, weight = side
     assert weight == 1.0
     assert loss.item_side() is None
-    # Lists of users, for items: here user u has seen item u, 2u and 3u.
+    # Candidates of users, for items: here user u has seen item u, 2u and 3u.
     world = make_world(30, 6)
     sets = loss.select(world.transposed().lists())
     assert sets.items.shape == (6, 8)

@@ -8,9 +8,9 @@ import pytest
 import scipy.stats
 import torch
 
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.dcd_port import DCDPortLoss, DCDPortSettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.dcd_port import weights
 from tests.reference.rrd import rrd
 from tests.tables import Golden, World, make_world
@@ -41,7 +41,9 @@ def test_authors_numbers(golden: Golden) -> None:
             dcd_port_temperature=settings["dcd_T"],
         )
     )
-    golden.check("dcd_", "loss_sum_unique_users", loss, users, ItemSets(items, keep=items != 0), 1e-10)
+    golden.check(
+        "dcd_", "loss_sum_unique_users", loss, users, ItemSets(items, keep=items != 0), 1e-10
+    )
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 4), (3, 6)])
@@ -57,7 +59,8 @@ def test_equals_the_slow_version_under_any_mask(n: int, k: int) -> None:
 
 
 def test_draws_follow_the_ranks_among_all_items() -> None:
-    # One user many times over; its training items 2 and 3 are the student's best, so they put all others two places down.
+    # One user many times over; its training items 2 and 3 are the student's best, so they put all
+    # others two places down.
     n = 6000
     world = make_world(1, 12, [(1, 2), (1, 3)])
     top = world.lists().teacher_top(6, unseen=True)[0].tolist()
@@ -84,10 +87,17 @@ def test_the_head_stands_in_the_order_of_the_draw() -> None:
     top = world.lists().teacher_top(3).tolist()[0]
     student = torch.zeros(2, 13)
     student[1, top] = torch.tensor([-3.0, -4.0, -5.0])
-    loss = DCDPortLoss(DCDPortSettings(dcd_port_items=3, dcd_port_pool=3, dcd_port_temperature=1e-3))
+    loss = DCDPortLoss(
+        DCDPortSettings(dcd_port_items=3, dcd_port_pool=3, dcd_port_temperature=1e-3)
+    )
     many = torch.ones(6000, dtype=torch.int64)
     heads = Counter(
-        map(tuple, loss.select(World(world.teacher, student, world.seen).lists(many)).items[:, :3].tolist())
+        map(
+            tuple,
+            loss.select(World(world.teacher, student, world.seen).lists(many))
+            .items[:, :3]
+            .tolist(),
+        )
     )
     assert {tuple(sorted(head)) for head in heads} == {tuple(sorted(top))}
     assert len(heads) == 6
@@ -95,7 +105,8 @@ def test_the_head_stands_in_the_order_of_the_draw() -> None:
 
 
 def test_no_weight_is_0() -> None:
-    # A student in the teacher's order: all of the pool is drawn on both sides, each with the smallest weight.
+    # A student in the teacher's order: all of the pool is drawn on both sides, each with the
+    # smallest weight.
     world = make_world(pairs=[])
     agreed = World(world.teacher, world.teacher.score_all(torch.arange(7)), world.seen)
     sets = DCDPortLoss(DCDPortSettings(dcd_port_items=4, dcd_port_pool=4)).select(agreed.lists())
@@ -115,7 +126,9 @@ def test_what_a_user_lacks_is_masked() -> None:
 
 
 def test_the_items_come_out_of_the_pool() -> None:
-    with pytest.raises(SettingsError, match=r"\[dcd_port_items\]=60 is larger than \[dcd_port_pool\]=50"):
+    with pytest.raises(
+        SettingsError, match=r"\[dcd_port_items\]=60 is larger than \[dcd_port_pool\]=50"
+    ):
         DCDPortSettings(dcd_port_items=60, dcd_port_pool=50)
 
 

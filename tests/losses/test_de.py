@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.de import DELoss, DESettings, Experts
-from recbole_rcekd.types import Seen, Vectors
 from tests.reference.de import shares
 
 
@@ -74,7 +74,9 @@ def test_experts_begin_as_networks_do() -> None:
     hidden = 32
     assert float(experts.second.detach().abs().max()) <= hidden**-0.5
     like = nn.Linear(hidden, 48)
-    assert float(experts.second.detach().std()) == pytest.approx(float(like.weight.detach().std()), rel=0.05)
+    assert float(experts.second.detach().std()) == pytest.approx(
+        float(like.weight.detach().std()), rel=0.05
+    )
     assert float(experts.first.weight.detach().abs().max()) <= 16**-0.5
 
 
@@ -93,7 +95,9 @@ def test_shares_that_change_nothing_cost_no_expert() -> None:
     loss = built(1, 1, de_experts=30)
     loss.begin_epoch(0.15)
     drawn = loss._shares(torch.zeros(2_000, 30, dtype=torch.float64))
-    torch.testing.assert_close(drawn.sum(1), torch.ones(2_000, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        drawn.sum(1), torch.ones(2_000, dtype=torch.float64), rtol=0, atol=1e-12
+    )
     assert (drawn > 0).sum(1).double().mean() < 6
     loss.begin_epoch(0.0)
     assert (loss._shares(torch.zeros(2_000, 30, dtype=torch.float64)) > 0).all()
@@ -114,9 +118,13 @@ def test_shares_against_the_slow_version(temperature: float) -> None:
     loss = built(1, 1, seed=3)
     loss.temperature = temperature
     found = loss._shares(logits)
-    noise = torch.empty(50, 4, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(3))
+    noise = torch.empty(50, 4, dtype=torch.float64).exponential_(
+        generator=torch.Generator().manual_seed(3)
+    )
     for row in range(50):
-        assert found[row].tolist() == pytest.approx(shares(logits[row].tolist(), noise[row].tolist(), temperature))
+        assert found[row].tolist() == pytest.approx(
+            shares(logits[row].tolist(), noise[row].tolist(), temperature)
+        )
     assert loss._shares(logits.float()).isfinite().all()
     if temperature < 1e-3:
         assert ((found == 0) | (found == 1)).all(1).all()

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.fce import fce
 from tests.tables import make_world
 
@@ -24,16 +24,23 @@ def test_by_hand() -> None:
     value = FCELoss(FCESettings()).forward(student, sets)
     assert value.item() == pytest.approx(3 / 4 * math.log(5 / 3) + 1 / 4 * math.log(5), abs=1e-12)
     # All items as targets, wanted equally.
-    sets = ItemSets(torch.zeros(1, 0).long(), torch.tensor([[-torch.inf, 7.0, 7.0, 7.0]], dtype=torch.float64))
+    sets = ItemSets(
+        torch.zeros(1, 0).long(), torch.tensor([[-torch.inf, 7.0, 7.0, 7.0]], dtype=torch.float64)
+    )
     value = FCELoss(FCESettings(fce_target="all")).forward(student, sets)
     assert value.item() == pytest.approx(1 / 3 * math.log(5 / 3) + 2 / 3 * math.log(5), abs=1e-12)
 
 
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
 def test_equals_the_slow_version(tau: float) -> None:
-    student, teacher = torch.randn(10, 15, dtype=torch.float64) * 2, torch.randn(10, 15, dtype=torch.float64) * 2
+    student, teacher = (
+        torch.randn(10, 15, dtype=torch.float64) * 2,
+        torch.randn(10, 15, dtype=torch.float64) * 2,
+    )
     items = teacher[:, 1:].topk(4).indices + 1
-    some = FCELoss(FCESettings(fce_temperature=tau)).forward(student, ItemSets(items, teacher.gather(1, items)))
+    some = FCELoss(FCESettings(fce_temperature=tau)).forward(
+        student, ItemSets(items, teacher.gather(1, items))
+    )
     every = FCELoss(FCESettings(fce_temperature=tau, fce_target="all")).forward(
         student, ItemSets(items[:, :0], teacher)
     )
@@ -48,9 +55,14 @@ def test_a_target_list_of_all_items_is_the_other_mode() -> None:
     short = FCELoss(FCESettings(fce_top_k=30))
     sets = short.select(world.lists())
     full = FCELoss(FCESettings(fce_target="all"))
-    everything = ItemSets(full.select(world.lists()).items, world.teacher.score_all(torch.arange(1, 7)))
+    everything = ItemSets(
+        full.select(world.lists()).items, world.teacher.score_all(torch.arange(1, 7))
+    )
     torch.testing.assert_close(
-        short.forward(world.student[1:], sets), full.forward(world.student[1:], everything), atol=1e-5, rtol=1e-5
+        short.forward(world.student[1:], sets),
+        full.forward(world.student[1:], everything),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -65,8 +77,11 @@ def test_what_is_asked_for() -> None:
 
 
 def test_it_bounds_ndcg_of_the_teachers_list_without_closure() -> None:
-    # P5: −ln NDCG_{Q_T} ≤ loss, with the item's rank in the whole catalogue, ties counted against it.
-    student = torch.randn(200, 21, dtype=torch.float64) * torch.logspace(-2, 2, 200, dtype=torch.float64).unsqueeze(1)
+    # P5: −ln NDCG_{Q_T} ≤ loss, with the item's rank in the whole catalogue, ties counted against
+    # it.
+    student = torch.randn(200, 21, dtype=torch.float64) * torch.logspace(
+        -2, 2, 200, dtype=torch.float64
+    ).unsqueeze(1)
     teacher = torch.randn(200, 21, dtype=torch.float64) * 2
     items = teacher[:, 1:].topk(5).indices + 1
     loss = FCELoss(FCESettings()).forward(student, ItemSets(items, teacher.gather(1, items)))
@@ -86,7 +101,8 @@ def sampled(**settings: Any) -> FCELoss:
 
 
 def test_the_estimate_by_hand() -> None:
-    # Target item 1 (odds 2), the student's item 2 (odds 3), a tail of two (odds 1 and 1/2) for ten: 2 + 3 + 10/2 · 3/2.
+    # Target item 1 (odds 2), the student's item 2 (odds 3), a tail of two (odds 1 and 1/2) for ten:
+    # 2 + 3 + 10/2 · 3/2.
     scores = torch.tensor([[math.log(2), LN3, 0.0, -math.log(2)]], dtype=torch.float64)
     sets = ItemSets(
         torch.tensor([[1, 2, 3, 4]]),
@@ -107,12 +123,15 @@ def test_the_sets_of_an_estimate() -> None:
     assert sets.log_tail is not None
     for row in range(6):
         q_t, q_s, items = (
-            x[row].tolist() for x in (world.lists().teacher_top(4), world.lists().student_top(4), sets.items)
+            x[row].tolist()
+            for x in (world.lists().teacher_top(4), world.lists().student_top(4), sets.items)
         )
         assert items[:8] == q_t + [0 if item in q_t else item for item in q_s]
         certain = {*q_t, *q_s}
         assert len({*items[8:]} - certain - {0}) == 7
-        assert sets.log_tail[row].item() == pytest.approx(math.log((30 - len(certain)) / 7), abs=1e-6)
+        assert sets.log_tail[row].item() == pytest.approx(
+            math.log((30 - len(certain)) / 7), abs=1e-6
+        )
     assert torch.equal(sets.teacher_scores != -torch.inf, torch.arange(15).expand(6, -1) < 4)
 
 
@@ -123,7 +142,9 @@ def test_with_all_of_the_rest_in_the_tail_nothing_is_estimated(n: int) -> None:
     sets, student = loss.select(world.lists()), world.student[1:]
     assert not torch.as_tensor(sets.log_tail).any()
     exact = whole.forward(student, whole.select(world.lists()))
-    torch.testing.assert_close(loss.forward(student.gather(1, sets.items), sets), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        loss.forward(student.gather(1, sets.items), sets), exact, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_the_estimated_sum_is_unbiased_and_its_logarithm_is_low() -> None:
@@ -150,7 +171,9 @@ def test_a_tail_without_its_weight_would_be_too_low() -> None:
 
 
 def test_an_estimate_for_all_targets_is_refused() -> None:
-    with pytest.raises(SettingsError, match=r"\[fce_normaliser\] is 'sampled', but .* set fce_target to 'teacher'"):
+    with pytest.raises(
+        SettingsError, match=r"\[fce_normaliser\] is 'sampled', but .* set fce_target to 'teacher'"
+    ):
         FCESettings(fce_target="all", fce_normaliser="sampled")
 
 

@@ -1,10 +1,12 @@
 """What every loss of vectors promises, whatever its formula.
 
-``tests/reference/<name>.py`` has ``SMALL``, settings that fit a batch of a few users and items; ``CASES``, what to try beyond them;
-``value(users, items, loss)``, the slow formula in float64, which reads the learned parameters off the loss and makes its draws
-anew (its generator stands where it stood before ``forward``; the loss is in evaluation mode, without dropout); and where it
-differs from the default: ``WEIGHTED`` (False: the weights of rows do not count, as in losses of pairs), ``CONSTANTS`` (True:
-something made of the student's vectors passes no gradient on purpose, so the gradient is not that of the value).
+``tests/reference/<name>.py`` has ``SMALL``, settings that fit a batch of a few users and items;
+``CASES``, what to try beyond them; ``value(users, items, loss)``, the slow formula in float64,
+which reads the learned parameters off the loss and makes its draws anew (its generator stands where
+it stood before ``forward``; the loss is in evaluation mode, without dropout); and where it differs
+from the default: ``WEIGHTED`` (False: the weights of rows do not count, as in losses of pairs),
+``CONSTANTS`` (True: something made of the student's vectors passes no gradient on purpose, so the
+gradient is not that of the value).
 """
 
 from __future__ import annotations
@@ -17,20 +19,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import Vectors
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
-from recbole_rcekd.losses import FeatureLoss
-from recbole_rcekd.types import Vectors
+from recbole_rcekd.losses import EmbeddingLoss
 from tests.tables import make_world
 
-LOSSES: dict[str, type[FeatureLoss]] = {
-    name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, FeatureLoss)
+LOSSES: dict[str, type[EmbeddingLoss]] = {
+    name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, EmbeddingLoss)
 }
-REFERENCE: dict[str, Any] = {name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES}
+REFERENCE: dict[str, Any] = {
+    name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES
+}
 SIDES = ("users", "items")
 # name of the loss, what differs from SMALL, whose vectors
 Setting = tuple[str, dict[str, Any], str]
 CASES: list[Setting] = [
-    (name, settings, sides) for name in LOSSES for settings in REFERENCE[name].CASES for sides in ("both", *SIDES)
+    (name, settings, sides)
+    for name in LOSSES
+    for settings in REFERENCE[name].CASES
+    for sides in ("both", *SIDES)
 ]
 N_USERS, N_ITEMS = 12, 30
 STUDENT_WIDTH, TEACHER_WIDTH = 3, 5
@@ -43,7 +50,10 @@ class Case:
     """A loss, and the vectors of a batch in float64."""
 
     def __init__(
-        self, setting: Setting, seed: int = 0, widths: tuple[int, int] = (STUDENT_WIDTH, TEACHER_WIDTH)
+        self,
+        setting: Setting,
+        seed: int = 0,
+        widths: tuple[int, int] = (STUDENT_WIDTH, TEACHER_WIDTH),
     ) -> None:
         self.name, settings, sides = setting
         loss_type = LOSSES[self.name]
@@ -63,7 +73,10 @@ class Case:
             }
             for width in widths
         )
-        self.batch, self.weights = dict(BATCH), {side: weights.double() for side, weights in WEIGHTS.items()}
+        self.batch, self.weights = (
+            dict(BATCH),
+            {side: weights.double() for side, weights in WEIGHTS.items()},
+        )
 
     def vectors(self, side: str) -> Vectors | None:
         """As the distiller makes them."""
@@ -87,7 +100,9 @@ class Case:
         value = self.value()
         found: tuple[Tensor | None, ...] = (None,) * len(of)
         if value.requires_grad:
-            found = torch.autograd.grad(value, list(of.values()), allow_unused=True, materialize_grads=False)
+            found = torch.autograd.grad(
+                value, list(of.values()), allow_unused=True, materialize_grads=False
+            )
         for table in of.values():
             table.requires_grad_(False)
         return dict(zip(of, found, strict=True))
@@ -95,7 +110,13 @@ class Case:
 
 def case_id(setting: Setting) -> str:
     name, settings, sides = setting
-    return "-".join([name, *(f"{key.removeprefix(f'{name}_')}={value}" for key, value in settings.items()), sides])
+    return "-".join(
+        [
+            name,
+            *(f"{key.removeprefix(f'{name}_')}={value}" for key, value in settings.items()),
+            sides,
+        ]
+    )
 
 
 @pytest.fixture(params=CASES, ids=case_id)
@@ -113,7 +134,9 @@ def test_every_loss_is_here() -> None:
     assert LOSSES
     assert {name for name, _, _ in CASES} == set(LOSSES)
     for name, loss_type in LOSSES.items():
-        assert [key for key in loss_type.settings_type.keys() if key.endswith("_sides")] == [f"{name}_sides"]
+        assert [key for key in loss_type.settings_type.keys() if key.endswith("_sides")] == [
+            f"{name}_sides"
+        ]
 
 
 def test_a_scalar(case: Case) -> None:
@@ -131,7 +154,9 @@ def test_equals_the_slow_version(setting: Setting, widths: tuple[int, int]) -> N
         case.loss.begin_epoch(progress)
         found = case.value()
         case.rewind()
-        expected = REFERENCE[case.name].value(case.vectors("users"), case.vectors("items"), case.loss)
+        expected = REFERENCE[case.name].value(
+            case.vectors("users"), case.vectors("items"), case.loss
+        )
         assert isinstance(expected, float)
         assert found.item() == pytest.approx(expected, rel=1e-9), progress
 
@@ -247,7 +272,9 @@ def test_vectors_of_zeros(case: Case, zero: str, rows: str) -> None:
     gradients = [g for g in case.gradients(case.student).values() if g is not None]
     parts = [part for part in case.loss.parameters()]
     gradients += (
-        [g for g in torch.autograd.grad(case.value(), parts, allow_unused=True) if g is not None] if parts else []
+        [g for g in torch.autograd.grad(case.value(), parts, allow_unused=True) if g is not None]
+        if parts
+        else []
     )
     assert all(gradient.isfinite().all() for gradient in gradients)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.fitnet import FitNetLoss, FitNetSettings
-from recbole_rcekd.types import Seen, Vectors
 
 
 def built(width: int, teacher_width: int, **settings: Any) -> FitNetLoss:
@@ -19,7 +19,9 @@ def built(width: int, teacher_width: int, **settings: Any) -> FitNetLoss:
 
 def rows(student: list[list[float]], teacher: list[list[float]], weights: list[float]) -> Vectors:
     ids = torch.arange(1, len(weights) + 1)
-    double: list[Tensor] = [torch.tensor(values, dtype=torch.float64) for values in (student, teacher, weights)]
+    double: list[Tensor] = [
+        torch.tensor(values, dtype=torch.float64) for values in (student, teacher, weights)
+    ]
     return Vectors(ids, *double)
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses import FreqDLoss, freqd
 from recbole_rcekd.losses.freqd import FreqDSettings, neighbour_graph
-from recbole_rcekd.types import Seen, Vectors
 from tests.reference.freqd import CASES, as_sets, neighbours, value
 from tests.tables import seen_of
 
@@ -24,7 +24,9 @@ def random_seen(n_users: int, n_items: int, n: int) -> Seen:
     return Seen.from_pairs(users, items, n_users + 1, n_items + 1)
 
 
-def build(seen: Seen, widths: tuple[int, int] = (3, 5), seed: int = 7, **settings: Any) -> FreqDLoss:
+def build(
+    seen: Seen, widths: tuple[int, int] = (3, 5), seed: int = 7, **settings: Any
+) -> FreqDLoss:
     loss = FreqDLoss(FreqDSettings(**settings))
     torch.manual_seed(0)
     loss.build(*widths, seen, torch.Generator().manual_seed(seed))
@@ -35,7 +37,9 @@ def vectors(loss: FreqDLoss, side: str, ids: list[int], weights: Tensor | None =
     """Random vectors of these and of whatever else is needed."""
     draw = torch.Generator().manual_seed(len(side))
     needed = loss.needed(side, torch.tensor(ids, dtype=torch.int64))
-    student, teacher = (torch.randn(99, d, generator=draw, dtype=torch.float64)[needed] for d in (3, 5))
+    student, teacher = (
+        torch.randn(99, d, generator=draw, dtype=torch.float64)[needed] for d in (3, 5)
+    )
     weights = torch.ones(len(ids), dtype=torch.float64) if weights is None else weights
     return Vectors(needed, student.requires_grad_(), teacher, weights)
 
@@ -47,11 +51,19 @@ def test_graph_by_hand() -> None:
     assert as_sets(neighbour_graph(SEEN, 1)) == [set(), {2}, {1, 3}, {2}, set(), set()]
     # Items 1 and 2 have the users {1, 2}, item 3 has {2, 3}; each chooses one, of equals the first.
     assert as_sets(neighbour_graph(SEEN.transposed(), 1)) == [set(), {2, 3}, {1}, {1}, set(), set()]
-    assert as_sets(neighbour_graph(SEEN.transposed(), 2)) == [set(), {2, 3}, {1, 3}, {1, 2}, set(), set()]
+    assert as_sets(neighbour_graph(SEEN.transposed(), 2)) == [
+        set(),
+        {2, 3},
+        {1, 3},
+        {1, 2},
+        set(),
+        set(),
+    ]
 
 
 def test_nobody_is_a_neighbour_of_its_own() -> None:
-    # User 1 shares as much with user 2 as with itself; dropping the first hit would drop one of the two by chance.
+    # User 1 shares as much with user 2 as with itself; dropping the first hit would drop one of the
+    # two by chance.
     graph = neighbour_graph(seen_of([(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], 4, 4), 3)
     assert as_sets(graph) == [set(), {2}, {1, 3}, {2}]
 
@@ -85,7 +97,9 @@ def test_by_hand() -> None:
 
     def of(ids: list[int], teacher: list[float], weights: list[float]) -> float:
         table = torch.tensor([teacher], dtype=torch.float64).t()
-        return loss.forward(Vectors(torch.tensor(ids), table, table, torch.tensor(weights)), None).item()
+        return loss.forward(
+            Vectors(torch.tensor(ids), table, table, torch.tensor(weights)), None
+        ).item()
 
     assert of([2, 1], [3.0, 5.0], [1.0]) == pytest.approx(4**2)
     assert of([1, 2], [3.0, 5.0], [1.0, 1.0]) == pytest.approx(4**2 + 4**2)
@@ -101,9 +115,18 @@ def test_equals_the_slow_version(settings: dict[str, Any], training: bool) -> No
     loss = build(seen, freqd_neighbours=2, **settings)
     loss.train(training)
     users = vectors(loss, "users", [3, 1, 17, 20])
-    items = vectors(loss, "items", [9, 2, 30, 5, 1], torch.tensor([1.0, 0.5, 0.5, 1.0, 0.5], dtype=torch.float64))
+    items = vectors(
+        loss,
+        "items",
+        [9, 2, 30, 5, 1],
+        torch.tensor([1.0, 0.5, 0.5, 1.0, 0.5], dtype=torch.float64),
+    )
     start = loss.generator.get_state()
-    choices: list[tuple[Vectors | None, Vectors | None]] = [(users, items), (users, None), (None, items)]
+    choices: list[tuple[Vectors | None, Vectors | None]] = [
+        (users, items),
+        (users, None),
+        (None, items),
+    ]
     for sides in choices:
         loss.generator.set_state(start)
         found = loss.forward(*sides)
@@ -114,7 +137,9 @@ def test_equals_the_slow_version(settings: dict[str, Any], training: bool) -> No
 
 @pytest.mark.parametrize("normalise", [False, True])
 def test_gradient(normalise: bool) -> None:
-    loss = build(random_seen(20, 30, 60), freqd_sides="users", freqd_normalise=normalise, freqd_projectors=2)
+    loss = build(
+        random_seen(20, 30, 60), freqd_sides="users", freqd_normalise=normalise, freqd_projectors=2
+    )
     users = vectors(loss, "users", [3, 1, 17, 20])
     start = loss.generator.get_state()
 
@@ -201,7 +226,9 @@ def test_vectors_of_zeros(normalise: bool) -> None:
     loss = build(SEEN, freqd_normalise=normalise)
     users = vectors(loss, "users", [1, 2, 4])
     student = torch.zeros_like(users.student).requires_grad_()
-    found = loss.forward(Vectors(users.ids, student, torch.zeros_like(users.teacher), users.weights), None)
+    found = loss.forward(
+        Vectors(users.ids, student, torch.zeros_like(users.teacher), users.weights), None
+    )
     found.backward()  # type: ignore[no-untyped-call]
     assert found.isfinite()
     assert student.grad is not None
@@ -210,7 +237,9 @@ def test_vectors_of_zeros(normalise: bool) -> None:
 
 def test_only_what_is_learned_is_kept() -> None:
     assert set(build(SEEN, freqd_sides="items").state_dict()) == {
-        f"projectors.of_items.{layer}.{kind}" for layer in ("first", "second") for kind in ("weight", "bias")
+        f"projectors.of_items.{layer}.{kind}"
+        for layer in ("first", "second")
+        for kind in ("weight", "bias")
     }
     assert set(build(SEEN, freqd_sides="items").graphs) == {"items"}
     assert set(build(SEEN).graphs) == {"users", "items"}

@@ -6,16 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import Vectors
 from recbole_rcekd.losses import FTDLoss
 from recbole_rcekd.losses.ftd import FTDSettings
-from recbole_rcekd.types import Vectors
 from tests.reference.ftd import ftd, value
 
 LOSS = FTDLoss(FTDSettings())
 
 
 def vectors(student: Tensor, teacher: Tensor, n: int | None = None) -> Vectors:
-    return Vectors(torch.arange(1, len(student) + 1), student, teacher, torch.ones(len(student) if n is None else n))
+    return Vectors(
+        torch.arange(1, len(student) + 1),
+        student,
+        teacher,
+        torch.ones(len(student) if n is None else n),
+    )
 
 
 def random_vectors(m: int, n: int | None = None, seed: int = 0) -> Vectors:
@@ -27,7 +32,9 @@ def random_vectors(m: int, n: int | None = None, seed: int = 0) -> Vectors:
 def angles(*degrees: float) -> Tensor:
     """Vectors of these directions, of different lengths."""
     radians = torch.tensor(degrees, dtype=torch.float64) * math.pi / 180
-    return torch.stack([radians.cos(), radians.sin()], 1) * torch.arange(1, len(degrees) + 1).unsqueeze(1)
+    return torch.stack([radians.cos(), radians.sin()], 1) * torch.arange(
+        1, len(degrees) + 1
+    ).unsqueeze(1)
 
 
 def test_by_hand() -> None:
@@ -51,7 +58,9 @@ def test_equals_the_slow_version_in_value_and_gradient(n_users: int, n_items: in
     )
     pairs = (teacher @ teacher.t() - student @ student.t()).square().sum()
     for side in (users, items):
-        by_pairs, ours = (torch.autograd.grad(v, side.student, retain_graph=True)[0] for v in (pairs, found))
+        by_pairs, ours = (
+            torch.autograd.grad(v, side.student, retain_graph=True)[0] for v in (pairs, found)
+        )
         torch.testing.assert_close(ours, by_pairs, atol=1e-10, rtol=1e-10)
 
 
@@ -60,7 +69,9 @@ def test_one_side(which: int) -> None:
     side = random_vectors(7)
     both: list[Vectors | None] = [None, None]
     both[which] = side
-    assert LOSS.forward(*both).item() == pytest.approx(ftd(side.student.tolist(), side.teacher.tolist()), abs=1e-10)
+    assert LOSS.forward(*both).item() == pytest.approx(
+        ftd(side.student.tolist(), side.teacher.tolist()), abs=1e-10
+    )
 
 
 def test_rows_beyond_the_batch_do_not_count() -> None:
@@ -70,7 +81,8 @@ def test_rows_beyond_the_batch_do_not_count() -> None:
 
 
 def test_turned_and_stretched_tables_are_the_same() -> None:
-    # Only angles count: a student that is the teacher turned, row by row of another length, has nothing to learn.
+    # Only angles count: a student that is the teacher turned, row by row of another length, has
+    # nothing to learn.
     teacher = torch.randn(12, 5, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
     student = (teacher @ turn * torch.rand(12, 1, dtype=torch.float64)).requires_grad_()
@@ -83,7 +95,9 @@ def test_float32_is_near_enough() -> None:
     draw = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(3000, 8, generator=draw), torch.randn(3000, 64, generator=draw)
     exact = LOSS.forward(vectors(student.double(), teacher.double()), None)
-    assert LOSS.forward(vectors(student, teacher), None).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert LOSS.forward(vectors(student, teacher), None).item() == pytest.approx(
+        exact.item(), rel=1e-5
+    )
 
 
 def test_a_vector_of_zeros_has_no_angle() -> None:

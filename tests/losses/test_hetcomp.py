@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd.errors import SettingsError
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.types import ItemSets, Seen, TeacherScores
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.hetcomp import HetCompLoss, HetCompSettings, discrepancy, most_important
-from recbole_rcekd.types import ItemSets, Seen, TeacherScores
 from tests.reference.hetcomp import easy, hard
 from tests.tables import Golden, Table, make_world, ranking_of, relative_error
 
@@ -29,15 +29,18 @@ def make_loss(objective: str = "dynamic", **settings: Any) -> HetCompLoss:
 
 
 def test_by_hand() -> None:
-    # Item 1 is a training item, drawn, of weight e^s = 3; item 2 another, not drawn; then ten in the list and two others.
+    # Item 1 is a training item, drawn, of weight e^s = 3; item 2 another, not drawn; then ten in
+    # the list and two others.
     scores = torch.zeros(1, 15, dtype=torch.float64)
     scores[0, [0, 2]], scores[0, 1] = 9.0, LN(3)
     sets = ItemSets(
-        torch.tensor([[1, *range(3, 13)]]), seen=Seen.from_pairs(torch.zeros(2), torch.tensor([1, 2]), 1, 15)
+        torch.tensor([[1, *range(3, 13)]]),
+        seen=Seen.from_pairs(torch.zeros(2), torch.tensor([1, 2]), 1, 15),
     )
     found = make_loss(hetcomp_top_k=10).forward(scores, sets)
     assert found.item() == pytest.approx(2 * (LN((3 + 2) / 3) + 10 * LN(1 + 2)), abs=1e-12)
-    # Five in order, above the other five and the two; the best one, above the other nine and the two.
+    # Five in order, above the other five and the two; the best one, above the other nine and the
+    # two.
     found = make_loss("hard", hetcomp_top_k=10).forward(scores, sets)
     five = LN(12) + LN(11) + LN(10) + LN(9) + LN(8)
     assert found.item() == pytest.approx(LN((3 + 7) / 3) + (five + LN(12)) / 2, abs=1e-12)
@@ -48,7 +51,9 @@ def test_equals_the_slow_version(objective: str) -> None:
     student = torch.randn(20, 41, dtype=torch.float64) * 2
     order = 1 + torch.stack([torch.randperm(40) for _ in range(20)])
     for width in (20, 13, 0):  # of the list of 20; the last row has nothing
-        items = torch.nn.functional.pad(torch.cat([order[:, :2], order[:, 5 : 5 + width]], 1), (0, 20 - width))
+        items = torch.nn.functional.pad(
+            torch.cat([order[:, :2], order[:, 5 : 5 + width]], 1), (0, 20 - width)
+        )
         rows = torch.arange(20).repeat_interleave(5)
         seen = Seen.from_pairs(rows, order[:, :5].flatten(), 20, 41)
         found = make_loss(objective, hetcomp_top_k=20).forward(student, ItemSets(items, seen=seen))
@@ -61,34 +66,57 @@ def test_equals_the_slow_version(objective: str) -> None:
 
 @pytest.mark.parametrize(("objective", "factor"), [("easy", 2), ("hard", 1)])
 def test_authors_numbers(golden: Golden, objective: str, factor: int) -> None:
-    # https://github.com/woriazzc/RCEKD, commit 771322a, class HetComp; the factor 2 stands outside of what was recorded.
+    # https://github.com/woriazzc/RCEKD, commit 771322a, class HetComp; the factor 2 stands outside
+    # of what was recorded.
     users = golden.batch()
     items = torch.cat([golden.ids("hetcomp_pos"), golden.ids("hetcomp_top")], 1)[users]
     sets = ItemSets(items, seen=golden.seen().among(users))
-    user_table, item_table = (golden.table(f"student_{side}").requires_grad_() for side in ("user", "item"))
-    value = make_loss(objective, hetcomp_top_k=20).forward(user_table[users] @ item_table.t(), sets).sum() / factor
+    user_table, item_table = (
+        golden.table(f"student_{side}").requires_grad_() for side in ("user", "item")
+    )
+    value = (
+        make_loss(objective, hetcomp_top_k=20)
+        .forward(user_table[users] @ item_table.t(), sets)
+        .sum()
+        / factor
+    )
     torch.autograd.backward(value)
     assert relative_error(value.detach(), golden.arrays[f"hetcomp_{objective}_loss_sum"]) < 1e-10
     for table, side in ((user_table, "user"), (item_table, "item")):
         assert table.grad is not None
         assert not table.grad[0].any()  # padding
-        assert relative_error(table.grad[1:], golden.arrays[f"hetcomp_{objective}_grad_{side}"]) < 1e-10
+        assert (
+            relative_error(table.grad[1:], golden.arrays[f"hetcomp_{objective}_grad_{side}"])
+            < 1e-10
+        )
 
 
 @pytest.mark.parametrize("objective", ["easy", "hard"])
 def test_scores_of_more_than_40_still_teach(objective: str) -> None:
-    # The authors cut scores at 40, which stops the gradient, and subtract exponentials, which loses what is small.
-    scores = torch.tensor([[0.0, 50.0, *(100.0 - place for place in range(10)), 98.0]], requires_grad=True)
-    sets = ItemSets(torch.arange(1, 12).unsqueeze(0), seen=Seen.from_pairs(torch.zeros(1), torch.ones(1), 1, 13))
-    (gradient,) = torch.autograd.grad(make_loss(objective, hetcomp_top_k=10).forward(scores, sets).sum(), scores)
+    # The authors cut scores at 40, which stops the gradient, and subtract exponentials, which loses
+    # what is small.
+    scores = torch.tensor(
+        [[0.0, 50.0, *(100.0 - place for place in range(10)), 98.0]], requires_grad=True
+    )
+    sets = ItemSets(
+        torch.arange(1, 12).unsqueeze(0), seen=Seen.from_pairs(torch.zeros(1), torch.ones(1), 1, 13)
+    )
+    (gradient,) = torch.autograd.grad(
+        make_loss(objective, hetcomp_top_k=10).forward(scores, sets).sum(), scores
+    )
     assert (gradient[0, [1, 2, 12]].abs() > 1e-3).all()
 
 
 def test_nobody_is_left_below_the_list() -> None:
     # Ten unseen items, all of them in the list.
     scores = torch.randn(1, 12, dtype=torch.float64, requires_grad=True)
-    sets = ItemSets(torch.arange(1, 12).unsqueeze(0), seen=Seen.from_pairs(torch.zeros(1), torch.ones(1), 1, 12))
-    for objective, expected in (("easy", 0.0), ("hard", hard(scores[0].tolist(), [1], list(range(2, 12)), [1], 10))):
+    sets = ItemSets(
+        torch.arange(1, 12).unsqueeze(0), seen=Seen.from_pairs(torch.zeros(1), torch.ones(1), 1, 12)
+    )
+    for objective, expected in (
+        ("easy", 0.0),
+        ("hard", hard(scores[0].tolist(), [1], list(range(2, 12)), [1], 10)),
+    ):
         value = make_loss(objective, hetcomp_top_k=10).forward(scores, sets)
         assert value.item() == pytest.approx(expected, abs=1e-12)
         assert torch.autograd.grad(value.sum(), scores)[0].isfinite().all()
@@ -109,7 +137,10 @@ def gain(place: int) -> float:
 def test_discrepancy_by_hand() -> None:
     target = torch.tensor([[7, 8, 9], [7, 8, 0], [7, 8, 9], [0, 0, 0], [7, 8, 9]])
     student = torch.tensor([[7, 8, 9, 1], [8, 1, 7, 0], [1, 2, 3, 4], [1, 2, 3, 4], [9, 7, 8, 1]])
-    ideal = [gain(1) / 1 + gain(2) / math.log2(3), gain(1) + gain(2) / math.log2(3) + gain(3) / math.log2(4)]
+    ideal = [
+        gain(1) / 1 + gain(2) / math.log2(3),
+        gain(1) + gain(2) / math.log2(3) + gain(3) / math.log2(4),
+    ]
     expected = [
         0.0,
         1 - (gain(2) / 1 + gain(1) / math.log2(4)) / ideal[0],
@@ -117,12 +148,18 @@ def test_discrepancy_by_hand() -> None:
         0.0,
         1 - (gain(3) + gain(1) / math.log2(3) + gain(2) / math.log2(4)) / ideal[1],
     ]
-    torch.testing.assert_close(discrepancy(student, target), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        discrepancy(student, target), torch.tensor(expected), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_most_important_by_hand() -> None:
-    # e^(−.1) + e^(−.3) > 2 e^(−.2) > e^(−.1) > e^(−.3): item 5, then 6, then 7; 0 is no item, in both lists or not.
-    lists = [torch.tensor([[5, 6, 0], [0, 0, 0], [4, 0, 0]]), torch.tensor([[7, 6, 5], [0, 0, 0], [0, 4, 0]])]
+    # e^(−.1) + e^(−.3) > 2 e^(−.2) > e^(−.1) > e^(−.3): item 5, then 6, then 7; 0 is no item, in
+    # both lists or not.
+    lists = [
+        torch.tensor([[5, 6, 0], [0, 0, 0], [4, 0, 0]]),
+        torch.tensor([[7, 6, 5], [0, 0, 0], [0, 4, 0]]),
+    ]
     found = most_important(lists, 4)
     assert found.tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
     assert most_important(lists, 2).tolist() == [[5, 6], [0, 0], [4, 0]]
@@ -137,25 +174,41 @@ def test_most_important_by_hand() -> None:
 class History:
     """One student after another in front of the same teachers."""
 
-    def __init__(self, trajectories: Sequence[Sequence[TeacherScores]], seen: Seen, n_items: int) -> None:
+    def __init__(
+        self, trajectories: Sequence[Sequence[TeacherScores]], seen: Seen, n_items: int
+    ) -> None:
         self.trajectories, self.seen, self.n_items = trajectories, seen, n_items
 
-    def lists(self, student: Tensor, epoch: int, users: Tensor) -> Lists:
+    def lists(self, student: Tensor, epoch: int, users: Tensor) -> Candidates:
         student = student.clone()
         student[:, 0] = -torch.inf
         teacher = self.trajectories[0][-1]
         draw = torch.Generator().manual_seed(epoch)
-        return Lists(users, teacher, ranking_of(student), self.seen, draw, trajectories=self.trajectories, epoch=epoch)
+        return Candidates(
+            users,
+            teacher,
+            ranking_of(student),
+            self.seen,
+            draw,
+            trajectories=self.trajectories,
+            epoch=epoch,
+        )
 
 
 def random_history(n_states: Sequence[int], n_users: int = 12, n_items: int = 60) -> History:
-    seen = Seen.from_pairs(torch.arange(n_users + 1), torch.arange(1, n_users + 2), n_users + 1, n_items + 1)
+    seen = Seen.from_pairs(
+        torch.arange(n_users + 1), torch.arange(1, n_users + 2), n_users + 1, n_items + 1
+    )
     draw = torch.Generator().manual_seed(1)
-    tables = [[torch.randn(n_users + 1, n_items + 1, generator=draw) for _ in range(n)] for n in n_states]
+    tables = [
+        [torch.randn(n_users + 1, n_items + 1, generator=draw) for _ in range(n)] for n in n_states
+    ]
     return History([[Table(table, seen) for table in states] for states in tables], seen, n_items)
 
 
-def slow_rule(history: History, students: Sequence[Tensor], interval: int, alpha: float) -> list[list[list[int]]]:
+def slow_rule(
+    history: History, students: Sequence[Tensor], interval: int, alpha: float
+) -> list[list[list[int]]]:
     """The state of each user and teacher after each epoch, by the published rule, one at a time."""
     n_users = len(students[0])
     stage = [[0] * len(history.trajectories) for _ in range(n_users)]
@@ -167,7 +220,9 @@ def slow_rule(history: History, students: Sequence[Tensor], interval: int, alpha
         target = state.top_k(one, 50, True)[0].tolist()
         ideal = sum(gain(k + 1) / math.log2(k + 2) for k, item in enumerate(target) if item)
         return 1 - sum(
-            gain(target.index(item) + 1) / math.log2(k + 2) for k, item in enumerate(own) if item in target and item
+            gain(target.index(item) + 1) / math.log2(k + 2)
+            for k, item in enumerate(own)
+            if item in target and item
         ) / (ideal)
 
     after = []
@@ -181,7 +236,10 @@ def slow_rule(history: History, students: Sequence[Tensor], interval: int, alpha
                     now = apart(user, student, states[v + 1])
                     if key not in stored:
                         stored[key] = now
-                    elif stored[key] / now > alpha * 0.995 ** (epoch // interval) or stored[key] / now < 1:
+                    elif (
+                        stored[key] / now > alpha * 0.995 ** (epoch // interval)
+                        or stored[key] / now < 1
+                    ):
                         stage[user][m] = v + 1
                         if v + 2 < len(states):
                             stored[key] = apart(user, student, states[v + 2])
@@ -239,13 +297,22 @@ def test_when_a_state_takes_over() -> None:
         loss = make_loss(hetcomp_top_k=10)
         loss.prepare(2, CPU)
         stages = []
-        for epoch, now in ((0, far), (3, near), (8, far), (9, near), (15, near), (16, later), (17, later)):
+        for epoch, now in (
+            (0, far),
+            (3, near),
+            (8, far),
+            (9, near),
+            (15, near),
+            (16, later),
+            (17, later),
+        ):
             loss.select(history.lists(now, epoch, user))
             stages.append(int(loss.stage[1, 0]))
         # 8 and 16 are looks: 8 remembers, 16 compares.
         assert stages == [0, 0, 0, 0, 0, int(moves), int(moves)]
         assert loss.hard == moves
-    # An unchanged list does move on when α·0.995^n has fallen below 1: 1.05·0.995^9 > 1 > 1.05·0.995^10.
+    # An unchanged list does move on when α·0.995^n has fallen below 1: 1.05·0.995^9 > 1 >
+    # 1.05·0.995^10.
     loss = make_loss(hetcomp_top_k=10)
     loss.prepare(2, CPU)
     found = []
@@ -260,7 +327,11 @@ def test_who_agrees_entirely_goes_on() -> None:
     loss = make_loss(hetcomp_top_k=10)
     loss.prepare(13, CPU)
     for epoch in (0, 8, 16):
-        loss.select(history.lists(history.trajectories[0][1].score_all(torch.arange(13)), epoch, torch.arange(1, 13)))
+        loss.select(
+            history.lists(
+                history.trajectories[0][1].score_all(torch.arange(13)), epoch, torch.arange(1, 13)
+            )
+        )
         assert loss.hard == (epoch == 16)
 
 
@@ -290,7 +361,9 @@ def test_states_are_left_as_they_are() -> None:
     for state, lists in zip(history.trajectories[0], before, strict=True):
         assert torch.equal(state.top_k(users, 50, True), lists)
     # Nor are all users cut to the shortest history: each has its own training items.
-    assert torch.equal(loss.select(history.lists(torch.randn(13, 61), 9, users)).items[:, 0], users + 1)
+    assert torch.equal(
+        loss.select(history.lists(torch.randn(13, 61), 9, users)).items[:, 0], users + 1
+    )
 
 
 def test_selection() -> None:
@@ -320,8 +393,12 @@ def test_new_training_begins_anew() -> None:
 def test_without_earlier_states() -> None:
     history = random_history([1])
     alone = history.lists(torch.randn(13, 61), 0, torch.arange(1, 13))
-    nothing = Lists(
-        alone.contexts, history.trajectories[0][0], ranking_of(torch.zeros(13, 61)), history.seen, alone.generator
+    nothing = Candidates(
+        alone.contexts,
+        history.trajectories[0][0],
+        ranking_of(torch.zeros(13, 61)),
+        history.seen,
+        alone.generator,
     )
     for lists in (alone, nothing):
         loss = make_loss(hetcomp_top_k=10)
@@ -338,7 +415,10 @@ def test_checkpoints_are_a_list_of_files() -> None:
         loss = make_loss(hetcomp_checkpoints=given)
         assert loss.checkpoints == ["a.pth", "b.pth"]
     for wrong in (5, [1, 2], None):
-        with pytest.raises(SettingsError, match=re.escape(f"[hetcomp_checkpoints] is {wrong!r}, but must be a list")):
+        with pytest.raises(
+            SettingsError,
+            match=re.escape(f"[hetcomp_checkpoints] is {wrong!r}, but must be a list"),
+        ):
             make_loss(hetcomp_checkpoints=wrong)
 
 

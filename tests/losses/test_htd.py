@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses import FTDLoss, HTDLoss, htd
 from recbole_rcekd.losses.ftd import FTDSettings
 from recbole_rcekd.losses.htd import HTDSettings, among_groups, within_groups
-from recbole_rcekd.types import Seen, Vectors
 from tests.reference import htd as slow
 
 WIDTHS = (3, 5)
@@ -37,7 +37,8 @@ def angles(*degrees: float) -> Tensor:
 
 
 def test_within_groups_by_hand() -> None:
-    # 0° and 60° are alike (½); 0° and 120° are not (−½); 60° and 120° are (½). The last is in a group of its own.
+    # 0° and 60° are alike (½); 0° and 120° are not (−½); 60° and 120° are (½). The last is in a
+    # group of its own.
     teacher, student = angles(0, 60, 120, 0), angles(0, 90, 90, 45)
     groups = torch.tensor([3, 3, 3, 1])
     expected = 2 * (1 / 2 - 0) ** 2 + 2 * (1 / 2 - 1) ** 2
@@ -45,17 +46,22 @@ def test_within_groups_by_hand() -> None:
 
 
 def test_among_groups_by_hand() -> None:
-    # Means of the group of two: at 45° for the teacher, 0° for the student; of the group of one: itself.
+    # Means of the group of two: at 45° for the teacher, 0° for the student; of the group of one:
+    # itself.
     teacher, student = angles(0, 90, 180), torch.cat([angles(0, 0), angles(90)])
     groups = torch.tensor([0, 0, 5])
     to_two = 2 * (math.sqrt(1 / 2) - 1) ** 2 + (-math.sqrt(1 / 2) - 0) ** 2
     to_one = (-1 - 0) ** 2 + (0 - 0) ** 2 + (1 - 1) ** 2
-    assert among_groups(student, teacher, groups).item() == pytest.approx(to_two + to_one, abs=1e-12)
+    assert among_groups(student, teacher, groups).item() == pytest.approx(
+        to_two + to_one, abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("pairs", [1, 20, 10**9])
 @pytest.mark.parametrize("n_groups", [1, 3, 40])
-def test_topology_equals_the_slow_version(monkeypatch: pytest.MonkeyPatch, pairs: int, n_groups: int) -> None:
+def test_topology_equals_the_slow_version(
+    monkeypatch: pytest.MonkeyPatch, pairs: int, n_groups: int
+) -> None:
     monkeypatch.setattr(htd, "_PAIRS", pairs)
     rows = vectors(15)
     groups = torch.randint(n_groups, (15,), generator=torch.Generator().manual_seed(1))
@@ -65,7 +71,9 @@ def test_topology_equals_the_slow_version(monkeypatch: pytest.MonkeyPatch, pairs
     assert among_groups(rows.student, rows.teacher, groups).item() == pytest.approx(
         slow.among_groups(*plain), abs=1e-10
     )
-    assert torch.autograd.gradcheck(lambda x: 2.0 * within_groups(x, rows.teacher, groups), rows.student)
+    assert torch.autograd.gradcheck(
+        lambda x: 2.0 * within_groups(x, rows.teacher, groups), rows.student
+    )
 
 
 def test_no_gradient_goes_through_a_mean() -> None:
@@ -73,8 +81,13 @@ def test_no_gradient_goes_through_a_mean() -> None:
     groups = torch.tensor([0, 0, 1, 1, 1, 2])
     (found,) = torch.autograd.grad(among_groups(rows.student, rows.teacher, groups), rows.student)
     unit = torch.nn.functional.normalize
-    means = [torch.stack([x[groups == g].mean(0) for g in range(3)]).detach() for x in (rows.student, rows.teacher)]
-    ours, theirs = (unit(x) @ unit(m).t() for x, m in zip((rows.student, rows.teacher), means, strict=True))
+    means = [
+        torch.stack([x[groups == g].mean(0) for g in range(3)]).detach()
+        for x in (rows.student, rows.teacher)
+    ]
+    ours, theirs = (
+        unit(x) @ unit(m).t() for x, m in zip((rows.student, rows.teacher), means, strict=True)
+    )
     (expected,) = torch.autograd.grad((theirs - ours).square().sum(), rows.student)
     torch.testing.assert_close(found, expected)
 
@@ -94,7 +107,11 @@ def test_groups_are_those_of_the_gates_and_of_one_side() -> None:
 def test_equals_the_slow_version(alpha: float) -> None:
     loss = build(htd_groups=3, htd_alpha=alpha)
     users, items = vectors(6, n=5, seed=1), vectors(9, seed=2)
-    choices: list[tuple[Vectors | None, Vectors | None]] = [(users, items), (users, None), (None, items)]
+    choices: list[tuple[Vectors | None, Vectors | None]] = [
+        (users, items),
+        (users, None),
+        (None, items),
+    ]
     start = loss.assignment.generator.get_state()
     for progress in (0.0, 0.1, 1.0):
         loss.begin_epoch(progress)
@@ -106,11 +123,14 @@ def test_equals_the_slow_version(alpha: float) -> None:
 
 
 def test_in_one_group_and_all_alike_it_is_ftd() -> None:
-    # Teacher's vectors in one quarter: every pair is alike. One side, one group, without the prototype's share.
+    # Teacher's vectors in one quarter: every pair is alike. One side, one group, without the
+    # prototype's share.
     rows = vectors(12)
     teacher = rows.teacher.abs()
     found = within_groups(rows.student, teacher, torch.zeros(12, dtype=torch.int64))
-    ftd = FTDLoss(FTDSettings()).forward(Vectors(rows.ids, rows.student, teacher, rows.weights), None)
+    ftd = FTDLoss(FTDSettings()).forward(
+        Vectors(rows.ids, rows.student, teacher, rows.weights), None
+    )
     torch.testing.assert_close(found, ftd)
     gradients = [torch.autograd.grad(value, rows.student)[0] for value in (found, ftd)]
     torch.testing.assert_close(*gradients)

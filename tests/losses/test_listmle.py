@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.listmle import ListMLELoss, ListMLESettings
 from recbole_rcekd.losses.rrd import RRDLoss, RRDSettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.rrd import rrd
 from tests.tables import make_world
 
@@ -16,7 +16,9 @@ from tests.tables import make_world
 def value(scores: list[list[float]], keep: list[list[bool]] | None = None) -> torch.Tensor:
     table = torch.tensor(scores, dtype=torch.float64)
     mask = torch.ones_like(table, dtype=torch.bool) if keep is None else torch.tensor(keep)
-    return ListMLELoss(ListMLESettings()).forward(table, ItemSets(torch.ones_like(table).long(), keep=mask))
+    return ListMLELoss(ListMLESettings()).forward(
+        table, ItemSets(torch.ones_like(table).long(), keep=mask)
+    )
 
 
 def test_by_hand() -> None:
@@ -42,7 +44,9 @@ def test_equals_the_slow_version_and_rrd_far_above_its_rest() -> None:
     scores = torch.randn(10, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2
     found = value(scores.tolist())
     for row in range(10):
-        assert found[row].item() == pytest.approx(rrd(scores[row].tolist(), range(6), []), abs=1e-10)
+        assert found[row].item() == pytest.approx(
+            rrd(scores[row].tolist(), range(6), []), abs=1e-10
+        )
     sets = ItemSets(torch.ones(10, 8).long(), keep=torch.ones(10, 8, dtype=torch.bool))
     relaxed = RRDLoss(RRDSettings(rrd_top_k=6, rrd_rest=2))
     far_below = torch.cat([scores, torch.full((10, 2), -60.0, dtype=torch.float64)], dim=1)

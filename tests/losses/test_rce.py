@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import is_member
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.functional import is_member
+from recbole_rcekd.core.top_k import Ranking
+from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses import rce
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.rce import RCELoss, RCESettings, blocker_votes
-from recbole_rcekd.ranking import Ranking
-from recbole_rcekd.types import ItemSets, Seen
 from tests.reference import rce as slow
 from tests.reference.ce import soft_ce
 from tests.tables import Golden, Table, World, make_world, ranking_of, seen_of
@@ -26,21 +26,28 @@ def make(**settings: Any) -> RCELoss:
     return RCELoss(RCESettings(**{**SMALL, **settings}))
 
 
-def exact_lists(teacher: Tensor, student: Tensor, seed: int = 0) -> Lists:
-    """Lists in float64, nothing seen, for all contexts but padding; ``student [n + 1, N + 1]``."""
+def exact_lists(teacher: Tensor, student: Tensor, seed: int = 0) -> Candidates:
+    """Candidates in float64, nothing seen, for all contexts but padding; ``student [n + 1, N + 1]``."""
     seen = seen_of([], *teacher.shape)
     rows = student.clone()
     rows[:, 0] = -torch.inf
     users = torch.arange(1, len(teacher))
-    return Lists(users, Table(teacher, seen), ranking_of(rows), seen, torch.Generator().manual_seed(seed))
+    return Candidates(
+        users, Table(teacher, seen), ranking_of(rows), seen, torch.Generator().manual_seed(seed)
+    )
 
 
-def built(loss: RCELoss, lists: Lists, sampled: Tensor) -> ItemSets:
+def built(loss: RCELoss, lists: Candidates, sampled: Tensor) -> ItemSets:
     """The sets of a loss with the samples given, not drawn."""
     k = loss.settings.rce_top_k
     teacher_top, student_top = lists.teacher_top(k), lists.student_top(k)
     return loss.build(
-        student_top, sampled, teacher_top, is_member(teacher_top, student_top), is_member(teacher_top, sampled), lists
+        student_top,
+        sampled,
+        teacher_top,
+        is_member(teacher_top, student_top),
+        is_member(teacher_top, sampled),
+        lists,
     )
 
 
@@ -49,8 +56,12 @@ def value_of(loss: RCELoss, sets: ItemSets, student: Tensor) -> Tensor:
 
 
 # Five items. Q_T = {1, 2} (teacher probabilities 3:1 there), Q_S = {2, 3}; one sample, item 3.
-TEACHER = torch.tensor([[0.0] * 6, [0.0, math.log(6), math.log(2), 0.0, 0.0, -1.0]], dtype=torch.float64)
-STUDENT = torch.tensor([[0.0] * 6, [0.0, 0.0, math.log(3), math.log(2), -0.5, -1.0]], dtype=torch.float64)
+TEACHER = torch.tensor(
+    [[0.0] * 6, [0.0, math.log(6), math.log(2), 0.0, 0.0, -1.0]], dtype=torch.float64
+)
+STUDENT = torch.tensor(
+    [[0.0] * 6, [0.0, 0.0, math.log(3), math.log(2), -0.5, -1.0]], dtype=torch.float64
+)
 HAND = {"rce_top_k": 2, "rce_samples": 1, "rce_pool": 3, "rce_beta": 2.0}
 
 
@@ -61,7 +72,8 @@ def test_by_hand() -> None:
     l2 = 6 / 7 * math.log(3) + 1 / 7 * math.log(3 / 2)
     # Without the split, {1, 2, 3}: teacher 6/9, 2/9, 1/9; student 1/6, 3/6, 2/6.
     union = 6 / 9 * math.log(6) + 2 / 9 * math.log(2) + 1 / 9 * math.log(3)
-    # One of two teacher items is in Q_S: γ = e^{−2·1/2}; none is among the samples: γ = e^0 in the authors' way.
+    # One of two teacher items is in Q_S: γ = e^{−2·1/2}; none is among the samples: γ = e^0 in the
+    # authors' way.
     gamma = math.exp(-1)
     for settings, expected in (  # 1e-7, since γ is kept in float32
         ({}, (1 - gamma) * l1 + gamma * l2),
@@ -81,7 +93,8 @@ def test_by_hand() -> None:
 def test_a_uniform_item_and_target_weights_by_hand() -> None:
     # On {1} ∪ {3} ∪ {4}, teacher 6, 1, 1 and student 1, 2, e^−0.5; then with target weights.
     mass = 1 + 2 + math.exp(-0.5)
-    # Items 1, 3, 4 have 3, 1 and 0 interactions; only 1 is in the history; the student's ranks are 3, 2, 4 (4 is beyond M = 3).
+    # Items 1, 3, 4 have 3, 1 and 0 interactions; only 1 is in the history; the student's ranks are
+    # 3, 2, 4 (4 is beyond M = 3).
     lists = exact_lists(TEACHER, STUDENT)
     lists._popularity = torch.tensor([0, 3, 9, 1, 0, 9])
     lists._seen = seen_of([(1, 1)], 2, 6)
@@ -90,12 +103,17 @@ def test_a_uniform_item_and_target_weights_by_hand() -> None:
         ({}, (6, 1, 1)),
         ({"rce_popularity_tilt": 0.5}, (6 / 2, 1 / math.sqrt(2), 1)),
         ({"rce_history_boost": 0.5}, (6 * 1.5, 1, 1)),
-        ({"rce_rank_boost": 3.0, "rce_rank_boost_scale": 4.0}, (6 * (1 + 3 * at[3]), 1 + 3 * at[2], 1 + 3 * at[4])),
+        (
+            {"rce_rank_boost": 3.0, "rce_rank_boost_scale": 4.0},
+            (6 * (1 + 3 * at[3]), 1 + 3 * at[2], 1 + 3 * at[4]),
+        ),
         ({"rce_popularity_tilt": 1.0, "rce_history_boost": 1.0}, (6 / 4 * 2, 1 / 2, 1)),
     ):
         loss = make(**HAND, **settings, rce_terms="l2", rce_tail_samples=1)
         sets = loss._weighted(
-            built(loss, lists, torch.tensor([[3, 4]])), lists.student_top(loss.settings.rce_pool), lists
+            built(loss, lists, torch.tensor([[3, 4]])),
+            lists.student_top(loss.settings.rce_pool),
+            lists,
         )
         expected = sum(
             weight / sum(weights) * (math.log(mass) - score)
@@ -105,7 +123,8 @@ def test_a_uniform_item_and_target_weights_by_hand() -> None:
 
 
 def test_votes_by_hand() -> None:
-    # The student's list is 10, 11, ..., 15; Q_T = {11, 13, 15, 99}, K = 2, so Q_S = {10, 11}; 13 and 15 are missed.
+    # The student's list is 10, 11, ..., 15; Q_T = {11, 13, 15, 99}, K = 2, so Q_S = {10, 11}; 13
+    # and 15 are missed.
     pool, teacher_top = torch.tensor([[10, 11, 12, 13, 14, 15]]), torch.tensor([[11, 13, 15, 99]])
     assert blocker_votes(is_member(pool, teacher_top), 2, "paper").tolist() == [[2, 2, 2, 1, 1, 0]]
     # All of Q_T in the list, itself included.
@@ -114,8 +133,12 @@ def test_votes_by_hand() -> None:
 
 def test_the_authors_never_count_more_than_50_votes() -> None:
     pool = torch.arange(1, 61).unsqueeze(0)
-    assert blocker_votes(is_member(pool, pool), 60, "code").tolist() == [[min(60 - place, 50) for place in range(60)]]
-    assert blocker_votes(is_member(pool, pool.flip(1)), 0, "paper").tolist() == [[59 - place for place in range(60)]]
+    assert blocker_votes(is_member(pool, pool), 60, "code").tolist() == [
+        [min(60 - place, 50) for place in range(60)]
+    ]
+    assert blocker_votes(is_member(pool, pool.flip(1)), 0, "paper").tolist() == [
+        [59 - place for place in range(60)]
+    ]
 
 
 @pytest.mark.parametrize("mode", ["paper", "code"])
@@ -129,7 +152,8 @@ def test_votes_equal_the_slow_version(mode: str) -> None:
 
 
 def test_teacher_items_beyond_the_pool_do_not_change_the_draw() -> None:
-    # D2: the paper's z in the whole catalogue is z in the pool plus the number missed beyond it, the same everywhere.
+    # D2: the paper's z in the whole catalogue is z in the pool plus the number missed beyond it,
+    # the same everywhere.
     world = make_world(20, 40, seed=5)
     everything, teacher_top = world.lists().student_top(40), world.lists().teacher_top(6)
     inside = blocker_votes(is_member(everything[:, :15], teacher_top), 6, "paper")
@@ -173,12 +197,17 @@ def test_equals_the_slow_version(terms: str, gamma: str, tau: float, n_samples: 
         assert sets.gamma[user - 1].item() == pytest.approx(mixing, rel=1e-6)  # kept in float32
         exact = dataclasses.replace(sets, gamma=torch.full((12,), mixing, dtype=torch.float64))
         found = value_of(loss, exact, student)
-        expected = slow.rce(student[user].tolist(), teacher[user].tolist(), q_t, q_s, samples, mixing, tau, terms)
+        expected = slow.rce(
+            student[user].tolist(), teacher[user].tolist(), q_t, q_s, samples, mixing, tau, terms
+        )
         assert found[user - 1].item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_equals_the_slow_version_under_any_mask() -> None:
-    student, teacher = torch.randn(40, 14, dtype=torch.float64) * 2, torch.randn(40, 14, dtype=torch.float64) * 2
+    student, teacher = (
+        torch.randn(40, 14, dtype=torch.float64) * 2,
+        torch.randn(40, 14, dtype=torch.float64) * 2,
+    )
     keep, gamma = torch.rand(40, 9) < 0.6, torch.rand(40, dtype=torch.float64)
     keep[0] = False
     sets = ItemSets(torch.arange(1, 15).expand(40, 14), teacher, keep, gamma)
@@ -213,7 +242,9 @@ def test_authors_numbers(golden: Golden, prefix: str) -> None:
     assert torch.equal(pool, golden.ids(f"{prefix}student_top")[users])
     assert torch.equal(teacher_top, golden.ids(f"{prefix}teacher_top")[users])
     z = torch.from_numpy(golden.arrays[f"{prefix}z"])[users - 1]
-    assert torch.equal(blocker_votes(is_member(pool, teacher_top), settings["mkd_K"], "code").double(), z)
+    assert torch.equal(
+        blocker_votes(is_member(pool, teacher_top), settings["mkd_K"], "code").double(), z
+    )
     sampled = golden.ids(f"{prefix}sampled")[users]
     sets = built(loss, lists, sampled)
     # γ in float64, as theirs; ours is kept in float32.
@@ -227,7 +258,10 @@ def terms_of(world_seed: int, **settings: Any) -> dict[str, Tensor]:
     """The loss and its two terms on the same sets."""
     world = make_world(seed=world_seed)
     sets = make(**settings).select(world.lists())
-    return {terms: value_of(make(**settings, rce_terms=terms), sets, world.student) for terms in ("full", "l1", "l2")}
+    return {
+        terms: value_of(make(**settings, rce_terms=terms), sets, world.student)
+        for terms in ("full", "l1", "l2")
+    }
 
 
 def test_beta_0_leaves_the_second_term() -> None:
@@ -272,7 +306,10 @@ def test_equal_lists_and_no_other_samples_make_both_terms_one(beta: float) -> No
 def test_no_samples_and_equal_lists_leave_nothing_to_pull_up() -> None:
     teacher = torch.randn(6, 31, dtype=torch.float64)
     loss = make(rce_samples=0, rce_beta=0.0)
-    assert value_of(loss, loss.select(exact_lists(teacher, teacher * 3)), teacher * 3).tolist() == [0.0] * 5
+    assert (
+        value_of(loss, loss.select(exact_lists(teacher, teacher * 3)), teacher * 3).tolist()
+        == [0.0] * 5
+    )
 
 
 def test_no_split_counts_each_item_once() -> None:
@@ -300,7 +337,8 @@ def test_the_second_list_counts_each_item_once_and_nothing_shared() -> None:
 def test_gamma_modes() -> None:
     world = make_world(30, 30)
     paper, code, constant = (
-        make(rce_gamma=mode, rce_gamma_value=0.3).select(world.lists()) for mode in ("paper", "code", "constant")
+        make(rce_gamma=mode, rce_gamma_value=0.3).select(world.lists())
+        for mode in ("paper", "code", "constant")
     )
     assert torch.equal(paper.items, code.items)  # the same draw
     for sets, expected in ((paper, paper.items[:, :5]), (code, code.items[:, 5:9])):
@@ -322,7 +360,10 @@ def test_a_low_sampling_temperature_draws_the_top_blockers() -> None:
     pool, teacher_top = world.lists().student_top(10), world.lists().teacher_top(5)
     votes = blocker_votes(is_member(pool, teacher_top), 5, "paper")
     for row in range(30):
-        chosen = [int(votes[row, pool[row].tolist().index(item)]) for item in sets.items[row, 5:9].tolist()]
+        chosen = [
+            int(votes[row, pool[row].tolist().index(item)])
+            for item in sets.items[row, 5:9].tolist()
+        ]
         assert sorted(chosen, reverse=True) == votes[row].sort(descending=True).values[:4].tolist()
 
 
@@ -388,13 +429,21 @@ def slow_gap(world: World, row: int, targets: ItemSets, support: ItemSets) -> fl
     normaliser = sum(math.exp(user.student[i]) for i in inside)
     gap = 0.0
     for i in missed:
-        blockers = sum(1 for j in range(1, 31) if j not in inside and user.student[j] > user.student[i])
-        gap += math.exp(user.teacher[i]) / mass * math.log(1 + math.exp(user.student[i]) / normaliser * blockers)
+        blockers = sum(
+            1 for j in range(1, 31) if j not in inside and user.student[j] > user.student[i]
+        )
+        gap += (
+            math.exp(user.teacher[i])
+            / mass
+            * math.log(1 + math.exp(user.student[i]) / normaliser * blockers)
+        )
     return gap
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_auto_takes_the_temperature_of_the_smallest_closure_gap(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_the_temperature_of_the_smallest_closure_gap(
+    turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
     assert tried == rce._TEMPERATURES
     if turned:
@@ -406,7 +455,9 @@ def test_auto_takes_the_temperature_of_the_smallest_closure_gap(turned: bool, mo
         lists, once = world.lists(seed=seed), world.lists(seed=seed)
         loss.tune(lists)
         make().select(once)
-        assert torch.equal(lists.generator.get_state(), once.generator.get_state())  # the same noise for all
+        assert torch.equal(
+            lists.generator.get_state(), once.generator.get_state()
+        )  # the same noise for all
         gaps = {}
         for temperature in tried:
             fixed = make(rce_sampling_temperature=temperature)
@@ -452,7 +503,9 @@ def test_the_end_of_a_short_list_is_no_item() -> None:
     teacher = Terse(TEACHER.clone(), seen)
     loss = make(rce_top_k=3, rce_samples=2, rce_pool=4, rce_beta=1.0)
     for seed in range(20):
-        lists = Lists(torch.tensor([1]), teacher, Short(), seen, torch.Generator().manual_seed(seed))
+        lists = Candidates(
+            torch.tensor([1]), teacher, Short(), seen, torch.Generator().manual_seed(seed)
+        )
         sets = loss.select(lists)
         assert sets.overlap is not None
         assert sets.overlap.tolist() == [1.0]

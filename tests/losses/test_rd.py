@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.rd import RDLoss, RDSettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.rd import rd
 from tests.tables import Golden, make_world
 
@@ -19,25 +19,32 @@ def sets_of(keep: torch.Tensor, n_items: int, k: int, started: bool = True) -> I
     found = keep[:, k:].sum(1).clamp(min=1)
     gamma = torch.full((len(keep),), float(started), dtype=torch.float64)
     return ItemSets(
-        torch.ones_like(keep).long(), keep=keep, gamma=gamma, log_tail=((n_items - 1) / found).double().log()
+        torch.ones_like(keep).long(),
+        keep=keep,
+        gamma=gamma,
+        log_tail=((n_items - 1) / found).double().log(),
     )
 
 
 def test_by_hand() -> None:
-    # Two items of weights e^0 and e^{−1}; scores 0 and ln 3 cost ln 2 and ln 4/3. Two samples, 0.5 and 2, catalogue of 21.
+    # Two items of weights e^0 and e^{−1}; scores 0 and ln 3 cost ln 2 and ln 4/3. Two samples, 0.5
+    # and 2, catalogue of 21.
     scores = torch.tensor([[0.0, LN3, 0.5, 2.0]], dtype=torch.float64)
     every = torch.ones(1, 4, dtype=torch.bool)
     first, second = 1 / (1 + math.exp(-1)), math.exp(-1) / (1 + math.exp(-1))
     settings = RDSettings(rd_top_k=2, rd_samples=2)
     before = RDLoss(settings).forward(scores, sets_of(every, 21, 2, started=False))
     assert before.item() == pytest.approx(first * LN2 + second * math.log(4 / 3), abs=1e-12)
-    # Both samples are above the first item, one above the second: ranks 20·2/2 and 20·1/2, which should be 0 and 1.
+    # Both samples are above the first item, one above the second: ranks 20·2/2 and 20·1/2, which
+    # should be 0 and 1.
     w = (first * math.tanh(0.1 * 20), second * math.tanh(0.1 * 9))
     after = RDLoss(settings).forward(scores, sets_of(every, 21, 2))
     assert after.item() == pytest.approx(w[0] * LN2 + w[1] * math.log(4 / 3), abs=1e-12)
     # The port counts from 1 and makes the sum 1.
     w = (first * math.tanh(0.1 * 21), second * math.tanh(0.1 * 10))
-    port = RDLoss(dataclasses.replace(settings, rd_weights="port")).forward(scores, sets_of(every, 21, 2))
+    port = RDLoss(dataclasses.replace(settings, rd_weights="port")).forward(
+        scores, sets_of(every, 21, 2)
+    )
     assert port.item() == pytest.approx((w[0] * LN2 + w[1] * math.log(4 / 3)) / sum(w), abs=1e-12)
 
 
@@ -58,23 +65,32 @@ def test_equals_the_slow_version_under_any_mask(started: bool, port: bool) -> No
     keep[:, k] = True  # a sample at least
     loss = RDLoss(
         RDSettings(
-            rd_top_k=k, rd_samples=n, rd_position_scale=3.0, rd_mu=0.05, rd_weights="port" if port else "original"
+            rd_top_k=k,
+            rd_samples=n,
+            rd_position_scale=3.0,
+            rd_mu=0.05,
+            rd_weights="port" if port else "original",
         )
     )
     found = loss.forward(student, sets_of(keep, 41, k, started))
     for row in range(60):
         head = [i for i in range(k) if keep[row, i]]
         tail = [i for i in range(k, k + n) if keep[row, i]]
-        expected = rd(student[row].tolist(), head, tail, 41, scale=3.0, mu=0.05, started=started, port=port)
+        expected = rd(
+            student[row].tolist(), head, tail, 41, scale=3.0, mu=0.05, started=started, port=port
+        )
         assert found[row].item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_whole_ranks_stay_whole_in_float32() -> None:
-    # All n samples are above: rank N − 1, though (N − 1)/n is no whole number. μ shows a rank that is one too low.
+    # All n samples are above: rank N − 1, though (N − 1)/n is no whole number. μ shows a rank that
+    # is one too low.
     loss = RDLoss(RDSettings(rd_top_k=1, rd_samples=7, rd_mu=1e-3))
     for n_items in range(9, 300):
         sets = sets_of(torch.ones(1, 8, dtype=torch.bool), n_items, 1)
-        sets = dataclasses.replace(sets, log_tail=None if sets.log_tail is None else sets.log_tail.float())
+        sets = dataclasses.replace(
+            sets, log_tail=None if sets.log_tail is None else sets.log_tail.float()
+        )
         scores = torch.tensor([[0.0, *[1.0] * 7]])
         expected = math.tanh(1e-3 * (n_items - 1)) * LN2
         assert loss.forward(scores, sets).item() == pytest.approx(expected, rel=1e-5), n_items
@@ -88,7 +104,9 @@ def test_authors_numbers(golden: Golden) -> None:
     top = lists.teacher_top(settings["rd_topk"], unseen=True)
     assert torch.equal(top, golden.ids("rd_teacher_top")[users])
     items = torch.cat([top, golden.ids("rd_dynamic")[users]], 1)
-    sets = dataclasses.replace(sets_of(torch.ones_like(items, dtype=torch.bool), 60, top.shape[1]), items=items)
+    sets = dataclasses.replace(
+        sets_of(torch.ones_like(items, dtype=torch.bool), 60, top.shape[1]), items=items
+    )
     loss = RDLoss(
         RDSettings(
             rd_top_k=settings["rd_topk"],

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.rrd import RRDLoss, RRDSettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.rrd import rrd
 from tests.tables import Golden, make_world
 
@@ -20,7 +20,9 @@ def test_by_hand() -> None:
     loss = RRDLoss(RRDSettings(rrd_top_k=2, rrd_rest=2))
     assert loss.forward(scores, sets).item() == pytest.approx(-LN(3 / 6 * 1 / 3), abs=1e-12)
     # The order of the head matters (1 of 6, then 3 of 5), the order of the rest does not.
-    assert loss.forward(scores[:, [1, 0, 2, 3]], sets).item() == pytest.approx(-LN(1 / 6 * 3 / 5), abs=1e-12)
+    assert loss.forward(scores[:, [1, 0, 2, 3]], sets).item() == pytest.approx(
+        -LN(1 / 6 * 3 / 5), abs=1e-12
+    )
     # One uninteresting item less: 3 of 5, then 1 of 2.
     sets = ItemSets(sets.items, keep=torch.tensor([[True, True, False, True]]))
     assert loss.forward(scores, sets).item() == pytest.approx(-LN(3 / 5 * 1 / 2), abs=1e-12)
@@ -47,7 +49,11 @@ def test_authors_numbers(golden: Golden) -> None:
     assert torch.equal(top, golden.ids("rrd_teacher_top")[users])
     items = torch.cat([golden.ids("rrd_interesting"), golden.ids("rrd_uninteresting")], 1)[users]
     sets = ItemSets(items, keep=items != 0)
-    loss = RRDLoss(RRDSettings(rrd_top_k=settings["rrd_K"], rrd_rest=settings["rrd_L"], rrd_pool=settings["rrd_mxK"]))
+    loss = RRDLoss(
+        RRDSettings(
+            rrd_top_k=settings["rrd_K"], rrd_rest=settings["rrd_L"], rrd_pool=settings["rrd_mxK"]
+        )
+    )
     golden.check("rrd_", "loss_sum_unique_users", loss, users, sets, 1e-10)
 
 
@@ -114,9 +120,9 @@ def test_a_short_catalogue_shortens_the_pool_and_leaves_the_rest() -> None:
 def test_sharp_and_flat_sampling() -> None:
     # p ∝ e^{−rank/T}: T → 0 takes the best K.
     world = make_world()
-    sets = RRDLoss(RRDSettings(rrd_top_k=4, rrd_rest=5, rrd_pool=9, rrd_sampling_temperature=1e-3)).select(
-        world.lists()
-    )
+    sets = RRDLoss(
+        RRDSettings(rrd_top_k=4, rrd_rest=5, rrd_pool=9, rrd_sampling_temperature=1e-3)
+    ).select(world.lists())
     assert torch.equal(sets.items[:, :4], world.lists().teacher_top(4, unseen=True))
 
 
@@ -156,7 +162,9 @@ def test_item_side_with_fewer_users_than_the_lists_want(sample: bool) -> None:
     for row in range(20):
         head = by_teacher[row, :4].tolist()
         assert sets.items[row, :4].tolist() == head
-        assert value[row].item() == pytest.approx(rrd(student[row].tolist(), head, by_teacher[row, 4:].tolist()))
+        assert value[row].item() == pytest.approx(
+            rrd(student[row].tolist(), head, by_teacher[row, 4:].tolist())
+        )
 
 
 def test_a_mask_is_required() -> None:

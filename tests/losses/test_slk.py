@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
 from recbole_rcekd.losses.slk import SLKLoss, SLKSettings
-from recbole_rcekd.types import ItemSets
 from tests.reference.slk import slk
 from tests.tables import make_world
 
@@ -16,7 +16,9 @@ LN3 = math.log(3)
 
 def sets_of(items: list[int], teacher: list[float]) -> ItemSets:
     """Targets, and the student's item at the border last."""
-    return ItemSets(torch.tensor([items]), torch.tensor([[*teacher, -torch.inf]], dtype=torch.float64))
+    return ItemSets(
+        torch.tensor([items]), torch.tensor([[*teacher, -torch.inf]], dtype=torch.float64)
+    )
 
 
 # Three items with student probabilities 1/5, 3/5, 1/5; the padding score counts nowhere.
@@ -24,18 +26,27 @@ STUDENT = torch.tensor([[99.0, 0.0, LN3, 0.0]], dtype=torch.float64)
 
 
 def test_by_hand() -> None:
-    # The teacher wants items 1 and 2, 1/4 and 3/4. The border is item 2's score: weights σ(−ln 3) = 1/4 and 1/2.
+    # The teacher wants items 1 and 2, 1/4 and 3/4. The border is item 2's score: weights σ(−ln 3) =
+    # 1/4 and 1/2.
     value = SLKLoss(SLKSettings()).forward(STUDENT, sets_of([2, 1, 2], [LN3, 0.0]))
-    assert value.item() == pytest.approx(3 / 4 * 1 / 2 * math.log(5 / 3) + 1 / 4 * 1 / 4 * math.log(5), abs=1e-12)
+    assert value.item() == pytest.approx(
+        3 / 4 * 1 / 2 * math.log(5 / 3) + 1 / 4 * 1 / 4 * math.log(5), abs=1e-12
+    )
     # A border twice as soft: odds 1 : √3.
-    soft = SLKLoss(SLKSettings(slk_cut_temperature=2.0)).forward(STUDENT, sets_of([2, 1, 2], [LN3, 0.0]))
+    soft = SLKLoss(SLKSettings(slk_cut_temperature=2.0)).forward(
+        STUDENT, sets_of([2, 1, 2], [LN3, 0.0])
+    )
     weight = 1 / (1 + 3**0.5)
-    assert soft.item() == pytest.approx(3 / 4 * 1 / 2 * math.log(5 / 3) + 1 / 4 * weight * math.log(5), abs=1e-12)
+    assert soft.item() == pytest.approx(
+        3 / 4 * 1 / 2 * math.log(5 / 3) + 1 / 4 * weight * math.log(5), abs=1e-12
+    )
 
 
 def test_equals_the_slow_version() -> None:
     draw = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(10, 15, dtype=torch.float64, generator=draw) * 2 for _ in range(2))
+    student, teacher = (
+        torch.randn(10, 15, dtype=torch.float64, generator=draw) * 2 for _ in range(2)
+    )
     items = teacher[:, 1:].topk(4).indices + 1
     border = student[:, 1:].topk(3).indices[:, -1:] + 1
     teacher_scores = torch.nn.functional.pad(teacher.gather(1, items), (0, 1), value=-torch.inf)
@@ -57,15 +68,22 @@ def test_the_weights_are_constants_in_the_gradient() -> None:
 
 
 def test_far_above_the_border_it_is_fce_and_far_below_nothing() -> None:
-    sets, plain = sets_of([2, 1, 3], [LN3, 0.0]), ItemSets(torch.tensor([[2, 1]]), torch.tensor([[LN3, 0.0]]).double())
+    sets, plain = (
+        sets_of([2, 1, 3], [LN3, 0.0]),
+        ItemSets(torch.tensor([[2, 1]]), torch.tensor([[LN3, 0.0]]).double()),
+    )
     full = FCELoss(FCESettings()).forward(STUDENT, plain)
     sharp = SLKLoss(SLKSettings(slk_cut_temperature=1e-3))
     below = torch.tensor([[0.0, 0.0, LN3, -1.0]], dtype=torch.float64)
-    torch.testing.assert_close(sharp.forward(below, sets), FCELoss(FCESettings()).forward(below, plain))
+    torch.testing.assert_close(
+        sharp.forward(below, sets), FCELoss(FCESettings()).forward(below, plain)
+    )
     above = torch.tensor([[0.0, 0.0, LN3, 5.0]], dtype=torch.float64)
     assert sharp.forward(above, sets).item() == 0.0
     # Fewer items than the cut: nothing lies below the border.
-    torch.testing.assert_close(SLKLoss(SLKSettings()).forward(STUDENT, sets_of([2, 1, 0], [LN3, 0.0])), full)
+    torch.testing.assert_close(
+        SLKLoss(SLKSettings()).forward(STUDENT, sets_of([2, 1, 0], [LN3, 0.0])), full
+    )
 
 
 def test_what_is_asked_for() -> None:

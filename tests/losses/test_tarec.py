@@ -7,21 +7,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_rcekd.functional import soft_cross_entropy
+from recbole_rcekd.core.functional import soft_cross_entropy
+from recbole_rcekd.core.types import ItemSets, Seen, Vectors
 from recbole_rcekd.losses import tarec as module
 from recbole_rcekd.losses.tarec import TARecContrast, TARecLoss, TARecSettings
-from recbole_rcekd.types import ItemSets, Seen, Vectors
 from tests.reference.tarec import contrast, tarec
 from tests.tables import Table, make_world, seen_of
 
 LN = math.log
 
 
-def loss_of(probabilities: list[float], teacher: list[float], **settings: Any) -> tuple[float, list[float]]:
+def loss_of(
+    probabilities: list[float], teacher: list[float], **settings: Any
+) -> tuple[float, list[float]]:
     """The loss of one row, items in the teacher's order, and its gradient by the student's scores."""
-    student = torch.tensor([[LN(p) for p in probabilities]], dtype=torch.float64, requires_grad=True)
+    student = torch.tensor(
+        [[LN(p) for p in probabilities]], dtype=torch.float64, requires_grad=True
+    )
     scores = torch.tensor([[LN(q) for q in teacher]], dtype=torch.float64)
-    sets = ItemSets(torch.ones(student.shape).long(), scores, torch.ones(student.shape, dtype=torch.bool))
+    sets = ItemSets(
+        torch.ones(student.shape).long(), scores, torch.ones(student.shape, dtype=torch.bool)
+    )
     value = TARecLoss(TARecSettings(**settings)).forward(student, sets).sum()
     (gradient,) = torch.autograd.grad(value, student)
     return value.item(), gradient[0].tolist()
@@ -43,7 +49,8 @@ def test_three_items_by_hand() -> None:
     # −(2 p_1 + p_2) falls by 2, 1 and 0 per probability; their mean under p is 3/4.
     slopes = [1 / 4 * (-2 + 3 / 4), 1 / 4 * (-1 + 3 / 4), 1 / 2 * (0 + 3 / 4)]
     assert gradient == pytest.approx(slopes, abs=1e-12)
-    # The same amount at the wrong end costs twice as much as at the next place; cross-entropy would not tell them apart.
+    # The same amount at the wrong end costs twice as much as at the next place; cross-entropy would
+    # not tell them apart.
     near, far = (
         loss_of([3 / 8, 3 / 8, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
         loss_of([3 / 8, 1 / 4, 3 / 8], [1 / 2, 1 / 4, 1 / 4]),
@@ -61,24 +68,35 @@ def test_temperature_divides_both_sides_and_nothing_else() -> None:
 @pytest.mark.parametrize("tau", [0.5, 1.0, 3.0])
 def test_equals_the_slow_version(tau: float) -> None:
     world = make_world(8, 25, seed=3)
-    student, teacher = world.student.double(), Table(world.teacher.score_all(torch.arange(9)).double(), world.seen)
+    student, teacher = (
+        world.student.double(),
+        Table(world.teacher.score_all(torch.arange(9)).double(), world.seen),
+    )
     lists = world.lists()
     lists._teacher = teacher
     loss = TARecLoss(TARecSettings(tarec_top_k=6, tarec_temperature=tau))
     sets = loss.select(lists)
     found = loss.forward(student[1:].gather(1, sets.items), sets)
     for user in range(1, 9):
-        tops = [sorted(range(1, 26), key=lambda i: -float(scores[user, i]))[:6] for scores in (teacher.scores, student)]
+        tops = [
+            sorted(range(1, 26), key=lambda i: -float(scores[user, i]))[:6]
+            for scores in (teacher.scores, student)
+        ]
         items = sorted({*tops[0], *tops[1]}, key=lambda i: -float(teacher.scores[user, i]))
         expected = tarec(student[user].tolist(), teacher.scores[user].tolist(), items, tau)
         assert found[user - 1].item() == pytest.approx(expected, abs=1e-10)
 
 
 def test_equals_the_slow_version_under_any_mask() -> None:
-    student, teacher = torch.randn(40, 9, dtype=torch.float64) * 3, torch.randn(40, 9, dtype=torch.float64) * 3
+    student, teacher = (
+        torch.randn(40, 9, dtype=torch.float64) * 3,
+        torch.randn(40, 9, dtype=torch.float64) * 3,
+    )
     keep = torch.rand(40, 9) < 0.6
     keep[0] = False
-    found = TARecLoss(TARecSettings()).forward(student, ItemSets(torch.ones(40, 9).long(), teacher, keep))
+    found = TARecLoss(TARecSettings()).forward(
+        student, ItemSets(torch.ones(40, 9).long(), teacher, keep)
+    )
     assert found[0] == 0
     for row in range(1, 40):
         kept = keep[row].nonzero().squeeze(1).tolist()
@@ -89,7 +107,9 @@ def test_equals_the_slow_version_under_any_mask() -> None:
 def select(teacher: list[float], student: list[float], k: int) -> ItemSets:
     """The sets of one user, from the scores of items 1, 2, …"""
     n = len(teacher)
-    world = make_world(1, n)._replace(student=torch.tensor([[-torch.inf] + [0.0] * n, [-torch.inf, *student]]))
+    world = make_world(1, n)._replace(
+        student=torch.tensor([[-torch.inf] + [0.0] * n, [-torch.inf, *student]])
+    )
     lists = world.lists()
     lists._teacher = Table(torch.tensor([[0.0] * (n + 1), [0.0, *teacher]]), seen_of([], 2, n + 1))
     return TARecLoss(TARecSettings(tarec_top_k=k)).select(lists)
@@ -102,7 +122,9 @@ def test_selection_by_hand() -> None:
     assert sets.items.tolist() == [[2, 1, 4, 0]]
     assert sets.keep.tolist() == [[True, True, True, False]]
     # Q_S = {6, 3}, which the teacher scores alike.
-    assert select([9.0, 8.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 4.0, 0.0, 0.0, 5.0], 2).items.tolist() == [[1, 2, 6, 3]]
+    assert select(
+        [9.0, 8.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 4.0, 0.0, 0.0, 5.0], 2
+    ).items.tolist() == [[1, 2, 6, 3]]
 
 
 def test_at_most_the_length_of_the_list() -> None:
@@ -127,7 +149,9 @@ def test_scores_of_the_teacher_are_required() -> None:
 # --- the contrast of vectors --------------------------------------------------------------------------------
 
 
-def contrast_of(sides: str = "both", widths: tuple[int, int] = (3, 5), **settings: Any) -> TARecContrast:
+def contrast_of(
+    sides: str = "both", widths: tuple[int, int] = (3, 5), **settings: Any
+) -> TARecContrast:
     torch.manual_seed(1)
     loss = TARecContrast(TARecSettings(tarec_sides=sides, **settings))  # type: ignore[arg-type]
     loss.build(*widths, Seen.nothing(2, 2), torch.Generator().manual_seed(2))
@@ -135,8 +159,13 @@ def contrast_of(sides: str = "both", widths: tuple[int, int] = (3, 5), **setting
 
 
 def vectors(n: int, weight: float = 1.0) -> Vectors:
-    student, teacher = torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 5, dtype=torch.float64)
-    return Vectors(torch.arange(1, n + 1), student.requires_grad_(), teacher, torch.full((n,), weight))
+    student, teacher = (
+        torch.randn(n, 3, dtype=torch.float64),
+        torch.randn(n, 5, dtype=torch.float64),
+    )
+    return Vectors(
+        torch.arange(1, n + 1), student.requires_grad_(), teacher, torch.full((n,), weight)
+    )
 
 
 def plain(x: Any) -> Any:
@@ -151,7 +180,8 @@ def test_the_weight_is_the_term() -> None:
 
 
 def test_two_vectors_by_hand() -> None:
-    # W = 1. Cosines with one's own 1 and with the other's 0, at τ = 1: −ln(e/(e + 1)); length does not count.
+    # W = 1. Cosines with one's own 1 and with the other's 0, at τ = 1: −ln(e/(e + 1)); length does
+    # not count.
     loss = contrast_of("items", (2, 2), tarec_contrast_temperature=1.0)
     loss.projections["of_items"].weight.data = torch.eye(2, dtype=torch.float64)
     table = torch.tensor([[2.0, 0.0], [0.0, 7.0]], dtype=torch.float64)
@@ -165,7 +195,11 @@ def test_the_contrast_equals_the_slow_version() -> None:
     items.weights[4] = 1.0
     expected = math.fsum(
         contrast(
-            plain(v.student), plain(v.teacher), plain(loss.projections[f"of_{side}"].weight), plain(v.weights), 0.2
+            plain(v.student),
+            plain(v.teacher),
+            plain(loss.projections[f"of_{side}"].weight),
+            plain(v.weights),
+            0.2,
         )
         for side, v in (("users", users), ("items", items))
     )
@@ -179,7 +213,9 @@ def test_gradients_of_the_contrast() -> None:
     loss = contrast_of()
     users, items = vectors(4), vectors(5, 0.5)
     given = (users.student, items.student)
-    assert torch.autograd.gradcheck(lambda a, b: loss.forward(_with(users, a), _with(items, b)), given)
+    assert torch.autograd.gradcheck(
+        lambda a, b: loss.forward(_with(users, a), _with(items, b)), given
+    )
     users.teacher.requires_grad_()
     loss.forward(users, items).backward()  # type: ignore[no-untyped-call]
     assert users.teacher.grad is None
@@ -196,8 +232,15 @@ def test_nothing_in_the_batch_and_vectors_of_zero() -> None:
     loss = contrast_of()
     assert loss.forward(vectors(0), vectors(0)).item() == 0
     one = vectors(1)
-    assert loss.forward(one, vectors(0)).item() == pytest.approx(0, abs=1e-12)  # nobody to be told from
-    zero = Vectors(one.ids, torch.zeros(1, 3, dtype=torch.float64), torch.zeros(1, 5, dtype=torch.float64), one.weights)
+    assert loss.forward(one, vectors(0)).item() == pytest.approx(
+        0, abs=1e-12
+    )  # nobody to be told from
+    zero = Vectors(
+        one.ids,
+        torch.zeros(1, 3, dtype=torch.float64),
+        torch.zeros(1, 5, dtype=torch.float64),
+        one.weights,
+    )
     assert loss.forward(zero, vectors(3)).isfinite()
 
 
@@ -219,4 +262,6 @@ def test_many_vectors_are_told_apart_in_parts(monkeypatch: pytest.MonkeyPatch) -
         )
         for part in parts
     )
-    assert loss.forward(given, None).item() == pytest.approx(expected, abs=1e-10)  # from the same seed
+    assert loss.forward(given, None).item() == pytest.approx(
+        expected, abs=1e-10
+    )  # from the same seed

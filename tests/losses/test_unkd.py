@@ -9,10 +9,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from recbole_rcekd.item_sets import Lists
+from recbole_rcekd.core.types import ItemSets
+from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.unkd import UnKDLoss, UnKDSettings, draw_pairs, popularity_groups, quotas
-from recbole_rcekd.outside import ListedScores
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.teachers.score_file import ListedScores
 from tests.reference.unkd import groups, pair_probabilities, unkd
 from tests.tables import World, make_world
 
@@ -37,7 +37,9 @@ def test_by_hand() -> None:
     # Pairs (1, 2) and (3, 4): even costs ln 2, and ln 3 the wrong way round costs ln(1 + 3).
     loss = UnKDLoss(UnKDSettings(unkd_pairs=2))
     scores = torch.tensor([[0.5, 0.0, 0.5, LN3]], dtype=torch.float64)
-    assert loss.forward(scores, ItemSets(torch.tensor([[1, 3, 2, 4]]))).item() == pytest.approx((LN2 + 2 * LN2) / 2)
+    assert loss.forward(scores, ItemSets(torch.tensor([[1, 3, 2, 4]]))).item() == pytest.approx(
+        (LN2 + 2 * LN2) / 2
+    )
     # Without the second pair.
     assert loss.forward(scores, ItemSets(torch.tensor([[1, 0, 2, 0]]))).item() == pytest.approx(LN2)
     assert loss.forward(scores, ItemSets(torch.tensor([[0, 0, 0, 0]]))).item() == 0
@@ -46,7 +48,9 @@ def test_by_hand() -> None:
 def test_equals_the_slow_version_under_any_mask() -> None:
     student = torch.randn(40, 12, dtype=torch.float64) * 2
     kept = torch.rand(40, 6) < 0.7
-    found = UnKDLoss(UnKDSettings(unkd_pairs=6)).forward(student, ItemSets(torch.cat([kept, kept], 1).long()))
+    found = UnKDLoss(UnKDSettings(unkd_pairs=6)).forward(
+        student, ItemSets(torch.cat([kept, kept], 1).long())
+    )
     for row in range(40):
         pairs = [(i, i + 6) for i in range(6) if kept[row, i]]
         assert found[row].item() == pytest.approx(unkd(student[row].tolist(), pairs), abs=1e-10)
@@ -55,7 +59,9 @@ def test_equals_the_slow_version_under_any_mask() -> None:
 @pytest.mark.parametrize("garbage", [1e4, math.inf, math.nan])
 def test_what_is_no_pair_has_no_gradient(garbage: float) -> None:
     scores = torch.tensor([[0.5, garbage, 0.0, garbage]], requires_grad=True)
-    value = UnKDLoss(UnKDSettings(unkd_pairs=2)).forward(scores, ItemSets(torch.tensor([[1, 0, 2, 0]])))
+    value = UnKDLoss(UnKDSettings(unkd_pairs=2)).forward(
+        scores, ItemSets(torch.tensor([[1, 0, 2, 0]]))
+    )
     (gradient,) = torch.autograd.grad(value.sum(), scores)
     half = 1 / (1 + math.exp(0.5))
     assert gradient[0].tolist() == pytest.approx([-half, 0.0, half, 0.0])
@@ -65,7 +71,8 @@ def test_what_is_no_pair_has_no_gradient(garbage: float) -> None:
 
 
 def test_groups_by_hand() -> None:
-    # 12 interactions, so 4 to each group: 4, then 2 + 2, then the rest; items nobody has, and padding, in the last.
+    # 12 interactions, so 4 to each group: 4, then 2 + 2, then the rest; items nobody has, and
+    # padding, in the last.
     popularity = torch.tensor([0, 1, 4, 2, 0, 2, 1, 1, 1])
     assert popularity_groups(popularity, 3).tolist() == [2, 2, 0, 1, 2, 1, 2, 2, 2]
     # One item has more than its share: the groups that it covers have no other.
@@ -78,7 +85,9 @@ def test_groups_are_those_of_a_plain_loop(n_groups: int) -> None:
     for _ in range(20):
         popularity = (torch.rand(80, generator=draw) ** 4 * 30).long()
         popularity[0] = 0
-        assert popularity_groups(popularity, n_groups).tolist() == groups(popularity.tolist(), n_groups)
+        assert popularity_groups(popularity, n_groups).tolist() == groups(
+            popularity.tolist(), n_groups
+        )
 
 
 def test_groups_have_about_the_same_number_of_interactions() -> None:
@@ -151,7 +160,9 @@ def test_pairs_are_unseen_of_one_group_and_in_the_teachers_order() -> None:
             assert not {user, 2 * user, 3 * user, 0} & {a, b}
             assert scores[user, a] > scores[user, b]
             better = [
-                i for i in range(1, 61) if group[i] == group[a] and scores[user, i] >= scores[user, b] and i % user
+                i
+                for i in range(1, 61)
+                if group[i] == group[a] and scores[user, i] >= scores[user, b] and i % user
             ]
             assert len(better) <= 7 + 3  # in the pool of 7, what is seen not counted
 
@@ -195,7 +206,10 @@ def test_the_teacher_is_asked_once_about_each_context() -> None:
     world = make_world()
     teacher = Counted(world)
     counted, loss = World(teacher, world.student, world.seen), prepared()
-    some, more = counted.lists(torch.tensor([2, 5]), seed=1), counted.lists(torch.tensor([5, 1, 2]), seed=1)
+    some, more = (
+        counted.lists(torch.tensor([2, 5]), seed=1),
+        counted.lists(torch.tensor([5, 1, 2]), seed=1),
+    )
     teacher.asked.clear()
     first = loss.select(some)
     assert teacher.asked == [2, 5]
@@ -213,16 +227,22 @@ def test_what_is_remembered_goes_by_ids_and_is_not_saved() -> None:
     lists.ids = torch.tensor([150, 7])  # as of rows
     expected = prepared().select(world.lists(torch.tensor([2, 5])))
     assert torch.equal(loss.select(lists).items, expected.items)
-    other: Lists = world.lists(torch.tensor([5, 2]), seed=3)
+    other: Candidates = world.lists(torch.tensor([5, 2]), seed=3)
     other.ids = torch.tensor([7, 150])
-    assert torch.equal(loss.select(other).items, prepared().select(world.lists(torch.tensor([5, 2]), seed=3)).items)
+    assert torch.equal(
+        loss.select(other).items, prepared().select(world.lists(torch.tensor([5, 2]), seed=3)).items
+    )
     assert not loss.state_dict()
 
 
 def test_what_a_file_does_not_list_is_in_no_pair() -> None:
     # User 1 lists items 4 and 5 only; the others score the floor, all the same.
     world = make_world(2, 12, [(1, 1), (2, 2)])
-    users, items, scores = torch.tensor([1, 1, 2]), torch.tensor([4, 5, 6]), torch.tensor([2.0, 3.0, 1.0])
+    users, items, scores = (
+        torch.tensor([1, 1, 2]),
+        torch.tensor([4, 5, 6]),
+        torch.tensor([2.0, 3.0, 1.0]),
+    )
     teacher = ListedScores.with_floor(users, items, scores, world.seen)
     sets = prepared(3, unkd_groups=1).select(World(teacher, world.student, world.seen).lists())
     assert pairs_of(sets, 0) == [(5, 4)] * 5

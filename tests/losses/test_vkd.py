@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.vkd import VkDLoss, VkDSettings
-from recbole_rcekd.types import Seen, Vectors
 
 
 def built(width: int, teacher_width: int, **settings: Any) -> VkDLoss:
@@ -17,15 +17,24 @@ def built(width: int, teacher_width: int, **settings: Any) -> VkDLoss:
 
 
 def vectors(student: Tensor, teacher: Tensor) -> Vectors:
-    return Vectors(torch.arange(1, len(student) + 1), student, teacher, torch.ones(len(student), dtype=torch.float64))
+    return Vectors(
+        torch.arange(1, len(student) + 1),
+        student,
+        teacher,
+        torch.ones(len(student), dtype=torch.float64),
+    )
 
 
 def test_by_hand() -> None:
     loss = built(1, 2)
     with torch.no_grad():
         loss.projector.copy_(torch.tensor([[30.0], [40.0]]))  # of length 1: (0.6, 0.8)
-    users = vectors(torch.tensor([[5.0]]).double(), torch.tensor([[3.0, 5.0]]).double())  # 5 → (3, 4)
-    items = vectors(torch.tensor([[10.0]]).double(), torch.tensor([[4.0, 8.0]]).double())  # 10 → (6, 8)
+    users = vectors(
+        torch.tensor([[5.0]]).double(), torch.tensor([[3.0, 5.0]]).double()
+    )  # 5 → (3, 4)
+    items = vectors(
+        torch.tensor([[10.0]]).double(), torch.tensor([[4.0, 8.0]]).double()
+    )  # 10 → (6, 8)
     assert loss.forward(users, items).item() == pytest.approx(1 + 4, abs=1e-12)
 
 
@@ -53,7 +62,9 @@ def test_the_projector_is_orthonormal_whatever_is_learned(width: int, teacher_wi
         values.append(value.item())
         matrix = loss.orthonormal().detach()
         shared = matrix.t() @ matrix if width <= teacher_width else matrix @ matrix.t()
-        torch.testing.assert_close(shared, torch.eye(min(width, teacher_width), dtype=torch.float64))
+        torch.testing.assert_close(
+            shared, torch.eye(min(width, teacher_width), dtype=torch.float64)
+        )
     assert values[-1] < values[0]
     assert (matrix - before).abs().max() > 0.1
 
@@ -81,7 +92,9 @@ def test_gradients(width: int, teacher_width: int) -> None:
     loss = built(width, teacher_width)
     student = torch.randn(5, width, dtype=torch.float64).requires_grad_()
     teacher = torch.randn(5, teacher_width, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda s, _: loss.forward(vectors(s, teacher), None), (student, loss.projector))
+    assert torch.autograd.gradcheck(
+        lambda s, _: loss.forward(vectors(s, teacher), None), (student, loss.projector)
+    )
 
 
 def test_one_projector_for_both_sides_brings_scores_along() -> None:
@@ -90,7 +103,9 @@ def test_one_projector_for_both_sides_brings_scores_along() -> None:
     teacher = [torch.randn(n, 3, dtype=torch.float64) @ turn.t() for n in (8, 9)]
     student = [torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (8, 9)]
     loss = built(3, 5)
-    learner = torch.optim.LBFGS([*student, loss.projector], max_iter=500, line_search_fn="strong_wolfe")
+    learner = torch.optim.LBFGS(
+        [*student, loss.projector], max_iter=500, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         learner.zero_grad()

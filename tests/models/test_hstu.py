@@ -22,9 +22,17 @@ from recbole.utils import ModelType, get_model
 from torch import Tensor
 
 from recbole_rcekd import models
-from recbole_rcekd.errors import SettingsError
+from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.models.hstu import HSTU, HSTUBlock, HSTUDataset, HSTUSettings
-from tests.helpers import Bundle, build, build_config, build_model, train_and_save, write_atomic_file, write_dataset
+from tests.helpers import (
+    Bundle,
+    build,
+    build_config,
+    build_model,
+    train_and_save,
+    write_atomic_file,
+    write_dataset,
+)
 
 BIASES = ["none", "position", "position_time"]
 SMALL: dict[str, Any] = {
@@ -53,7 +61,9 @@ def build_hstu(folder: Path, **overrides: Any) -> Bundle:
     return build(folder, "HSTU", **{**SMALL, **overrides})
 
 
-def last_query(model: Any, items: torch.Tensor, lengths: torch.Tensor, times: torch.Tensor | None = None) -> Any:
+def last_query(
+    model: Any, items: torch.Tensor, lengths: torch.Tensor, times: torch.Tensor | None = None
+) -> Any:
     """The query after the last item of each row, of length 1."""
     hidden, _ = model.forward(items, lengths, times)
     return torch.nn.functional.normalize(hidden[lengths.cumsum(0) - 1], dim=-1)
@@ -72,7 +82,8 @@ def noisy_model(bundle: Bundle, std: float = 0.5) -> Any:
 SEQ = torch.tensor([[3, 7, 2, 9, 0, 0], [5, 0, 0, 0, 0, 0], [1, 1, 4, 8, 6, 2]])
 LENGTHS = torch.tensor([4, 1, 6])
 TIMES = torch.tensor(
-    [[0.0, 9.0, 9.0, 4000.0, 0, 0], [77.0, 0, 0, 0, 0, 0], [1.0, 2.0, 50.0, 900.0, 1e5, 1e9]], dtype=torch.float64
+    [[0.0, 9.0, 9.0, 4000.0, 0, 0], [77.0, 0, 0, 0, 0, 0], [1.0, 2.0, 50.0, 900.0, 1e5, 1e9]],
+    dtype=torch.float64,
 )
 
 
@@ -91,7 +102,9 @@ def slow_bucket(seconds: float) -> int:
     return min(int(math.log(max(seconds, 1.0)) / 0.301), 127)
 
 
-def slow_block(block: HSTUBlock, settings: HSTUSettings, x: Any, times: Any, max_length: int) -> Any:
+def slow_block(
+    block: HSTUBlock, settings: HSTUSettings, x: Any, times: Any, max_length: int
+) -> Any:
     """One block for one row without padding, ``[L, d]``."""
     heads, a, c = settings.n_heads, settings.attention_dim, settings.linear_dim
     weights = {name: p.detach().numpy() for name, p in block.named_parameters()}
@@ -127,7 +140,9 @@ def test_a_block_is_its_formula(bias: str) -> None:
             parameter.normal_()
     real = torch.arange(6) < LENGTHS.unsqueeze(1)
     x = torch.randn(int(LENGTHS.sum()), 8, dtype=torch.float64)
-    buckets = torch.tensor([[[slow_bucket(float(i - j)) for j in row] for i in row] for row in TIMES])
+    buckets = torch.tensor(
+        [[[slow_bucket(float(i - j)) for j in row] for i in row] for row in TIMES]
+    )
     out = block(x, real, buckets if bias == "position_time" else None).detach().numpy()
     ends = LENGTHS.cumsum(0).tolist()
     for row, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
@@ -140,7 +155,9 @@ def test_a_block_is_its_formula(bias: str) -> None:
 def test_the_query_is_its_formula(folder: Path, bias: str, n_layers: int) -> None:
     model = noisy_model(build_hstu(folder, relative_bias=bias, n_layers=n_layers))
     queries = last_query(model, SEQ, LENGTHS, TIMES).detach().numpy()
-    items, positions = (each.weight.detach().numpy() for each in (model.item_embedding, model.position_embedding))
+    items, positions = (
+        each.weight.detach().numpy() for each in (model.item_embedding, model.position_embedding)
+    )
     for row, length in enumerate(LENGTHS.tolist()):
         x = items[SEQ[row, :length].numpy()] * math.sqrt(8) + positions[:length]
         for block in model.blocks:
@@ -148,10 +165,15 @@ def test_the_query_is_its_formula(folder: Path, bias: str, n_layers: int) -> Non
         np.testing.assert_allclose(queries[row], x[-1] / np.sqrt((x[-1] ** 2).sum()), rtol=1e-8)
 
 
-def slow_loss(queries: Any, table: Any, targets: list[int], negatives: list[int], temperature: float) -> float:
+def slow_loss(
+    queries: Any, table: Any, targets: list[int], negatives: list[int], temperature: float
+) -> float:
     total = 0.0
     for query, target in zip(queries, targets, strict=True):
-        cosine = [query @ table[i] / math.sqrt((query @ query) * (table[i] @ table[i])) for i in range(len(table))]
+        cosine = [
+            query @ table[i] / math.sqrt((query @ query) * (table[i] @ table[i]))
+            for i in range(len(table))
+        ]
         own = math.exp(cosine[target] / temperature)
         rest = sum(math.exp(cosine[i] / temperature) for i in negatives if i != target)
         total -= math.log(own / (own + rest))
@@ -159,17 +181,29 @@ def slow_loss(queries: Any, table: Any, targets: list[int], negatives: list[int]
 
 
 def batch(model: Any, **columns: Tensor) -> Interaction:
-    given = {model.ITEM_SEQ: SEQ, model.ITEM_SEQ_LEN: LENGTHS, model.ITEM_ID: torch.tensor([7, 9, 3]), **columns}
+    given = {
+        model.ITEM_SEQ: SEQ,
+        model.ITEM_SEQ_LEN: LENGTHS,
+        model.ITEM_ID: torch.tensor([7, 9, 3]),
+        **columns,
+    }
     return Interaction(given)
 
 
-def test_the_loss_is_its_formula_at_every_position(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_its_formula_at_every_position(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = noisy_model(build_hstu(folder, temperature=0.3))
     negatives = [2, 11, 7, 7, 30, 9]  # 7 twice; 2, 7 and 9 are targets of some rows
     monkeypatch.setattr(model, "_draw_negatives", lambda: torch.tensor(negatives))
     # A query per position is that of the row cut there, which asks the model for one position only.
-    cut = [(row, end) for row, length in enumerate(LENGTHS.tolist()) for end in range(1, length + 1)]
-    queries = [last_query(model, SEQ[row : row + 1], torch.tensor([end]))[0].detach().numpy() for row, end in cut]
+    cut = [
+        (row, end) for row, length in enumerate(LENGTHS.tolist()) for end in range(1, length + 1)
+    ]
+    queries = [
+        last_query(model, SEQ[row : row + 1], torch.tensor([end]))[0].detach().numpy()
+        for row, end in cut
+    ]
     targets = [7, 2, 9, 7, 9, 1, 4, 8, 6, 2, 3]
     table = model.item_embedding.weight.detach().numpy()
     expected = slow_loss(queries, table, targets, negatives, 0.3)
@@ -178,10 +212,14 @@ def test_the_loss_is_its_formula_at_every_position(folder: Path, monkeypatch: py
 
 def test_a_negative_that_is_the_target_does_not_count(folder: Path) -> None:
     model = noisy_model(build_hstu(folder))
-    query = torch.nn.functional.normalize(torch.randn(1, 8, dtype=torch.float64), dim=-1).requires_grad_()
+    query = torch.nn.functional.normalize(
+        torch.randn(1, 8, dtype=torch.float64), dim=-1
+    ).requires_grad_()
     target = torch.tensor([5])
     with_hit = model.sampled_softmax(query, target, torch.tensor([4, 5, 6, 5]))
-    assert with_hit.item() == pytest.approx(model.sampled_softmax(query, target, torch.tensor([4, 6])).item())
+    assert with_hit.item() == pytest.approx(
+        model.sampled_softmax(query, target, torch.tensor([4, 6])).item()
+    )
     nothing_left = model.sampled_softmax(query, target, torch.tensor([5, 5]))
     nothing_left.backward()
     assert nothing_left.item() == 0
@@ -207,7 +245,12 @@ def test_more_padding_changes_nothing(folder: Path, bias: str) -> None:
     times = TIMES.float()
     both = last_query(model, SEQ, LENGTHS, times)
     for row, length in enumerate(LENGTHS.tolist()):
-        alone = last_query(model, SEQ[row : row + 1, :length], LENGTHS[row : row + 1], times[row : row + 1, :length])
+        alone = last_query(
+            model,
+            SEQ[row : row + 1, :length],
+            LENGTHS[row : row + 1],
+            times[row : row + 1, :length],
+        )
         torch.testing.assert_close(both[row], alone[0], rtol=0, atol=1e-6)
 
 
@@ -243,10 +286,14 @@ def test_scores_are_cosines_over_the_temperature(folder: Path, scale: str, facto
     expected = [[q @ t / np.sqrt(t @ t) * factor for t in table] for q in query]
     scores = model.full_sort_predict(batch(model))
     np.testing.assert_allclose(scores.detach().numpy(), expected, rtol=1e-10)
-    np.testing.assert_allclose(model.predict(batch(model)).detach(), [expected[n][i] for n, i in enumerate([7, 9, 3])])
+    np.testing.assert_allclose(
+        model.predict(batch(model)).detach(), [expected[n][i] for n, i in enumerate([7, 9, 3])]
+    )
 
 
-def test_scores_are_a_product_of_two_tables_as_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_a_product_of_two_tables_as_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = noisy_model(build_hstu(folder))
     seen: list[Tensor] = []
     matmul = torch.matmul
@@ -271,15 +318,22 @@ def test_the_gradient_reaches_every_parameter(folder: Path, bias: str, n_layers:
     bundle = build_hstu(folder, relative_bias=bias, n_layers=n_layers)
     model = build_model(bundle)
     names = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
-    assert ("position_bias" in names, "time_bias" in names) == (bias != "none", bias == "position_time")
+    assert ("position_bias" in names, "time_bias" in names) == (
+        bias != "none",
+        bias == "position_time",
+    )
     model.calculate_loss(next(iter(bundle.train))).backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    silent = [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not silent
     assert not model.item_embedding.weight.grad[0].any()
 
 
 @pytest.mark.parametrize(
-    "split", [{"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]}], ids=lambda split: str(next(iter(split)))
+    "split",
+    [{"LS": "valid_and_test"}, {"RS": [0.8, 0.1, 0.1]}],
+    ids=lambda split: str(next(iter(split))),
 )
 def test_training_learns_and_the_checkpoint_reopens(tmp_path: Path, split: dict[str, Any]) -> None:
     """Item n is always followed by item n + 1, modulo 30."""
@@ -321,7 +375,9 @@ def test_plain_recbole_runs_it(folder: Path) -> None:
 # --- the data -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", [{"LS": "valid_and_test"}, {"LS": "test_only"}, {"RS": [0.6, 0.2, 0.2]}], ids=str)
+@pytest.mark.parametrize(
+    "split", [{"LS": "valid_and_test"}, {"LS": "test_only"}, {"RS": [0.6, 0.2, 0.2]}], ids=str
+)
 @pytest.mark.parametrize("group_by", ["user", "none"])
 @pytest.mark.parametrize("max_length", [3, 50])
 def test_one_training_row_per_user_and_all_pairs(
@@ -340,7 +396,8 @@ def test_one_training_row_per_user_and_all_pairs(
         for field in plain.inter_feat.columns:
             assert torch.equal(mine.inter_feat[field], plain.inter_feat[field]), field
 
-    # What was taken, in order: a user's first row lists it all but its target, every later one adds its own.
+    # What was taken, in order: a user's first row lists it all but its target, every later one adds
+    # its own.
     taken: dict[int, list[int]] = defaultdict(list)
     rows = expected[0].inter_feat
     fields = ("user_id", "item_length", "item_id", "item_id_list")
@@ -366,8 +423,14 @@ def test_a_ready_split_in_any_order(tmp_path: Path) -> None:
     dataset = create_dataset(build_config(tmp_path, "HSTU", "ready", **given, **alias))
     train = dataset.build()[0]
     tokens = [dataset.id2token("item_id", row) for row in train.inter_feat["item_id_list"]]
-    assert [[token for token in row if token != "[PAD]"] for row in tokens] == [["i1", "i2", "i3"], ["i9"]]
-    users, items = (dataset.id2token(f, i) for f, i in zip(("user_id", "item_id"), train.training_pairs, strict=True))
+    assert [[token for token in row if token != "[PAD]"] for row in tokens] == [
+        ["i1", "i2", "i3"],
+        ["i9"],
+    ]
+    users, items = (
+        dataset.id2token(f, i)
+        for f, i in zip(("user_id", "item_id"), train.training_pairs, strict=True)
+    )
     expected = [("a", f"i{n}") for n in (1, 2, 3, 4, 5)] + [("b", "i1"), ("b", "i9")]
     assert sorted(zip(users, items, strict=True)) == expected
 
@@ -392,10 +455,14 @@ def test_config_precedence(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     config = Config(model="HSTU", dataset="tiny", config_file_list=[str(file)], config_dict=given)
     values = [config[key] for key in ("temperature", "hidden_size", "n_heads", "n_layers")]
     assert values == [0.05, 24, 4, 5]  # ours, the file, the dict, the command line
-    assert config["train_neg_sample_args"]["distribution"] == "none"  # RecBole's overall.yaml says uniform
+    assert (
+        config["train_neg_sample_args"]["distribution"] == "none"
+    )  # RecBole's overall.yaml says uniform
     assert Config(model=HSTU, dataset="tiny", config_dict=given)["temperature"] == 0.05
     assert (
-        Config(model="SASRec", dataset="tiny", config_dict={**given, "train_neg_sample_args": None})["n_negatives"]
+        Config(
+            model="SASRec", dataset="tiny", config_dict={**given, "train_neg_sample_args": None}
+        )["n_negatives"]
         is None
     )
 
@@ -408,10 +475,16 @@ def test_the_defaults_are_those_of_the_yaml(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"relative_bias": "time"}, r"\[relative_bias\] is 'time', but must be one of none, position, position_time"),
+        (
+            {"relative_bias": "time"},
+            r"\[relative_bias\] is 'time', but must be one of none, position, position_time",
+        ),
         ({"temperature": 0}, r"\[temperature\] is 0.0, but must be above 0"),
         ({"n_layers": 0}, r"\[n_layers\] is 0, but must be at least 1"),
-        ({"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}, "HSTU draws its own"),
+        (
+            {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}},
+            "HSTU draws its own",
+        ),
     ],
 )
 def test_bad_settings_are_refused(folder: Path, given: dict[str, Any], message: str) -> None:

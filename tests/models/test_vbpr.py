@@ -11,26 +11,40 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from recbole_rcekd.errors import SettingsError, TeacherError
+from recbole_rcekd.core.errors import SettingsError, TeacherError
+from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.models.vbpr import VBPR, prepare_features
 from recbole_rcekd.quick_start import run_recbole_kd
-from recbole_rcekd.scoring import ModelScorer
-from recbole_rcekd.teacher import read_teacher
-from tests.helpers import N_ITEMS, Bundle, build, build_model, save_untrained, write_atomic_file, write_dataset
+from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
+from tests.helpers import (
+    N_ITEMS,
+    Bundle,
+    build,
+    build_model,
+    save_untrained,
+    write_atomic_file,
+    write_dataset,
+)
 
 # isort: split
 from recbole.data.interaction import Interaction
 from recbole.quick_start import load_data_and_model
 from recbole.utils import get_model
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 TEXT, IMAGE = 5, 3
 WITHOUT_TEXT = ("i4", "i9")
 FEATURES: dict[str, Any] = {
     "additional_feat_suffix": ["text", "image"],
     "alias_of_item_id": ["tid", "vid"],
     "preload_weight": {"tid": "text_vec", "vid": "image_vec"},
-    "load_col": {"inter": ["user_id", "item_id"], "text": ["tid", "text_vec"], "image": ["vid", "image_vec"]},
+    "load_col": {
+        "inter": ["user_id", "item_id"],
+        "text": ["tid", "text_vec"],
+        "image": ["vid", "image_vec"],
+    },
 }
 SIZES: dict[str, Any] = {"embedding_size": 4, "feature_embedding_size": 6}
 
@@ -41,7 +55,9 @@ def vectors(size: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     return {f"i{item}": draw.normal(2.0, 1.0, size).round(4) for item in draw.permutation(N_ITEMS)}
 
 
-def write_vectors(folder: Path, kind: str, id_field: str, rows: dict[str, np.ndarray[Any, Any]]) -> None:
+def write_vectors(
+    folder: Path, kind: str, id_field: str, rows: dict[str, np.ndarray[Any, Any]]
+) -> None:
     write_atomic_file(
         folder / "tiny" / f"tiny.{kind}",
         (f"{id_field}:token", f"{kind}_vec:float_seq"),
@@ -51,7 +67,9 @@ def write_vectors(folder: Path, kind: str, id_field: str, rows: dict[str, np.nda
 
 def write_all(folder: Path) -> Path:
     write_dataset(folder)
-    text = {token: vector for token, vector in vectors(TEXT, 1).items() if token not in WITHOUT_TEXT}
+    text = {
+        token: vector for token, vector in vectors(TEXT, 1).items() if token not in WITHOUT_TEXT
+    }
     write_vectors(folder, "text", "tid", text)
     write_vectors(folder, "image", "vid", vectors(IMAGE, 2))
     return folder
@@ -83,13 +101,17 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def slow_features(bundle: Bundle) -> np.ndarray[Any, Any]:
     """What the files say of each item id: centred on the mean of those given, of length 1, side by side."""
     table = np.zeros((bundle.dataset.item_num, TEXT + IMAGE))
-    text = {token: vector for token, vector in vectors(TEXT, 1).items() if token not in WITHOUT_TEXT}
+    text = {
+        token: vector for token, vector in vectors(TEXT, 1).items() if token not in WITHOUT_TEXT
+    }
     for start, given in ((0, text), (TEXT, vectors(IMAGE, 2))):
         mean = sum(given.values()) / len(given)
         for token, vector in given.items():
             centred = vector - mean
             row = bundle.dataset.field2token_id["item_id"][token]
-            table[row, start : start + len(vector)] = centred / math.sqrt(sum(x * x for x in centred))
+            table[row, start : start + len(vector)] = centred / math.sqrt(
+                sum(x * x for x in centred)
+            )
     return table
 
 
@@ -101,9 +123,13 @@ def slow_score(model: Any, features: np.ndarray[Any, Any], user: int, item: int)
         weights["user_embedding.weight"][user], weights["item_embedding.weight"][item], strict=True
     ):
         score += gamma_u * gamma_i
-    for theta, row in zip(weights["user_taste.weight"][user], weights["projection.weight"], strict=True):
+    for theta, row in zip(
+        weights["user_taste.weight"][user], weights["projection.weight"], strict=True
+    ):
         score += theta * sum(e * f for e, f in zip(row, features[item], strict=True))
-    score += float(sum(b * f for b, f in zip(weights["feature_bias.weight"][0], features[item], strict=True)))
+    score += float(
+        sum(b * f for b, f in zip(weights["feature_bias.weight"][0], features[item], strict=True))
+    )
     return score
 
 
@@ -128,21 +154,31 @@ def test_features_are_those_of_the_files(bundle: Bundle, model: Any) -> None:
 
 
 def test_preparing_features_by_hand() -> None:
-    given = np.array([[0, 0], [1, 5], [0, 0], [7, -3]])  # the mean of the two that are given is (4, 1)
+    given = np.array(
+        [[0, 0], [1, 5], [0, 0], [7, -3]]
+    )  # the mean of the two that are given is (4, 1)
     root = 5  # of (−3)² + 4²
     expected = np.array([[0, 0], [-3 / root, 4 / root], [0, 0], [3 / root, -4 / root]])
     assert_allclose(prepare_features(given), expected, rtol=1e-6)
-    assert_allclose(prepare_features(np.array([[0.0], [2.0], [2.0]])), np.zeros((3, 1)))  # nothing tells them apart
+    assert_allclose(
+        prepare_features(np.array([[0.0], [2.0], [2.0]])), np.zeros((3, 1))
+    )  # nothing tells them apart
     assert_allclose(prepare_features(np.zeros((2, 3))), np.zeros((2, 3)))
 
 
 def test_scores_against_a_slow_derivation(bundle: Bundle, model: Any) -> None:
     features, users = slow_features(bundle), (1, 7, 40)
-    expected = np.array([[slow_score(model, features, u, i) for i in range(bundle.dataset.item_num)] for u in users])
+    expected = np.array(
+        [[slow_score(model, features, u, i) for i in range(bundle.dataset.item_num)] for u in users]
+    )
     model.eval()
     with torch.no_grad():
-        assert_allclose(model.full_sort_predict(user_batch(*users)).numpy(), expected, rtol=1e-4, atol=1e-6)
-        pairs = Interaction({"user_id": torch.tensor([7, 40, 1]), "item_id": torch.tensor([3, 0, 60])})
+        assert_allclose(
+            model.full_sort_predict(user_batch(*users)).numpy(), expected, rtol=1e-4, atol=1e-6
+        )
+        pairs = Interaction(
+            {"user_id": torch.tensor([7, 40, 1]), "item_id": torch.tensor([3, 0, 60])}
+        )
         assert_allclose(model.predict(pairs), expected[[1, 2, 0], [3, 0, 60]], rtol=1e-4, atol=1e-6)
 
 
@@ -151,7 +187,9 @@ def test_loss_by_arithmetic(bundle: Bundle, model: Any) -> None:
     features = slow_features(bundle)
     total = 0.0
     for user, positive, negative in triples:
-        margin = slow_score(model, features, user, positive) - slow_score(model, features, user, negative)
+        margin = slow_score(model, features, user, positive) - slow_score(
+            model, features, user, negative
+        )
         total -= math.log(1e-10 + 1 / (1 + math.exp(-margin)))
     users, positives, negatives = torch.tensor(triples).t()
     batch = Interaction({"user_id": users, "item_id": positives, "neg_item_id": negatives})
@@ -210,8 +248,12 @@ def test_recbole_opens_the_checkpoint(folder: Path, bundle: Bundle, tmp_path: Pa
     _, model, _, train, _, _ = load_data_and_model(str(tmp_path / "vbpr.pth"))
     assert type(model) is VBPR
     with torch.no_grad():
-        assert torch.equal(model.full_sort_predict(user_batch(1, 2)), saved.full_sort_predict(user_batch(1, 2)))
-    assert torch.equal(train._dataset.inter_feat["item_id"], bundle.train._dataset.inter_feat["item_id"])
+        assert torch.equal(
+            model.full_sort_predict(user_batch(1, 2)), saved.full_sort_predict(user_batch(1, 2))
+        )
+    assert torch.equal(
+        train._dataset.inter_feat["item_id"], bundle.train._dataset.inter_feat["item_id"]
+    )
 
 
 def test_a_teacher_keeps_its_features_when_the_file_changes(tmp_path: Path) -> None:
@@ -252,16 +294,24 @@ def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> No
             {"item_features": ["text_vec", "sound_vec"]},
             r"names \[sound_vec\], which is not loaded.*preload_weight: \{tid: sound_vec\}",
         ),
-        ({"preload_weight": None}, r"names \[text_vec\], which is not loaded.*alias_of_item_id: \[tid\]"),
+        (
+            {"preload_weight": None},
+            r"names \[text_vec\], which is not loaded.*alias_of_item_id: \[tid\]",
+        ),
         (
             {"load_col": {**FEATURES["load_col"], "text": ["tid"]}},
             r"names \[text_vec\], which is not loaded.*load_col text: \[tid, text_vec\]",
         ),
-        ({"alias_of_item_id": ["vid"]}, r"\[text_vec\] are by \[tid\].*write alias_of_item_id: \[tid\]"),
+        (
+            {"alias_of_item_id": ["vid"]},
+            r"\[text_vec\] are by \[tid\].*write alias_of_item_id: \[tid\]",
+        ),
     ],
 )
 def test_settings_that_are_refused(folder: Path, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(SettingsError, match=words):  # before RecBole reads on: a forgotten alias is a KeyError there
+    with pytest.raises(
+        SettingsError, match=words
+    ):  # before RecBole reads on: a forgotten alias is a KeyError there
         build(folder, "VBPR", "tiny", **{**FEATURES, **settings})
 
 
@@ -270,7 +320,9 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path: Path, kind: str, valu
     write_all(tmp_path)
     rows = [("i1", "1 2"), ("i2", value)]
     write_atomic_file(tmp_path / "tiny" / "tiny.text", ("tid:token", f"text_vec:{kind}"), rows)
-    with pytest.raises(SettingsError, match=r"\[text_vec\] must be finite numbers: write text_vec:float_seq"):
+    with pytest.raises(
+        SettingsError, match=r"\[text_vec\] must be finite numbers: write text_vec:float_seq"
+    ):
         build_model(build(tmp_path, "VBPR", **FEATURES))
 
 
@@ -286,7 +338,9 @@ def test_it_teaches_a_student_that_knows_no_features(folder: Path, tmp_path: Pat
         **{"metrics": ["NDCG"], "topk": [10], "valid_metric": "NDCG@10"},
         **{"rce_top_k": 5, "rce_samples": 5, "rce_pool": 20},
     }
-    result = run_recbole_kd("BPR", "tiny", config_dict=settings, teacher="VBPR", kd_loss=["scratch", "rce"])
+    result = run_recbole_kd(
+        "BPR", "tiny", config_dict=settings, teacher="VBPR", kd_loss=["scratch", "rce"]
+    )
     assert [run["loss"] for run in result["runs"]] == ["scratch", "rce"]
     _, student, dataset, *_ = load_data_and_model(result["runs"][1]["checkpoint"])
     assert type(student).__name__ == "BPR"

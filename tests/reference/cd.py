@@ -13,7 +13,13 @@ def sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x))
 
 
-def cd(student: Sequence[float], teacher: Sequence[float], items: Sequence[int], scale: float, shift: float) -> float:
+def cd(
+    student: Sequence[float],
+    teacher: Sequence[float],
+    items: Sequence[int],
+    scale: float,
+    shift: float,
+) -> float:
     loss = 0.0
     for item in items:
         label, p = sigmoid((teacher[item] + shift) / scale), sigmoid(student[item])

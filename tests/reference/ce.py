@@ -26,7 +26,9 @@ def soft_ce(student: Scores, teacher: Scores, items: Sequence[int], tau: float) 
     return loss
 
 
-def ce(student: Scores, teacher: Scores, q_t: Sequence[int], q_s: Sequence[int], which: str, tau: float) -> float:
+def ce(
+    student: Scores, teacher: Scores, q_t: Sequence[int], q_s: Sequence[int], which: str, tau: float
+) -> float:
     items = {"teacher": list(q_t), "student": list(q_s), "union": sorted({*q_t, *q_s})}[which]
     return soft_ce(student, teacher, items, tau)
 
@@ -37,4 +39,11 @@ CASES: list[dict[str, Any]] = [{"ce_items": items} for items in ("teacher", "stu
 
 
 def value(user: User, settings: Mapping[str, Any]) -> float:
-    return ce(user.student, user.teacher, user.teacher_top(5), user.student_top(5), settings["ce_items"], 1.5)
+    return ce(
+        user.student,
+        user.teacher,
+        user.teacher_top(5),
+        user.student_top(5),
+        settings["ce_items"],
+        1.5,
+    )

@@ -10,7 +10,9 @@ from tests.reference.rrd import rrd
 from tests.tables import User
 
 
-def corrections(student: Sequence[float], top: Sequence[int], temperature: float) -> tuple[list[float], list[float]]:
+def corrections(
+    student: Sequence[float], top: Sequence[int], temperature: float
+) -> tuple[list[float], list[float]]:
     """e⁺ and e⁻ of each item of the teacher's list, by counting who stands above it."""
     under, over = [], []
     for place, item in enumerate(top):

@@ -10,7 +10,9 @@ from tests.reference.rrd import rrd
 from tests.tables import User
 
 
-def weights(student: Sequence[float], top: Sequence[int], temperature: float) -> tuple[list[float], list[float]]:
+def weights(
+    student: Sequence[float], top: Sequence[int], temperature: float
+) -> tuple[list[float], list[float]]:
     """e⁺ and e⁻ of each item of the teacher's list; item 0 is padding."""
     under, over = [], []
     for place, item in enumerate(top):

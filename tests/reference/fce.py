@@ -10,7 +10,9 @@ from tests.reference.ce import softmax
 from tests.tables import User
 
 
-def fce(student: Sequence[float], teacher: Sequence[float], targets: Sequence[int], tau: float) -> float:
+def fce(
+    student: Sequence[float], teacher: Sequence[float], targets: Sequence[int], tau: float
+) -> float:
     catalogue = list(range(1, len(student)))
     p, q = softmax(student, catalogue, tau), softmax(teacher, targets, tau)
     loss = 0.0
@@ -50,7 +52,12 @@ TAIL = "fce_samples"  # the last columns, as many as this setting says
 def value(user: User, settings: Mapping[str, Any]) -> float:
     if "fce_normaliser" in settings:
         tail = [item for item in user.items[10:] if item]
-        return sampled_fce(user.student, user.teacher, user.teacher_top(5), user.student_top(5), tail, 30, 2.0)
+        return sampled_fce(
+            user.student, user.teacher, user.teacher_top(5), user.student_top(5), tail, 30, 2.0
+        )
     return fce(
-        user.student, user.teacher, range(1, 31) if settings["fce_target"] == "all" else user.teacher_top(5), 1.0
+        user.student,
+        user.teacher,
+        range(1, 31) if settings["fce_target"] == "all" else user.teacher_top(5),
+        1.0,
     )

@@ -6,13 +6,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from recbole_rcekd.types import Vectors
+from recbole_rcekd.core.types import Vectors
 
 Matrix = Sequence[Sequence[float]]
 
 
 def affine(x: Sequence[float], matrix: Matrix, shift: Sequence[float]) -> list[float]:
-    return [sum(a * b for a, b in zip(row, x, strict=True)) + c for row, c in zip(matrix, shift, strict=True)]
+    return [
+        sum(a * b for a, b in zip(row, x, strict=True)) + c
+        for row, c in zip(matrix, shift, strict=True)
+    ]
 
 
 def of_length_1(x: Sequence[float]) -> list[float]:
@@ -41,7 +44,10 @@ def value(users: Vectors | None, items: Vectors | None, loss: Any) -> float:
             continue
         parts = [part.tolist() for part in loss.projectors[f"of_{side}"].parameters()]
         for weight, s, t in zip(
-            vectors.weights.tolist(), vectors.student.tolist(), vectors.teacher.tolist(), strict=True
+            vectors.weights.tolist(),
+            vectors.student.tolist(),
+            vectors.teacher.tolist(),
+            strict=True,
         ):
             x = s
             if loss.settings.fitnet_projector == "mlp":

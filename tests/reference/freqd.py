@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses import FreqDLoss
-from recbole_rcekd.types import Seen, Vectors
 from tests.reference.ftd import cosine
 
 Rows = Sequence[Sequence[float]]
@@ -29,7 +29,10 @@ def neighbours(has: Sequence[set[int]], k: int) -> list[set[int]]:
 
 
 def as_sets(seen: Seen) -> list[set[int]]:
-    return [set(seen.cells(torch.tensor([context]))[1].tolist()) for context in range(len(seen.starts) - 1)]
+    return [
+        set(seen.cells(torch.tensor([context]))[1].tolist())
+        for context in range(len(seen.starts) - 1)
+    ]
 
 
 def project(row: Sequence[float], projector: nn.Module, kept: Sequence[float]) -> list[float]:
@@ -46,7 +49,9 @@ def project(row: Sequence[float], projector: nn.Module, kept: Sequence[float]) -
     return out
 
 
-def distance(near: Sequence[dict[int, float]], student: Rows, teacher: Rows, cosines: bool) -> list[float]:
+def distance(
+    near: Sequence[dict[int, float]], student: Rows, teacher: Rows, cosines: bool
+) -> list[float]:
     """Of each row of a filter given as entries by column."""
     found = []
     for row in near:
@@ -59,7 +64,9 @@ def distance(near: Sequence[dict[int, float]], student: Rows, teacher: Rows, cos
     return found
 
 
-def filter_rows(vectors: Vectors, graph: Sequence[set[int]], alpha: float, kept: Tensor, keep: float) -> list[Any]:
+def filter_rows(
+    vectors: Vectors, graph: Sequence[set[int]], alpha: float, kept: Tensor, keep: float
+) -> list[Any]:
     """H for the batch, by places among the vectors; ``kept`` tells for each entry in turn whether it stays."""
     ids: list[int] = vectors.ids.tolist()
     draws = iter(kept.tolist())
@@ -68,7 +75,9 @@ def filter_rows(vectors: Vectors, graph: Sequence[set[int]], alpha: float, kept:
         row = {place: 1.0 - alpha}
         for other in sorted(graph[ids[place]]):
             if next(draws):
-                row[ids.index(other)] = alpha / keep / math.sqrt(len(graph[ids[place]]) * len(graph[other]))
+                row[ids.index(other)] = (
+                    alpha / keep / math.sqrt(len(graph[ids[place]]) * len(graph[other]))
+                )
         rows.append(row)
     return rows
 
@@ -88,7 +97,11 @@ def value(users: Vectors | None, items: Vectors | None, loss: FreqDLoss) -> floa
     keep, share = (s.freqd_keep, 1.0 - s.freqd_dropout) if loss.training else (1.0, 1.0)
 
     def drawn(share: float, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=loss.generator) < share if loss.training else torch.ones(shape) > 0
+        return (
+            torch.rand(shape, generator=loss.generator) < share
+            if loss.training
+            else torch.ones(shape) > 0
+        )
 
     for side, vectors in (("users", users), ("items", items)):
         if vectors is None:
@@ -101,7 +114,9 @@ def value(users: Vectors | None, items: Vectors | None, loss: FreqDLoss) -> floa
         units = drawn(share, len(used), projector.first.out_features)
         projected = [[0.0] * vectors.teacher.shape[1]] * len(vectors.ids)
         for column, kept_units in zip(used, units.tolist(), strict=True):
-            projected[column] = project(vectors.student[column].tolist(), projector, [k / share for k in kept_units])
+            projected[column] = project(
+                vectors.student[column].tolist(), projector, [k / share for k in kept_units]
+            )
         found = distance(rows, projected, vectors.teacher.tolist(), s.freqd_normalise)
         for weight, each in zip(vectors.weights.tolist(), found, strict=True):
             total += weight * each

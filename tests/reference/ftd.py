@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from recbole_rcekd.core.types import Vectors
 from recbole_rcekd.losses import FTDLoss
-from recbole_rcekd.types import Vectors
 
 
 def cosine(left: Sequence[float], right: Sequence[float]) -> float:

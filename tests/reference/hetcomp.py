@@ -9,12 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.core.types import ItemSets
 from tests.tables import User
 
 
-def easy(student: Sequence[float], positives: Sequence[int], top: Sequence[int], seen: Iterable[int]) -> float:
-    rest = sum(math.exp(student[item]) for item in range(1, len(student)) if item not in {*seen, *top})
+def easy(
+    student: Sequence[float], positives: Sequence[int], top: Sequence[int], seen: Iterable[int]
+) -> float:
+    rest = sum(
+        math.exp(student[item]) for item in range(1, len(student)) if item not in {*seen, *top}
+    )
     loss = 0.0
     for item in [*positives, *top]:
         loss -= math.log(math.exp(student[item]) / (math.exp(student[item]) + rest))
@@ -29,7 +33,13 @@ def in_order(student: Sequence[float], head: Sequence[int], rest: float) -> floa
     return loss
 
 
-def hard(student: Sequence[float], positives: Sequence[int], top: Sequence[int], seen: Iterable[int], k: int) -> float:
+def hard(
+    student: Sequence[float],
+    positives: Sequence[int],
+    top: Sequence[int],
+    seen: Iterable[int],
+    k: int,
+) -> float:
     unseen = [item for item in range(1, len(student)) if item not in set(seen)]
     half, tenth = top[: k // 2], top[: k // 10]
     not_half = sum(math.exp(student[item]) for item in unseen if item not in half)
@@ -41,7 +51,9 @@ def hard(student: Sequence[float], positives: Sequence[int], top: Sequence[int],
 
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"hetcomp_top_k": 20}
-CASES: list[dict[str, Any]] = [{"hetcomp_objective": objective} for objective in ("dynamic", "hard")]
+CASES: list[dict[str, Any]] = [
+    {"hetcomp_objective": objective} for objective in ("dynamic", "hard")
+]
 
 
 def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:

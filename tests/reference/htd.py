@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from recbole_rcekd.core.types import Vectors
 from recbole_rcekd.losses import HTDLoss
-from recbole_rcekd.types import Vectors
 from tests.reference import de
 from tests.reference.fitnet import affine
 from tests.reference.ftd import batch_rows, cosine

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.core.types import ItemSets
 from tests.reference.ce import softmax
 from tests.tables import User
 
 
 def lambdaloss(
-    student: Sequence[float], teacher: Sequence[float], q_t: Sequence[int], pool: Sequence[int], tau: float
+    student: Sequence[float],
+    teacher: Sequence[float],
+    q_t: Sequence[int],
+    pool: Sequence[int],
+    tau: float,
 ) -> float:
     gain = softmax(teacher, q_t, tau)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.core.types import ItemSets
 from tests.reference.ce import Scores, soft_ce
 from tests.tables import User
 
@@ -30,7 +30,12 @@ def votes(pool: Sequence[int], q_t: Sequence[int], q_s: Sequence[int], mode: str
 
 
 def gamma(
-    q_t: Sequence[int], q_s: Sequence[int], samples: Sequence[int], mode: str, beta: float, value: float
+    q_t: Sequence[int],
+    q_s: Sequence[int],
+    samples: Sequence[int],
+    mode: str,
+    beta: float,
+    value: float,
 ) -> float:
     if mode == "constant":
         return value
@@ -64,7 +69,11 @@ def rce(
 
 
 def target_weight(
-    item: int, popularity: int, ranked: Sequence[int], seen: Sequence[int], settings: Mapping[str, Any]
+    item: int,
+    popularity: int,
+    ranked: Sequence[int],
+    seen: Sequence[int],
+    settings: Mapping[str, Any],
 ) -> float:
     """What the teacher's probability of an item is multiplied with; ``ranked`` is the student's list of all items."""
     weight = (popularity + 1) ** -settings.get("rce_popularity_tilt", 0.0)
@@ -78,7 +87,11 @@ def target_weight(
 
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"rce_top_k": 5, "rce_samples": 4, "rce_pool": 10, "rce_beta": 1.0}
-BOOSTS: dict[str, Any] = {"rce_rank_boost": 2.0, "rce_rank_boost_scale": 3.0, "rce_history_boost": 0.5}
+BOOSTS: dict[str, Any] = {
+    "rce_rank_boost": 2.0,
+    "rce_rank_boost_scale": 3.0,
+    "rce_history_boost": 0.5,
+}
 CASES: list[dict[str, Any]] = [
     *({"rce_terms": terms} for terms in ("full", "l1", "l2", "no_split")),
     {"rce_gamma": "code", "rce_votes": "code", "rce_temperature": 2.0},
@@ -94,7 +107,9 @@ def value(user: User, settings: Mapping[str, Any]) -> float:
     q_t, q_s = user.teacher_top(5), user.student_top(5)
     n_samples = settings["rce_samples"]
     samples = user.items[5 : 5 + n_samples]
-    tail = [item for item in user.items[5 + n_samples :][: settings.get("rce_tail_samples", 0)] if item]
+    tail = [
+        item for item in user.items[5 + n_samples :][: settings.get("rce_tail_samples", 0)] if item
+    ]
     mixing = gamma(q_t, q_s, samples, settings.get("rce_gamma", "paper"), 1.0, 0.5)
     tau, terms = settings.get("rce_temperature", 1.0), settings.get("rce_terms", "full")
     everyones, ranked = user.world.seen.ids.tolist(), user.student_top(len(user.student))

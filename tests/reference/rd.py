@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.core.types import ItemSets
 from tests.tables import User
 
 
@@ -33,12 +33,16 @@ def rd(
         if port:
             total = sum(weights)
             weights = [w / total if total else 0.0 for w in weights]
-    return sum(w * math.log(1.0 + math.exp(-student[item])) for w, item in zip(weights, top, strict=True))
+    return sum(
+        w * math.log(1.0 + math.exp(-student[item])) for w, item in zip(weights, top, strict=True)
+    )
 
 
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"rd_top_k": 4, "rd_samples": 7, "rd_start_epoch": 0}
-CASES: list[dict[str, Any]] = [{"rd_weights": weights} for weights in ("original", "port")] + [{"rd_start_epoch": 1}]
+CASES: list[dict[str, Any]] = [{"rd_weights": weights} for weights in ("original", "port")] + [
+    {"rd_start_epoch": 1}
+]
 RELATIVE = False  # each score alone
 ZERO = True  # where the student ranks no item below its place
 ORDERED = 4  # so many columns stand in the teacher's order

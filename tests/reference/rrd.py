@@ -9,7 +9,9 @@ from typing import Any
 from tests.tables import User
 
 
-def rrd(student: Sequence[float], interesting: Sequence[int], uninteresting: Sequence[int]) -> float:
+def rrd(
+    student: Sequence[float], interesting: Sequence[int], uninteresting: Sequence[int]
+) -> float:
     probability = 1.0
     for k, item in enumerate(interesting):
         total = 0.0

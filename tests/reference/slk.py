@@ -12,7 +12,12 @@ from tests.tables import User
 
 
 def slk(
-    student: Sequence[float], teacher: Sequence[float], targets: Sequence[int], border: float, tau: float, tau_w: float
+    student: Sequence[float],
+    teacher: Sequence[float],
+    targets: Sequence[int],
+    border: float,
+    tau: float,
+    tau_w: float,
 ) -> float:
     p, q = softmax(student, range(1, len(student)), tau), softmax(teacher, targets, tau)
     loss = 0.0

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.types import ItemSets
+from recbole_rcekd.core.types import ItemSets
 from tests.tables import User
 
 
 def unkd(student: Sequence[float], pairs: Sequence[tuple[int, int]]) -> float:
     total = 0.0
     for better, worse in pairs:
-        total -= math.log(math.exp(student[better]) / (math.exp(student[better]) + math.exp(student[worse])))
+        total -= math.log(
+            math.exp(student[better]) / (math.exp(student[better]) + math.exp(student[worse]))
+        )
     return total / len(pairs) if pairs else 0.0
 
 
@@ -32,7 +34,11 @@ def groups(popularity: Sequence[int], n_groups: int) -> list[int]:
 
 def pair_probabilities(weights: Sequence[float]) -> dict[tuple[int, int], float]:
     """Of two independent draws that are repeated until they differ, by place, the smaller first."""
-    likely = {(a, b): 2 * weights[a] * weights[b] for a in range(len(weights)) for b in range(a + 1, len(weights))}
+    likely = {
+        (a, b): 2 * weights[a] * weights[b]
+        for a in range(len(weights))
+        for b in range(a + 1, len(weights))
+    }
     return {pair: p / sum(likely.values()) for pair, p in likely.items()}
 
 

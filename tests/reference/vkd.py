@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from recbole_rcekd.types import Vectors
+from recbole_rcekd.core.types import Vectors
 from tests.reference.fitnet import affine, of_length_1, squared_distance
 
 
@@ -47,6 +47,8 @@ def value(users: Vectors | None, items: Vectors | None, loss: Any) -> float:
         wanted = vectors.teacher.tolist()
         if loss.settings.vkd_standardise:
             wanted = standardised(wanted)
-        for weight, s, t in zip(vectors.weights.tolist(), vectors.student.tolist(), wanted, strict=True):
+        for weight, s, t in zip(
+            vectors.weights.tolist(), vectors.student.tolist(), wanted, strict=True
+        ):
             total += weight * squared_distance(affine(s, matrix, [0.0] * len(matrix)), t)
     return total

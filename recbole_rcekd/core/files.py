@@ -1,0 +1,53 @@
+"""Files that are written whole or not at all: beside their place, then renamed into it.
+
+So a reader never meets half a file, and two commands may write into one folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new file to write to, which takes the place of ``file`` if the block succeeds.
+
+    Where the block fails, or writes nothing, ``file`` stays as it was.
+
+    Args:
+        file: its folder is made if it is not there.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "a.txt") as beside:
+        ...     _ = beside.write_text("whole")
+        >>> [path.name for path in folder.iterdir()]
+        ['a.txt']
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{uuid.uuid4().hex[:6]}.partial")
+    try:
+        yield beside
+        if beside.exists():
+            os.replace(beside, file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text, whole or not at all."""
+    with replacing(file) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write content that JSON can hold, whole or not at all."""
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,338 @@
+"""The teacher: a RecBole checkpoint rebuilt from its own Config, frozen, its ids translated to the student's."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from functools import cached_property
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from recbole.utils import get_model, init_seed
+from torch import Tensor
+
+from recbole_rcekd.core.distributed import MACHINE_KEYS
+from recbole_rcekd.core.errors import TeacherError
+from recbole_rcekd.core.random_state import preserved_random_state
+from recbole_rcekd.core.types import Seen
+from recbole_rcekd.data.contexts import (
+    Contexts,
+    Rows,
+    TranslatedRows,
+    Users,
+    WholeSequences,
+    is_sequential,
+)
+from recbole_rcekd.data.fingerprint import (
+    feature_hash,
+    hash_value,
+    split_hash,
+    training_interactions,
+)
+from recbole_rcekd.models.scorer import EVALUATION_CACHES, ModelScorer, require_rankable
+from recbole_rcekd.teachers.safe_load import read_checkpoint
+from recbole_rcekd.teachers.same_data import ids_in, require_same_interactions, teachers_data
+
+_SEQUENCES_AT_A_TIME = 1024
+# A Config may name other files to be unpickled; the weights come from the checkpoint alone.
+_NEUTRAL = {
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+    "use_pretrain": False,  # NeuMF
+}
+# Likewise, while the model is built.
+_NEUTRAL_FOR: dict[str, dict[str, Any]] = {
+    "ConvNCF": {"train_method": "no_pretrain"},
+    "KD_DAGFM": {"phase": "teacher_training"},
+    "NAIS": {"pretrain_path": None},
+    "RaCT": {"train_stage": "actor_pretrain"},
+    "S3Rec": {"train_stage": "pretrain"},
+}
+# Of several processes, other draws made the weights, which have a hash of their own.
+_UNIMPORTANT = MACHINE_KEYS | {"local_rank", "world_size"}
+
+
+class Teacher:
+    """A frozen model that is asked in the student's ids.
+
+    Made by :func:`read_teacher`.
+
+    Args:
+        checkpoint: what :func:`~recbole_rcekd.teachers.safe_load.read_checkpoint` returned.
+        dataset: the teacher's training dataset.
+        student_dataset: the student's training dataset.
+        device: where to score.
+        source: the file, for messages, and to read the weights again after :meth:`release`.
+        trust: how to read it.
+
+    Attributes:
+        n_contexts: how many contexts it scores: users, or, for a sequential student, rows of the
+            training data.
+        student_dataset: as given.
+        for_rows: the student is sequential.
+        scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a
+            sequential one each with the whole training sequence.
+        taken: the training interactions of each user.
+        trust: as given.
+        seen: what lists of unseen items leave out, for each context.
+    """
+
+    def __init__(
+        self,
+        checkpoint: dict[str, Any],
+        dataset: Any,
+        student_dataset: Any,
+        device: torch.device,
+        source: str,
+        trust: bool = False,
+    ) -> None:
+        self.config = checkpoint["config"]
+        self.source = source
+        self.name = str(self.config["model"])
+        self.device = device
+        self.n_items = int(student_dataset.item_num)
+        self.taken = training_interactions(student_dataset)
+        self._checkpoint: dict[str, Any] | None = checkpoint
+        self.trust = trust
+        self._dataset = dataset
+        self.student_dataset = student_dataset
+        same = dataset is student_dataset
+        self.user_ids = (
+            None if same else ids_in(student_dataset, dataset, student_dataset.uid_field, source)
+        )
+        self.item_ids = (
+            None if same else ids_in(student_dataset, dataset, student_dataset.iid_field, source)
+        )
+        self.for_rows = is_sequential(student_dataset)
+        self.scores_rows = is_sequential(dataset) and is_sequential(student_dataset)
+        self.contexts = self._contexts()
+        self.n_contexts = self.contexts.n
+        self.seen = Seen.nothing(self.n_contexts, self.n_items) if self.scores_rows else self.taken
+
+    @property
+    def scores_users(self) -> bool:
+        """Whether it has a vector for each user, and not for each sequence."""
+        return isinstance(self.contexts, Users)
+
+    def _contexts(self) -> Contexts:
+        if not is_sequential(self._dataset):
+            return Users(self._dataset, self.user_ids, self.config)
+        if not is_sequential(self.student_dataset):
+            return WholeSequences(self._dataset, self.user_ids)
+        if self._dataset is self.student_dataset:
+            return Rows(self._dataset, self.config)
+        return TranslatedRows(self.student_dataset, self._dataset)
+
+    @cached_property
+    def model(self) -> Any:
+        """The RecBole model in evaluation mode, without gradients; built on first use, so not at all on a cache hit."""
+        self.config["device"] = self.device
+        # Building it draws random numbers, which must not shift the student's; and those that a
+        # checkpoint does not hold (weights of FwFM) must be drawn as they were in training, which
+        # RecBole seeds so, too.
+        with preserved_random_state():
+            init_seed(self.config["seed"], self.config["reproducibility"])
+            model = self._build()
+        try:
+            model.load_state_dict(self._content()["state_dict"])
+        except RuntimeError as error:
+            raise TeacherError(
+                f"The weights in [{self.source}] do not fit a {self.config['model']} on this "
+                "dataset: it was trained on other data or filters. "
+                f"{str(error).splitlines()[-1].strip()}"
+            ) from error
+        model.load_other_parameter(self._content().get("other_parameter"))
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        return model
+
+    def _build(self) -> Any:
+        neutral = _NEUTRAL_FOR.get(self.name, {})
+        own = {key: self.config[key] for key in neutral}
+        try:
+            for key, value in neutral.items():
+                self.config[key] = value
+            model = get_model(self.name)(self.config, self._dataset).to(self.device)
+        finally:
+            for key, value in own.items():
+                self.config[key] = value
+        for key in own.keys() & vars(model).keys():
+            setattr(model, key, own[key])  # KD_DAGFM's phase says which of its two networks scores
+        return model
+
+    @cached_property
+    def scorer(self) -> ModelScorer:
+        """How the model is scored."""
+        return ModelScorer(self.model, self._dataset, contexts=self.contexts, frozen=True)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the scores: weights, settings, id maps, training interactions."""
+        digest = hashlib.sha256()
+        settings = self.config.final_config_dict
+        for key in sorted(settings):
+            if key not in _UNIMPORTANT:
+                digest.update(f"{key}={settings[key]!r};".encode())
+        other = self._content().get("other_parameter") or {}
+        learned = {name: value for name, value in other.items() if name not in EVALUATION_CACHES}
+        hash_value(digest, self._content()["state_dict"])
+        hash_value(digest, learned)
+        digest.update(split_hash(self.student_dataset).encode())
+        digest.update(feature_hash(self._dataset).encode())
+        if self.scores_rows:
+            digest.update(feature_hash(self.student_dataset).encode())
+        for ids in (self.user_ids, self.item_ids):
+            digest.update(b"same" if ids is None else ids.numpy().tobytes())
+        return digest.hexdigest()[:32]
+
+    def release(self) -> None:
+        """Give the memory of weights and model back; the file is read again if they are needed after all."""
+        self._checkpoint = None
+        for cached in ("model", "scorer"):
+            vars(self).pop(cached, None)
+
+    def _content(self) -> dict[str, Any]:
+        if self._checkpoint is None:
+            self._checkpoint = read_checkpoint(self.source, self.trust)
+        return self._checkpoint
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """The two tables ``[n_contexts, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
+        if self.scorer.kind != "product":
+            return None
+        # Sequences go through the model some at a time; a graph model propagates once for all
+        # users.
+        size = _SEQUENCES_AT_A_TIME if is_sequential(self._dataset) else self.n_contexts
+        with preserved_random_state(), self.scorer.evaluating():
+            parts = [
+                self.scorer.operands(block.to(self.device))
+                for block in torch.split(torch.arange(self.n_contexts), size)
+            ]
+        rows, table = torch.cat([part[0].float() for part in parts]), parts[0][1].float()
+        return rows, table.clone() if self.item_ids is None else table[
+            self.item_ids.to(self.device)
+        ]
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
+        if not self.scores_rows:
+            contexts = contexts.clamp(
+                min=1
+            )  # RippleNet has no place for the padding user, whose scores mean nothing
+        # MacridVAE and ADMMSLIM, for example, draw noise in evaluation too.
+        with preserved_random_state(), self.scorer.evaluating():
+            return self._in_student_ids(self.scorer.score_all(contexts))
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """Scores ``[n, n_items]`` of every item for rows of the student's data (training or not), as ``score_all``.
+
+        A teacher that scores users is asked for the rows' users.
+        """
+        if not isinstance(self.contexts, (Rows, TranslatedRows)):
+            return self.score_all(rows[self.student_dataset.uid_field])
+        rows = self.contexts.translated(rows)
+        with preserved_random_state(), self.scorer.evaluating():
+            return self._in_student_ids(self.scorer.score_batch(rows, []).score_all())
+
+    def _in_student_ids(self, scores: Tensor) -> Tensor:
+        return (
+            scores.float()
+            if self.item_ids is None
+            else scores.float()[:, self.item_ids.to(scores.device)]
+        )
+
+    def user_tokens(self, contexts: Tensor) -> list[str]:
+        """The names of users in the user's data, for messages."""
+        users = contexts
+        if self.scores_rows:
+            users = self.student_dataset.inter_feat[self.student_dataset.uid_field][contexts]
+        tokens = self.student_dataset.field2id_token[self.student_dataset.uid_field]
+        return [str(tokens[int(i)]) for i in users]
+
+
+def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
+    """Open a RecBole checkpoint as the teacher of a student.
+
+    Args:
+        checkpoint: path of a checkpoint that RecBole's trainer wrote; its own Config is used, never
+            the command line.
+        train_data: the student's training data, as ``data_preparation`` returned it (or its
+            dataset).
+        trust: allow pickled content beyond RecBole's own (see
+            :mod:`recbole_rcekd.teachers.safe_load`).
+
+    Returns:
+        The teacher: frozen, in evaluation mode, answering in the student's ids.
+
+    Raises:
+        TeacherError: the file is not usable, or the teacher learned from other interactions than
+            the student will.
+
+    Example:
+        >>> teacher = read_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
+    """
+    student_dataset = getattr(train_data, "_dataset", train_data)
+    student_config = student_dataset.config
+    content = read_checkpoint(checkpoint, trust)
+    config = own_config(content, checkpoint)
+    if config["dataset"] != student_config["dataset"]:
+        raise TeacherError(
+            f"The teacher in [{checkpoint}] was trained on [{config['dataset']}], the student's "
+            f"dataset is [{student_config['dataset']}]. Train a teacher on the student's dataset."
+        )
+    dataset = teachers_data(config, student_dataset)
+    teacher = Teacher(
+        content,
+        dataset,
+        student_dataset,
+        torch.device(student_config["device"]),
+        str(checkpoint),
+        trust,
+    )
+    if teacher.user_ids is not None and teacher.item_ids is not None:
+        require_same_interactions(
+            dataset, student_dataset, teacher.user_ids, teacher.item_ids, checkpoint
+        )
+    getLogger().info(f"Teacher: {config['model']} from [{checkpoint}]")
+    return teacher
+
+
+def own_config(content: dict[str, Any], source: Any) -> Any:
+    """The Config in a checkpoint, such that it names no other files and no other processes.
+
+    Args:
+        content: what :func:`~recbole_rcekd.teachers.safe_load.read_checkpoint` returned.
+        source: the file, for messages.
+
+    Raises:
+        TeacherError: it is no Config, or of a model that this RecBole does not know.
+        ScoringError: of one that is trained outside of torch.
+    """
+    config = content["config"]
+    if not hasattr(config, "final_config_dict") or not config["model"]:
+        raise TeacherError(
+            f"[{source}] is not a RecBole checkpoint: its [config] is no RecBole Config."
+        )
+    for key, value in {**_NEUTRAL, "single_spec": True, "local_rank": 0}.items():
+        config[key] = value
+    try:
+        model_class = get_model(config["model"])
+        require_rankable(model_class)
+    except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+        raise TeacherError(
+            f"[{source}] holds a [{config['model']}], which this RecBole does not know."
+        ) from error
+    # KD_DAGFM evaluates this setting as Python.
+    if config["model"] == "KD_DAGFM" and not hasattr(
+        sys.modules[model_class.__module__], str(config["teacher"])
+    ):
+        raise TeacherError(
+            f"[{source}] names a network [teacher] {config['teacher']!r}, which KD_DAGFM does not "
+            "have."
+        )
+    return config

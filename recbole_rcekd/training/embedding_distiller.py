@@ -1,0 +1,167 @@
+"""Distillation of vectors: the rows of the two tables of student and teacher, for the users and items of a batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.random_state import preserved_random_state
+from recbole_rcekd.core.settings import KDSettings
+from recbole_rcekd.core.types import Seen, TeacherScores, Vectors
+from recbole_rcekd.losses.base import EmbeddingLoss
+from recbole_rcekd.models.scorer import ModelScorer
+from recbole_rcekd.training.diagnostics import DiagnosticUsers
+
+
+class EmbeddingDistiller:
+    """The KD term of vectors of one training run.
+
+    Args:
+        name: of the method, for messages.
+        scorer: the student.
+        tables: the teacher's rows of users and of items, ``[n_users, d]`` (``None`` if it has
+            none), ``[n_items, d]``.
+        teacher: the teacher's scores, for the diagnostics.
+        loss: which method; its parts are made here.
+        settings: diagnostics.
+        dataset: the training set, which names the batches' columns.
+        seen: the training interactions.
+        seed: of all draws; they use a generator of their own, so RecBole's random stream is
+            untouched.
+        n_epochs: how long the training may last.
+
+    Raises:
+        SettingsError: the student has no such vectors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        scorer: ModelScorer,
+        tables: tuple[Tensor | None, Tensor],
+        teacher: TeacherScores | None,
+        loss: EmbeddingLoss,
+        settings: KDSettings,
+        dataset: Any,
+        seen: Seen,
+        seed: int,
+        n_epochs: int,
+    ) -> None:
+        self.loss = loss
+        self._scorer = scorer
+        self._n_epochs = n_epochs
+        self._fields = (
+            dataset.uid_field,
+            dataset.iid_field,
+            dataset.config["NEG_PREFIX"] + dataset.iid_field,
+        )
+        self._label = dataset.config["LABEL_FIELD"]
+        require_vectors(name, loss, scorer)
+        named = zip(("users", "items"), tables, strict=True)
+        self._tables = {side: table.to(scorer.device) for side, table in named if table is not None}
+        if "users" in loss.sides and "users" not in self._tables:
+            raise _without_users(name, "the teacher")
+        self.generator = torch.Generator(scorer.device).manual_seed(seed)
+        # Where only one side is wanted: the model says both or nothing.
+        self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
+        seen = seen.to(scorer.device)
+        with preserved_random_state():
+            with scorer.evaluating():
+                width = scorer.vectors(self._any, self._any)[1].shape[1]
+            torch.manual_seed(seed)
+            loss.build(width, tables[1].shape[1], seen, self.generator)
+        loss.to(scorer.device)
+        self._watched = None
+        if teacher is not None and scorer.scores_users:
+            self._watched = DiagnosticUsers(
+                settings.kd_diagnostic_users, seen.contexts(), teacher, self.generator
+            )
+        self.steps = 0
+
+    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+        """Tell the loss how far the training is."""
+        self.steps = 0
+        self.loss.begin_epoch(epoch / max(1, self._n_epochs))
+
+    def step(self, batch: Any) -> Tensor:
+        """The KD loss of one step, with gradient: the loss of the batch's distinct users and items, by its rows.
+
+        So a weight that goes with a sum over the batch beside a base loss summed likewise is right
+        here.
+        """
+        self.steps += 1
+        ids, weights = {}, {}
+        for side in self.loss.sides:
+            in_batch, weights[side] = _distinct(self._kinds(side, batch))
+            ids[side] = self.loss.needed(side, in_batch)
+        found = self._scorer.vectors(ids.get("users", self._any), ids.get("items", self._any))
+        student = dict(zip(("users", "items"), found, strict=True))
+        # In half precision only the model computes.
+        with torch.autocast(self._any.device.type, enabled=False):
+            vectors = {
+                side: Vectors(
+                    at, student[side].float(), self._tables[side].index_select(0, at), weights[side]
+                )
+                for side, at in ids.items()
+            }
+            return self.loss.forward(vectors.get("users"), vectors.get("items")) / len(batch)
+
+    def _kinds(self, side: str, batch: Any) -> list[Tensor]:
+        """The ids of a side in a batch: users; positive and negative items, or all where there are no negatives."""
+        user_field, item_field, negative_field = self._fields
+        if side == "users":
+            return [batch[user_field]]
+        if negative_field in batch:
+            return [batch[item_field], batch[negative_field]]
+        if self._label in batch:
+            positive = batch[self._label] > 0
+            return [batch[item_field][positive], batch[item_field][~positive]]
+        return [batch[item_field]]
+
+    def diagnostics(self) -> dict[str, float]:
+        """As :meth:`UserDistiller.diagnostics <recbole_rcekd.training.user_distiller.UserDistiller.diagnostics>`: how far the student is."""
+        if self._watched is None or not len(self._watched):
+            return {}
+        with preserved_random_state(), self._scorer.evaluating():
+            rows = self._scorer.score_all(self._watched.contexts)
+        return self._watched.distance(rows)
+
+
+def require_vectors(name: str, loss: EmbeddingLoss, scorer: ModelScorer) -> None:
+    """Refuse a student that lacks the vectors which a method learns from, whoever the teacher is.
+
+    Args:
+        name: of the method.
+        loss: the method.
+        scorer: the student.
+
+    Raises:
+        SettingsError: its scores are no product of vectors, or it has none of users.
+    """
+    if scorer.kind != "product":
+        raise SettingsError(
+            f"[kd_loss] {name} learns from vectors, but {scorer.name}'s scores are no product of "
+            "user and item vectors: choose a method of scores (rce, ce, rrd, …) or another student."
+        )
+    if "users" in loss.sides and not scorer.scores_users:
+        raise _without_users(name, scorer.name)
+
+
+def _without_users(name: str, who: str) -> SettingsError:
+    return SettingsError(
+        f"[kd_loss] {name} learns from the vectors of users, but {who} has none: it scores "
+        f"sequences. Set {name}_sides: items."
+    )
+
+
+def _distinct(kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Distinct ids of all kinds, with 1/(number of kinds) for each kind that they are of; without the padding."""
+    ids = torch.unique(torch.cat(kinds))
+    ids = ids[ids != 0]
+    weights = torch.zeros(len(ids), device=ids.device)
+    for kind in kinds:
+        weights += torch.isin(ids, kind).float() / len(kinds)
+    return ids, weights

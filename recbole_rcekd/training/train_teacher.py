@@ -1,0 +1,235 @@
+"""Teachers that a command trains itself, as RecBole would, and finds again when a later one has the same settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import getLogger
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from recbole.data import data_preparation
+from recbole.utils import get_model, init_seed, set_color
+
+from recbole_rcekd.compat.habits import evaluate_more
+from recbole_rcekd.core.distributed import MACHINE_KEYS, Ranks
+from recbole_rcekd.core.errors import SettingsError
+from recbole_rcekd.core.files import write_json
+from recbole_rcekd.core.settings import TeacherSettings
+from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
+from recbole_rcekd.data.sequence_dataset import create_dataset
+from recbole_rcekd.models.scorer import require_rankable
+from recbole_rcekd.teachers.load import source_list
+from recbole_rcekd.teachers.trajectory import Trajectory, folder_beside, state_files
+from recbole_rcekd.training.config import teacher_config, trajectory_losses
+from recbole_rcekd.training.trainer import recording_trainer
+
+# None changes the teacher that comes out.
+_UNIMPORTANT = frozenset({*MACHINE_KEYS, "eval_batch_size", "show_progress", "state", "log_wandb"})
+
+
+@dataclass
+class Data:
+    """RecBole's dataset and its three loaders."""
+
+    dataset: Any
+    train: Any
+    valid: Any
+    test: Any
+
+
+def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
+    """The Config of the teacher that is to be trained, or ``None`` if it is there already, or none is wanted.
+
+    Args:
+        config: of the command.
+        settings: of its teacher.
+
+    Raises:
+        SettingsError: ``teacher`` is neither a model nor a file, or keys of its training have no
+            effect.
+        ScoringError: the model cannot teach.
+    """
+    given = config["teacher"]
+    sources = source_list(given) if given else []
+    # A RecBole model has neither of these in its name.
+    if len(sources) == 1 and not (Path(sources[0]).suffix or os.path.sep in sources[0]):
+        try:
+            model_class = get_model(sources[0])
+        except (
+            ValueError,
+            AttributeError,
+            ImportError,
+        ) as error:  # it looks among models that need lightgbm, too
+            if not os.path.exists(sources[0]):
+                raise SettingsError(
+                    f"[teacher] is {given!r}, which is neither a RecBole model (written as in BPR, "
+                    "LightGCN) nor a file."
+                ) from error
+        else:
+            require_rankable(model_class)
+            return teacher_config(sources[0], config)
+    settings.weights_of(sources)
+    missing = [source for source in sources if not os.path.exists(source)]
+    if len(sources) > 1 and missing:
+        raise SettingsError(
+            f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: "
+            "several teachers are files (checkpoints or files of scores), so train a model by its "
+            "name first."
+        )
+    known = {"teacher_trust", *TeacherSettings.keys()} - {"teacher_checkpoints"}
+    stray = [k for k in config.final_config_dict if k.startswith("teacher_") and k not in known]
+    stray = [k for k in stray if config[k] is not None]
+    if sources and stray:
+        raise SettingsError(
+            f"[{stray[0]}] has no effect: the teacher in [{given}] is trained already."
+        )
+    return None
+
+
+def require_earlier_states(name: str, config: Any, teacher: Any, settings: TeacherSettings) -> None:
+    """Refuse a method that learns from earlier states of a teacher that has none.
+
+    Args:
+        name: of the method.
+        config: of its runs.
+        teacher: the Config of a teacher that will be trained, or ``None``.
+        settings: of the teacher.
+
+    Raises:
+        SettingsError: there are no states, and none will be kept.
+    """
+    for loss in trajectory_losses(config):
+        if teacher is None or loss.checkpoints:
+            state_files(loss, source_list(config["teacher"]))
+        elif settings.teacher_checkpoints == 0:
+            raise SettingsError(
+                f"[kd_loss] {name} learns from earlier states of the teacher: say with "
+                "[teacher_checkpoints] how many are kept while it is trained, 3 for example."
+            )
+
+
+def train_teacher(
+    config: Any, data: Data, ranks: Ranks, n_states: int
+) -> tuple[str, dict[str, Any]]:
+    """Train a teacher as RecBole would, or find the one that the same settings gave before.
+
+    Args:
+        config: of the teacher.
+        data: of the student.
+        ranks: this process among those that train it.
+        n_states: how many of its earlier states are kept.
+
+    Returns:
+        The checkpoint, and how its training was (:func:`course`).
+    """
+    evaluate_more(config)
+    name = config["model"]
+    settings = {
+        k: repr(v) for k, v in sorted(config.final_config_dict.items()) if k not in _UNIMPORTANT
+    }
+    if n_states:
+        settings["teacher_checkpoints"] = repr(n_states)
+    made_of = [settings, split_hash(data.train._dataset), data_files_hash(config)]
+    key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
+    file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
+    file = ranks.broadcast(file)  # settings of the other ranks name the file otherwise
+    states, logger, title = folder_beside(file), getLogger(), set_color("Teacher", "pink")
+
+    def train() -> tuple[str, dict[str, Any]]:
+        logger.info(f"{title}: training {name}, kept in [{file}]")
+        if ranks.first and not file.exists():
+            shutil.rmtree(
+                states, ignore_errors=True
+            )  # of a training that was interrupted in its last step
+        logger.info(config)
+        init_seed(config["seed"], config["reproducibility"])
+        dataset = create_dataset(config)
+        train_data, valid_data, _ = data_preparation(config, dataset)
+        init_seed(config["seed"], config["reproducibility"])
+        model = get_model(name)(config, train_data._dataset).to(config["device"])
+        logger.info(model)
+        trainer = recording_trainer(config)(config, model)
+        if n_states and ranks.first:
+            trainer.trajectory = Trajectory(folder_beside(trainer.saved_model_file), n_states)
+        draw_apart(config, config["seed"], ranks)
+        started = perf_counter()
+        trainer.fit(train_data, valid_data, saved=True, show_progress=config["show_progress"])
+        facts = course(trainer, perf_counter() - started)
+        if ranks.first and trainer.trajectory is not None:
+            epochs = trainer.trajectory.finish(states)
+            logger.info(f"{title}: its states after the epochs {epochs} are kept in [{states}]")
+        return trainer.saved_model_file, facts
+
+    file, trained = found_or_trained(
+        file, ranks, f"{title}: {name}", train, states.exists() or not n_states
+    )
+    return str(file), trained
+
+
+def found_or_trained(
+    file: Path,
+    ranks: Ranks,
+    title: str,
+    train: Callable[[], tuple[str, dict[str, Any]]],
+    complete: bool = True,
+) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint that an earlier command finished, or a new one, put into its place in the last step of all.
+
+    So a training that was interrupted is not found the next time.
+
+    Args:
+        file: where the checkpoint belongs; how its training was lies beside it, as ``.json``.
+        ranks: this process among those that train it.
+        title: for the log.
+        train: gives a checkpoint, and how its training was.
+        complete: whether all else that belongs to the checkpoint is there.
+
+    Returns:
+        ``file``, and how its training was.
+    """
+    facts = file.with_suffix(".json")
+    known = _read_facts(facts) if file.exists() and complete else None
+    if ranks.all(known is not None) and known is not None:
+        getLogger().info(f"{title} trained before, from [{file}]")
+        return file, known
+    made, trained = train()
+    if ranks.first:
+        write_json(facts, trained)
+        for suffix in (".kd.pth", ".history.csv"):
+            beside = Path(made).with_suffix(suffix)
+            if beside.exists():
+                os.replace(beside, file.with_suffix(suffix))
+        os.replace(made, file)
+    ranks.barrier()
+    return file, trained
+
+
+def _read_facts(file: Path) -> dict[str, Any] | None:
+    try:
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return known
+
+
+def course(trainer: Any, seconds: float) -> dict[str, Any]:
+    """How long a training was."""
+    rows = trainer.history.rows
+    in_training = sum(row.get("train_seconds", 0.0) for row in rows)
+    return {
+        "epochs": len(rows),
+        "seconds": round(seconds, 3),
+        "seconds_per_epoch": round(in_training / max(1, len(rows)), 4),
+    }
+
+
+def draw_apart(config: Any, seed: int, ranks: Ranks) -> None:
+    """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""
+    if not ranks.first:
+        init_seed(ranks.seed(seed), config["reproducibility"])

@@ -1,0 +1,286 @@
+"""Distillation of one model in training: refresh the item sets, plan who learns when, compute the KD loss of a step.
+
+This is where teacher, student, item sets and loss meet; RecBole's trainer only calls it (see
+:mod:`.trainer`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from recbole_rcekd.core.distributed import Ranks
+from recbole_rcekd.core.full_softmax import sum_over_blocks
+from recbole_rcekd.core.random_state import preserved_random_state
+from recbole_rcekd.core.settings import KDSettings
+from recbole_rcekd.core.types import ItemSets, Seen, TeacherScores
+from recbole_rcekd.losses.base import TUNED_ON, KDLoss
+from recbole_rcekd.losses.candidates import Candidates
+from recbole_rcekd.models.scorer import ModelScorer
+from recbole_rcekd.training.diagnostics import DiagnosticUsers, closure_numbers
+
+# Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a
+# full row.
+_REFRESHED_AT_A_TIME = 1024
+# Full rows of scores with a gradient: 128 MB of float32.
+_SCORED_AT_A_TIME = 32_000_000
+
+
+@dataclass
+class _Side:
+    """One direction of distillation: item lists for users, or (IR-RRD) user lists for items; of this rank's own."""
+
+    loss: KDLoss
+    weight: float
+    teacher: TeacherScores
+    seen: Seen
+    score: Callable[[Tensor, Tensor], Tensor]
+    score_all: Callable[[Tensor], Tensor]
+    contexts: Tensor
+    n_of_ranks: list[int]
+    sets: ItemSets | None = None
+    row_of: Tensor = field(init=False)
+    group: Tensor = field(init=False)
+    popularity: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.popularity = torch.bincount(self.seen.ids, minlength=self.seen.n_ids)
+        self.loss.prepare(len(self.seen.starts) - 1, self.contexts.device)
+        self.row_of = torch.full(
+            (len(self.seen.starts) - 1,), -1, dtype=torch.int64, device=self.contexts.device
+        )
+        self.row_of[self.contexts] = torch.arange(len(self.contexts), device=self.contexts.device)
+
+
+class UserDistiller:
+    """The KD term of one training run, or this rank's part of it.
+
+    With several ranks each has the sets of its own users only. RecBole averages the ranks'
+    gradients, so the part is weighed such that the *average* of all parts is the mean over the
+    users of all ranks.
+
+    Args:
+        scorer: the student.
+        teacher: the teacher's scores.
+        loss: which method.
+        settings: schedule, refresh, diagnostics.
+        seen: the training interactions.
+        seed: of all draws; they use a generator of their own, so RecBole's random stream is
+            untouched.
+        ranks: this process among those that train the student.
+        trajectories: earlier states of each teacher, for losses that use them (``teacher`` itself
+            is the last of each).
+    """
+
+    def __init__(
+        self,
+        scorer: ModelScorer,
+        teacher: TeacherScores,
+        loss: KDLoss,
+        settings: KDSettings,
+        seen: Seen,
+        seed: int,
+        ranks: Ranks | None = None,
+        trajectories: Sequence[Sequence[TeacherScores]] = (),
+    ) -> None:
+        loss.settings.check_catalogue(teacher.n_items - 1)
+        self.loss = loss
+        self._trajectories = trajectories
+        self.settings = settings
+        self._scorer = scorer
+        self._ranks = ranks = ranks or Ranks()
+        self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
+        seen = seen.to(scorer.device)
+        contexts = seen.contexts()
+        own, counts = ranks.own(contexts), ranks.counts(contexts)
+        self._sides = [_Side(loss, 1.0, teacher, seen, scorer.score, scorer.score_all, own, counts)]
+        item_side = loss.item_side()
+        if item_side is not None:
+            by_item, owners = teacher.transposed(), seen.transposed()
+            self._sides.append(
+                _Side(
+                    *item_side,
+                    by_item,
+                    owners,
+                    scorer.score_by_item,
+                    scorer.score_all,
+                    ranks.own(owners.contexts()),
+                    ranks.counts(owners.contexts()),
+                )
+            )
+        for side in self._sides:
+            order = torch.randperm(
+                len(side.contexts), generator=self.generator, device=scorer.device
+            )
+            side.group = order % settings.kd_refresh_epochs
+        self._plans: list[Iterator[tuple[Tensor, float]]] = []
+        n_watched = -(-settings.kd_diagnostic_users // ranks.world)
+        self._watched = DiagnosticUsers(n_watched, own, teacher, self.generator)
+        self.steps = 0
+
+    # -- once per epoch ------------------------------------------------------------------------------------------
+
+    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+        """Renew the lists whose turn it is, and share the users out over the steps."""
+        # DiffRec, for example, draws noise in evaluation too; RecBole's random stream stays where
+        # it was.
+        with preserved_random_state(), self._scorer.evaluating():
+            for side in self._sides:
+                if side.loss.tuned:
+                    side.loss.tune(self._lists(side, self._some_of(side), epoch))
+                self._refresh(side, epoch)
+        self._plans = [self._partition(side, n_steps) for side in self._sides]
+        self.steps = 0
+
+    def _refresh(self, side: _Side, epoch: int) -> None:
+        if side.sets is None:
+            due = torch.arange(len(side.contexts), device=side.contexts.device)
+        elif side.loss.renewed:
+            due = (side.group == epoch % self.settings.kd_refresh_epochs).nonzero().squeeze(1)
+        else:
+            return
+        whole = self._lists(side, due, epoch)
+        for part in torch.split(torch.arange(len(due), device=due.device), _REFRESHED_AT_A_TIME):
+            block = side.loss.select(whole.part(part))
+            if side.sets is None:
+                side.sets = block.empty_like(len(side.contexts))
+            side.sets.put(due[part], block)
+
+    def _lists(self, side: _Side, rows: Tensor, epoch: int) -> Candidates:
+        return Candidates(
+            side.contexts[rows],
+            side.teacher,
+            self._scorer.ranking(),
+            side.seen,
+            self.generator,
+            score=side.score,
+            score_all=side.score_all,
+            popularity=side.popularity,
+            trajectories=self._trajectories if side is self._sides[0] else (),
+            epoch=epoch,
+        )
+
+    def _some_of(self, side: _Side) -> Tensor:
+        """A few random rows, others in each epoch."""
+        device = self.generator.device
+        return torch.randperm(len(side.contexts), generator=self.generator, device=device)[
+            :TUNED_ON
+        ]
+
+    def _partition(self, side: _Side, n_steps: int) -> Iterator[tuple[Tensor, float]]:
+        """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps.
+
+        With each part comes the mean length of the parts that the ranks have in this step.
+        """
+        device, n_parts = self.generator.device, max(1, n_steps)
+        # The lengths that tensor_split gives each rank.
+        means = [
+            sum((n + n_parts - 1 - i) // n_parts for n in side.n_of_ranks) / self._ranks.world
+            for i in range(n_parts)
+        ]
+        while True:
+            order = torch.randperm(len(side.contexts), generator=self.generator, device=device)
+            yield from zip(order.tensor_split(n_parts), means, strict=True)
+
+    # -- once per step -------------------------------------------------------------------------------------------
+
+    def step(self, users: Tensor) -> Tensor:
+        """The KD loss of one step, a scalar with gradient.
+
+        Args:
+            users: the user ids of the training batch (this rank's part), ``[B]``; used by
+                ``kd_schedule: interactions``, for which the ranks tell each other, since a part has
+                users of all ranks.
+        """
+        self.steps += 1
+        terms = []
+        for side, plan in zip(self._sides, self._plans, strict=True):
+            if self.settings.kd_schedule == "interactions" and side is self._sides[0]:
+                rows, weights = self._rows_of_batch(side, users)
+                term = self._sum(side, rows, weights) if len(rows) else None
+            else:
+                rows, mean_length = next(plan)
+                # With one process this is the mean over the rows.
+                term = self._sum(side, rows) / mean_length if len(rows) else None
+            if term is not None:
+                terms.append(term if side.weight == 1.0 else side.weight * term)
+        return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=self.generator.device)
+
+    def _rows_of_batch(self, side: _Side, users: Tensor) -> tuple[Tensor, Tensor]:
+        """A user who stands in a batch c times counts c times; it is scored once, by the rank that owns it."""
+        users = self._ranks.joined(users)
+        distinct, counts = torch.unique(users[users != 0], return_counts=True)
+        rows = side.row_of[distinct]
+        known = rows >= 0
+        return rows[known], counts[known] * self._ranks.world / max(1, int(counts.sum()))
+
+    def _sum(self, side: _Side, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Σ weights · losses, of the rows ``rows`` of what was chosen."""
+        if side.sets is None:
+            raise RuntimeError("begin_epoch comes before step")
+        contexts, sets = side.contexts[rows], side.sets.rows(rows)
+        if not side.loss.scores_all_items:
+            return _weighted_sum(side.loss.forward(side.score(contexts, sets.items), sets), weights)
+
+        def losses(scores: Tensor, places: Tensor) -> Tensor:
+            return self._losses_of_all_items(side, contexts[places], sets.rows(places), scores)
+
+        if self._scorer.kind == "product":
+            return sum_over_blocks(*self._scorer.operands(contexts), losses, weights)
+
+        def scored(places: Tensor) -> Tensor:
+            return losses(side.score_all(contexts[places]), places)
+
+        # Full rows of one block at a time, in the gradient too: they are computed a second time
+        # there.
+        places = torch.arange(len(contexts), device=contexts.device)
+        blocks = torch.split(places, max(1, _SCORED_AT_A_TIME // side.teacher.n_items))
+        found = (
+            [scored(*blocks)]
+            if len(blocks) == 1
+            else [checkpoint(scored, b, use_reentrant=False) for b in blocks]
+        )
+        return _weighted_sum(torch.cat(found), weights)
+
+    def _losses_of_all_items(
+        self, side: _Side, contexts: Tensor, sets: ItemSets, scores: Tensor
+    ) -> Tensor:
+        if side.loss.teaches_all_items:
+            sets = dataclasses.replace(sets, teacher_scores=side.teacher.score_all(contexts))
+        if side.loss.masks_seen:
+            sets = dataclasses.replace(sets, seen=side.seen.among(contexts))
+        return side.loss.forward(scores, sets)
+
+    # -- diagnostics ---------------------------------------------------------------------------------------------
+
+    def diagnostics(self) -> dict[str, float]:
+        """How far the student is, on the same few users in every epoch.
+
+        Returns:
+            ``overlap@50``: share of the teacher's top-50 in the student's; ``ndcg@10_to_teacher``:
+            NDCG of the student's top-10 with the teacher's as truth; ``gamma``: mean mixing weight
+            of all users (RCE-KD); how nearly closed the item sets are now
+            (:func:`~recbole_rcekd.training.diagnostics.closure_numbers`); the loss's own
+            :meth:`~recbole_rcekd.losses.base.KDLoss.numbers`.
+        """
+        side = self._sides[0]
+        found = side.loss.numbers()
+        if side.sets is not None and side.sets.gamma is not None:
+            found["gamma"] = float(side.sets.gamma.mean())
+        if len(self._watched) == 0:
+            return found
+        with preserved_random_state(), self._scorer.evaluating():
+            rows = side.score_all(self._watched.contexts)
+        found |= self._watched.distance(rows)
+        if side.sets is not None:
+            found |= closure_numbers(side.loss, side.sets.rows(self._watched.places), rows)
+        return found
+
+
+def _weighted_sum(losses: Tensor, weights: Tensor | None) -> Tensor:
+    return losses.sum() if weights is None else (losses * weights).sum()
