@@ -23,8 +23,9 @@ from tabulate import tabulate
 
 from recbole_rcekd.core.closure import blockers_covered, mean_closure_gaps
 from recbole_rcekd.losses.candidates import Candidates
+from recbole_rcekd.losses.methods import read_method
 from recbole_rcekd.losses.rce import RCELoss, RCESettings
-from recbole_rcekd.training.config import overrides_for
+from recbole_rcekd.training.run_settings import overrides_for
 
 UNIFORM = 1e9
 
@@ -45,7 +46,7 @@ def main() -> None:
     files = [str(Path(options.config_file).resolve())]
     start(options)
     config = config_of(options, files, kd_loss="rce")
-    for key, value in overrides_for("rce", config).items():
+    for key, value in overrides_for(read_method("rce"), config).items():
         config[key] = value
     data = read_data(config)
     trainer = make_trainer("rce", options, data, teacher_for(options, data, ["rce"]), config)
@@ -87,7 +88,7 @@ def show(n_epochs: int, lists: Candidates, settings: RCESettings, options: Any) 
     auto = RCELoss(dataclasses.replace(settings, rce_sampling_temperature="auto"))
     started = perf_counter()
     auto.tune(lists.part(torch.arange(64)))
-    taken, seconds = auto.numbers()["sampling_temperature"], perf_counter() - started
+    taken, seconds = auto.metrics()["sampling_temperature"], perf_counter() - started
     print(
         f"\nafter {n_epochs} epochs; auto takes T = {taken:g} for L = {settings.rce_samples}, in "
         f"{seconds:.2f} s\n"

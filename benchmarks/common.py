@@ -20,7 +20,8 @@ from recbole.data import data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_rcekd.data.sequence_dataset import create_dataset
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher, read_teacher
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.training.trainer import distill_trainer, recording_trainer, update_in_one_pass
 
 READY_SPLIT = Path(__file__).parent.parent / "properties" / "dataset" / "ready_split.yaml"

@@ -29,7 +29,8 @@ from common import (
 from recbole.utils import early_stopping
 from tabulate import tabulate
 
-from recbole_rcekd.training.config import overrides_for
+from recbole_rcekd.losses.methods import read_methods
+from recbole_rcekd.training.run_settings import overrides_for
 
 
 class Run:
@@ -78,7 +79,7 @@ def main() -> None:
         config = configs[name] = config_of(
             options, files, eval_batch_size=2**20, kd_loss=options.loss
         )
-        for key, value in overrides_for(name, common).items():
+        for key, value in overrides_for(read_methods(name)[0], common).items():
             config[key] = value
     alone = Run(make_trainer(PLAIN, options, data, None, configs["scratch"]), data)
     started = perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -26,20 +27,19 @@ from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
 from recbole_rcekd.data.sequence_dataset import create_dataset
 from recbole_rcekd.evaluation.evaluate import measure_teacher, ranking_time
 from recbole_rcekd.evaluation.report import Report, RunResult, TeacherResult
+from recbole_rcekd.losses.methods import Method, read_methods
 from recbole_rcekd.models.scorer import ModelScorer, require_rankable
-from recbole_rcekd.teachers.load import LoadedTeacher, load_teacher
-from recbole_rcekd.training.config import (
-    SCRATCH,
-    assistant_config,
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.load import load_teacher
+from recbole_rcekd.training.config import assistant_config, command_config
+from recbole_rcekd.training.kd_terms import require_learner
+from recbole_rcekd.training.run_settings import (
+    Run,
+    RunSettings,
     check_keys,
-    command_config,
-    loss_names,
-    needs_teacher,
     overrides_for,
-    read_kd_settings,
     read_trust,
 )
-from recbole_rcekd.training.kd_terms import require_learner
 from recbole_rcekd.training.train_teacher import (
     Data,
     course,
@@ -128,7 +128,7 @@ class Experiment:
             raise SettingsError(
                 "[nproc] is read by run_recbole_kd.py from its command line only: --nproc=2."
             )
-        self.losses = loss_names(config["kd_loss"] or "rce")
+        methods = read_methods(config["kd_loss"] or "rce")
         self.seeds = _seeds(config)
         self.output_dir = _output_dir(config) if self.ranks.first else None
         if not self.ranks.first:
@@ -137,13 +137,13 @@ class Experiment:
         _require_validated_metric(config)
         # Every setting of every method is read now: a typing error in the last one must not cost
         # hours.
-        self.run_configs = {name: self.run_config(name) for name in self.losses}
-        if not config["teacher"] and any(needs_teacher(name) for name in self.losses):
+        self.runs = {method.name: self.run_of(method) for method in methods}
+        if not config["teacher"] and any(method.needs_teacher for method in methods):
             raise SettingsError(
                 "[teacher] is missing: give a model name (--teacher=BPR) or the path of a "
                 "checkpoint."
             )
-        if self.losses != [SCRATCH]:
+        if not all(method.alone for method in methods):
             require_rankable(config.model_class)
             if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
                 raise SettingsError(
@@ -156,16 +156,18 @@ class Experiment:
             self._assistant_configs(
                 self.teacher_config
             )  # an impossible one is refused before its teacher is trained
-        for name, run_config in self.run_configs.items():
-            require_earlier_states(name, run_config, self.teacher_config, self.teacher_settings)
+        for run in self.runs.values():
+            require_earlier_states(
+                run, config["teacher"], self.teacher_config, self.teacher_settings
+            )
 
     def run(self) -> dict[str, Any]:
         """Train everything; what :func:`run_recbole_kd` returns."""
         data, teacher, report = self.prepare()
         try:
             for seed in self.seeds:
-                for name in self.losses:
-                    report.add(self._run(name, seed, data, teacher, report))
+                for run in self.runs.values():
+                    report.add(self._run(run, seed, data, teacher, report))
         except BaseException:
             if report.runs:
                 report.show()  # what was finished
@@ -178,7 +180,7 @@ class Experiment:
         report.show()
         return report.result(self.config["valid_metric_bigger"])
 
-    def prepare(self) -> tuple[Data, LoadedTeacher | None, Report]:
+    def prepare(self) -> tuple[Data, Teacher | None, Report]:
         """Read the data and the teacher, which is trained if it is not there yet."""
         config = self.config
         init_seed(config["seed"], config["reproducibility"])
@@ -216,32 +218,31 @@ class Experiment:
         )
         if config["teacher"]:
             teacher, report.teacher = self._prepare_teacher(data)
-        self.assistant_configs = self._assistant_configs(getattr(teacher, "config", None))
-        self.assistants: dict[str, tuple[LoadedTeacher, dict[str, Any]]] = {}
+        self.assistant_configs = self._assistant_configs(
+            None if teacher is None else teacher.config
+        )
+        self.assistants: dict[str, tuple[Teacher, dict[str, Any]]] = {}
         return data, teacher, report
 
     def _require_learner(self, data: Data) -> None:
         """Whether a student can learn by each method, before hours go into a teacher."""
-        methods = {
-            name: read_kd_settings(self.run_configs[name])[1]
-            for name in self.losses
-            if name != SCRATCH
-        }
-        for losses in methods.values():
+        runs = [run for run in self.runs.values() if not run.method.alone]
+        methods = [run.build_losses() for run in runs]
+        for losses in methods:
             for loss in losses.values():
                 loss.settings.check_catalogue(int(data.dataset.item_num) - 1)
         if self.teacher_config is None or not methods:
             return  # the trainer will find out soon enough
-        config, dataset = self.run_configs[next(iter(methods))], data.train._dataset
+        config, dataset = runs[0].config, data.train._dataset
         with preserved_random_state():
             model = get_model(config["model"])(config, dataset).to(config["device"])
         scorer = ModelScorer(model, dataset, trainable=True)
-        for losses in methods.values():
+        for losses in methods:
             require_learner(scorer, losses, self.ranks)
 
     # -- teacher -------------------------------------------------------------------------------------------------
 
-    def _prepare_teacher(self, data: Data) -> tuple[LoadedTeacher, TeacherResult]:
+    def _prepare_teacher(self, data: Data) -> tuple[Teacher, TeacherResult]:
         source, trained = self.config["teacher"], dict[str, Any]()
         if self.teacher_config is not None:
             n_states = self.teacher_settings.teacher_checkpoints
@@ -254,17 +255,21 @@ class Experiment:
     # -- assistants ----------------------------------------------------------------------------------------------
 
     def _assistant_configs(self, teacher: Any) -> dict[str, Any]:
-        """The Config of each method's assistant, of the methods that have one; ``teacher`` is the teacher's Config."""
+        """The Config of each method's assistant, of the methods that have one.
+
+        Args:
+            teacher: the teacher's Config, if it has one.
+        """
         found = {
-            name: assistant_config(self.run_configs[name], teacher)
-            for name in self.losses
-            if name != SCRATCH
+            name: assistant_config(run.config, run.settings, teacher)
+            for name, run in self.runs.items()
+            if run.settings is not None
         }
         return {name: config for name, config in found.items() if config is not None}
 
     def teacher_of(
-        self, name: str, data: Data, teacher: LoadedTeacher | None, report: Report
-    ) -> tuple[LoadedTeacher | None, dict[str, Any] | None]:
+        self, name: str, data: Data, teacher: Teacher | None, report: Report
+    ) -> tuple[Teacher | None, dict[str, Any] | None]:
         """Whom the students of a method learn from, and, if that is an assistant, its results.
 
         Args:
@@ -280,12 +285,13 @@ class Experiment:
         return self.assistants[name]
 
     def _prepare_assistant(
-        self, name: str, data: Data, teacher: LoadedTeacher, report: Report
-    ) -> tuple[LoadedTeacher, dict[str, Any]]:
+        self, name: str, data: Data, teacher: Teacher, report: Report
+    ) -> tuple[Teacher, dict[str, Any]]:
         """Train the assistant of a method as its students are, or find it, and measure it as a teacher."""
         config, logger = self.assistant_configs[name], getLogger()
         title = set_color(f"Assistant, {name}", "pink")
-        key = report.fingerprint(config, teacher)[:10]
+        run = dataclasses.replace(self.runs[name], config=config)
+        key = report.fingerprint(run, teacher)[:10]
         file = (
             Path(config["checkpoint_dir"])
             / f"assistant-{config['model']}-{config['dataset']}-{key}.pth"
@@ -296,7 +302,7 @@ class Experiment:
             logger.info(
                 f"{title}: training {config['model']} with embedding_size {size}, kept in [{file}]"
             )
-            trainer = self.trainer(config, int(config["seed"]), data, teacher)
+            trainer = self.trainer(run, int(config["seed"]), data, teacher)
             started = perf_counter()
             trainer.fit(data.train, data.valid, saved=True, show_progress=config["show_progress"])
             return trainer.saved_model_file, course(trainer, perf_counter() - started)
@@ -309,38 +315,39 @@ class Experiment:
 
     # -- students ------------------------------------------------------------------------------------------------
 
-    def run_config(self, name: str, given: dict[str, Any] | None = None) -> Any:
-        """The Config of one method's runs: the common one, what the user set for this method, and its KD settings.
+    def run_of(self, method: Method, given: dict[str, Any] | None = None) -> Run:
+        """How one method is trained: the common Config, what the user set for this method, and its KD settings.
 
         Args:
-            name: the method.
+            method: of ``kd_loss``.
             given: further keys, over all others.
         """
         config = copy.deepcopy(self.config)
-        config["kd_loss"] = name
+        config["kd_loss"] = method.name
         for key, value in (given or {}).items():
             config[key] = value
-        for key, value in overrides_for(name, config).items():
+        for key, value in overrides_for(method, config).items():
             config[key] = value
-        if name != SCRATCH:
+        settings = None if method.alone else RunSettings.read(config)
+        if settings is not None:
             # Written back, so that log, tensorboard and checkpoint say what was used.
-            for key, value in _settings_of(config).items():
+            for key, value in settings.as_dict().items():
                 config[key] = value
-        return config
+        return Run(method, config, settings)
 
     def _run(
-        self, name: str, seed: int, data: Data, teacher: LoadedTeacher | None, report: Report
+        self, run: Run, seed: int, data: Data, teacher: Teacher | None, report: Report
     ) -> RunResult:
-        config, logger = self.run_configs[name], getLogger()
+        name, config, logger = run.name, run.config, getLogger()
         title = set_color(f"{name}, seed {seed}", "pink")
-        known = self.ranks.broadcast(report.finished(name, seed, config, teacher))
+        known = self.ranks.broadcast(report.finished(run, seed, teacher))
         if known is not None and (known.checkpoint or not self.saved):
             logger.info(f"{title}: finished before, taken from [{known.checkpoint}]")
             return known
-        fingerprint = report.fingerprint(config, teacher)
+        fingerprint = report.fingerprint(run, teacher)
         teacher, assistant = self.teacher_of(name, data, teacher, report)
         logger.info(f"{title}: training {config['model']}")
-        trainer = self.trainer(config, seed, data, teacher)
+        trainer = self.trainer(run, seed, data, teacher)
         folder = report.run_folder(name, seed)
         report.make_room(name, seed)
         if folder is not None:
@@ -366,7 +373,7 @@ class Experiment:
         return RunResult(
             loss=name,
             seed=seed,
-            settings=_kd_settings_of(config, name),
+            settings=_settings_of(run),
             best_valid_score=float(best_score),
             best_valid_result={k: float(v) for k, v in (best_valid or {}).items()},
             test_result={k: float(v) for k, v in test.items()},
@@ -379,17 +386,18 @@ class Experiment:
             **course(trainer, seconds),
         )
 
-    def trainer(self, config: Any, seed: int, data: Data, teacher: LoadedTeacher | None) -> Any:
+    def trainer(self, run: Run, seed: int, data: Data, teacher: Teacher | None) -> Any:
         """A model as it is before training, in its trainer.
 
         Args:
-            config: of the run (:meth:`run_config`).
+            run: the method's (:meth:`run_of`).
             seed: of the initialisation and all draws.
             data: of :meth:`prepare`.
             teacher: the method's (:meth:`teacher_of`).
         """
         # The split stays; initialisation, negative samples, order of the batches and draws follow
         # the run's seed.
+        config = run.config
         init_seed(seed, config["reproducibility"])
         # A knowledge-aware loader is two loaders in one.
         for loader in (
@@ -405,14 +413,12 @@ class Experiment:
         model = get_model(config["model"])(config, data.train._dataset).to(config["device"])
         getLogger().info(model)
         trainer: Any
-        name = config["kd_loss"]
-        if name == SCRATCH:
+        if run.settings is None:
             trainer = recording_trainer(config)(config, model)
         else:
             # To a control it makes no difference whether the command has a teacher.
-            trainer = distill_trainer(config)(
-                config, model, teacher if needs_teacher(name) else None, seed
-            )
+            learns_from = teacher if run.method.needs_teacher else None
+            trainer = distill_trainer(config)(config, model, learns_from, seed, run.settings)
         draw_apart(config, seed, self.ranks)
         return trainer
 
@@ -431,23 +437,11 @@ def _require_validated_metric(config: Any) -> None:
         )
 
 
-def _kd_settings_of(config: Any, name: str) -> dict[str, Any]:
+def _settings_of(run: Run) -> dict[str, Any]:
     """The KD settings and the per-method RecBole keys of a run."""
-    used = {
-        key: config[key]
-        for key in ("learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step")
-    }
-    if name == SCRATCH:
-        return used
-    return {**used, **_settings_of(config)}
-
-
-def _settings_of(config: Any) -> dict[str, Any]:
-    settings, losses = read_kd_settings(config)
-    found = settings.as_dict()
-    for loss in losses.values():
-        found |= loss.settings.as_dict()
-    return found
+    keys = ("learning_rate", "weight_decay", "train_batch_size", "epochs", "stopping_step")
+    used = {key: run.config[key] for key in keys}
+    return used if run.settings is None else {**used, **run.settings.as_dict()}
 
 
 def _output_dir(config: Any) -> Path | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib import resources
@@ -23,14 +24,15 @@ from tabulate import tabulate
 
 from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.files import write_whole
+from recbole_rcekd.losses.methods import Method
 from recbole_rcekd.quick_start import DIVERGED, Experiment
-from recbole_rcekd.training.config import command_config, parts_of
+from recbole_rcekd.training.config import command_config
 
 # The seed of hyperopt's choice of trials.
 _SEED = "HYPEROPT_FMIN_SEED"
 
 
-class Setting:
+class TuningContext:
     """Where trials take place: a command's data and teacher, read with the first trial (once in each process).
 
     Args:
@@ -82,8 +84,8 @@ class Objective:
     Args:
         kd_loss: the method that is tuned.
         folder: where finished trials are kept; ``None``: nowhere.
-        setting: shared with other objectives; default: one of its own, of ``arguments``.
-        arguments: of :class:`Setting`.
+        context: shared with other objectives; default: one of its own, of ``arguments``.
+        arguments: of :class:`TuningContext`.
 
     Example:
         >>> objective = Objective("rce", config_file_list=["mine.yaml"])  # doctest: +SKIP
@@ -94,12 +96,12 @@ class Objective:
         self,
         kd_loss: str,
         folder: Path | None = None,
-        setting: Setting | None = None,
+        context: TuningContext | None = None,
         **arguments: Any,
     ) -> None:
         self.kd_loss = kd_loss
         self.folder = folder
-        self.setting = setting or Setting(kd_loss=kd_loss, **arguments)
+        self.context = context or TuningContext(kd_loss=kd_loss, **arguments)
 
     def __call__(
         self, config_dict: Mapping[str, Any], config_file_list: Any = None
@@ -117,19 +119,20 @@ class Objective:
         Raises:
             SettingsError: a setting does not exist or does not fit.
         """
-        experiment, data, teacher, report = self.setting.prepared()
+        experiment, data, teacher, report = self.context.prepared()
         seed = experiment.seeds[0]
         tried = {key: _plain_number(value) for key, value in config_dict.items()}
-        config = experiment.run_config(self.kd_loss, tried)
+        run = experiment.run_of(experiment.runs[self.kd_loss].method, tried)
+        config = run.config
         name = hashlib.sha256(
-            json.dumps([report.fingerprint(config, teacher), seed]).encode()
+            json.dumps([report.fingerprint(run, teacher), seed]).encode()
         ).hexdigest()[:16]
-        file = None if self.folder is None else self.folder / self.kd_loss / f"{name}.json"
+        file = None if self.folder is None else self.folder / run.method.file_name / f"{name}.json"
         if file is not None and file.exists():
             known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             return known
         learns_from, _ = experiment.teacher_of(self.kd_loss, data, teacher, report)
-        trainer = experiment.trainer(config, seed, data, learns_from)
+        trainer = experiment.trainer(run, seed, data, learns_from)
         trainer.history.file = None
         try:
             score, result = trainer.fit(
@@ -213,23 +216,25 @@ def tune_recbole_kd(
         "teacher": teacher,
         "kd_loss": kd_loss,
     }
-    setting = Setting(**arguments)
+    context = TuningContext(**arguments)
     with ExitStack() as files:
-        experiment = setting.experiment
-        if params_file is not None and len(experiment.losses) > 1:
+        experiment = context.experiment
+        if params_file is not None and len(experiment.runs) > 1:
             raise SettingsError(
                 "[params_file] has the ranges of one method, but [kd_loss] names several."
             )
         spaces = {
-            name: str(params_file) if params_file is not None else str(_ranges(name, files))
-            for name in experiment.losses
+            name: str(params_file)
+            if params_file is not None
+            else str(_ranges(experiment.runs[name].method, files))
+            for name in experiment.runs
         }
         # All ranges are read before a teacher is trained.
         searches = {
-            name: _Search(Objective(name, folder, setting), space, trials, algo)
+            name: _Search(Objective(name, folder, context), space, trials, algo)
             for name, space in spaces.items()
         }
-        setting.prepared()
+        context.prepared()
         found = {name: search.run() for name, search in searches.items()}
     _write(folder, found)
     getLogger().info(
@@ -292,20 +297,21 @@ class _Search:
         }
 
 
-def _ranges(name: str, files: ExitStack) -> Path:
+def _ranges(method: Method, files: ExitStack) -> Path:
     """The shipped ranges; of a sum those of all its losses, in a file that is made now."""
     texts = []
-    for part in parts_of(name):
+    for part in method.losses or [method.name]:
         file = resources.files("recbole_rcekd.properties") / "hyper" / f"{part}.test"
         if not file.is_file():
-            raise SettingsError(f"[params_file] is missing: there are no ranges for {part}.")
-        if part == name:
+            raise SettingsError(
+                f"[params_file] is missing: there are no ranges for {part}. Write some as in "
+                "properties/hyper/rce.test, and name the file with --params_file."
+            )
+        if part == method.name:
             return files.enter_context(resources.as_file(file))
         texts.append(file.read_text(encoding="utf-8"))
-    import tempfile
-
     folder = files.enter_context(tempfile.TemporaryDirectory())
-    joined = Path(folder) / f"{name}.test"
+    joined = Path(folder) / f"{method.file_name}.test"
     joined.write_text("\n".join(texts), encoding="utf-8")
     return joined
 
@@ -313,12 +319,12 @@ def _ranges(name: str, files: ExitStack) -> Path:
 def _write(folder: Path | None, found: dict[str, Any]) -> None:
     if folder is None:
         return
-    note = "# The best settings of {}, found by run_recbole_kd.py --tune on the validation data.\n"
+    note = "# The best settings of {}, found by run_recbole_kd.py tune on the validation data.\n"
     best: dict[str, Any] = {}
     for name, method in found.items():
         if any(best.get(key, value) != value for key, value in method["best"].items()):
             # Of rce and rce+freqd each may want its own rce_weight.
-            file = folder / f"best-{name}.yaml"
+            file = folder / f"best-{name.replace(':', '.')}.yaml"
             write_whole(file, note.format(name) + yaml.safe_dump(method["best"], sort_keys=False))
             getLogger().info(
                 f"{name} wants other values than the methods before it: they are in [{file}]."

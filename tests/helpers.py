@@ -25,6 +25,10 @@ from recbole.config import Config
 from recbole.data import create_dataset, data_preparation
 from recbole.utils import get_model, get_trainer, init_seed
 
+from recbole_rcekd.core.settings import KDSettings
+from recbole_rcekd.losses.base import Loss
+from recbole_rcekd.training.run_settings import RunSettings
+
 N_USERS, N_ITEMS, N_BLOCKS = 40, 60, 4
 Pair = tuple[str, str]
 
@@ -169,6 +173,12 @@ def build_model(bundle: Bundle, seed: int | None = None) -> Any:
     config = bundle.config
     init_seed(config["seed"] if seed is None else seed, config["reproducibility"])
     return get_model(config["model"])(config, bundle.train._dataset).to(config["device"])
+
+
+def read_kd_settings(config: Any) -> tuple[KDSettings, dict[str, Loss]]:
+    """What the losses of a Config share, and new losses, by their names."""
+    settings = RunSettings.read(config)
+    return settings.common, settings.build_losses()
 
 
 def train_and_save(bundle: Bundle, path: Path, model: Any = None) -> Any:

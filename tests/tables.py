@@ -26,7 +26,7 @@ def seen_of(pairs: Iterable[tuple[int, int]], n_contexts: int, n_items: int) -> 
     return Seen.from_pairs(table[:, 0], table[:, 1], n_contexts, n_items)
 
 
-class Table:
+class Table(TeacherScores):
     """A teacher given by its full scores, in their own precision (float64 for exact comparisons)."""
 
     def __init__(self, scores: Tensor, seen: Seen) -> None:
@@ -41,7 +41,7 @@ class Table:
     def score_all(self, contexts: Tensor) -> Tensor:
         return self.scores[contexts]
 
-    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         rows = self.scores[contexts]
         if unseen:
             rows[self.seen.cells(contexts)] = -torch.inf

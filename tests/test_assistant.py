@@ -13,6 +13,7 @@ import pytest
 from recbole_rcekd import run_recbole_kd
 from recbole_rcekd.core.errors import SettingsError, TeacherError
 from recbole_rcekd.training.config import assistant_config
+from recbole_rcekd.training.run_settings import RunSettings
 from recbole_rcekd.training.trainer import distill_trainer
 from tests.helpers import build_config, train_teacher, write_dataset
 
@@ -76,7 +77,9 @@ def test_sizes(folder: Path) -> None:
         student = build_config(
             folder, embedding_size=4, kd_loss=kd_loss, tarec_assistant_size=wanted
         )
-        config = assistant_config(student, build_config(folder, "LightGCN", embedding_size=20))
+        settings = RunSettings.read(student)
+        teacher = build_config(folder, "LightGCN", embedding_size=20)
+        config = assistant_config(student, settings, teacher)
         if config is not None:
             assert student["embedding_size"] == 4
             assert (config["model"], config["tarec_assistant_size"]) == ("BPR", 0)
@@ -108,7 +111,7 @@ def test_an_assistant_has_no_earlier_states(folder: Path) -> None:
         SettingsError,
         match=r"hetcomp\+tarec learns from earlier states .* set tarec_assistant_size: 0",
     ):
-        assistant_config(student, None)
+        assistant_config(student, RunSettings.read(student), None)
 
 
 def test_no_mean_with_a_teacher_of_no_size(folder: Path, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ from recbole_rcekd.core.errors import ScoringError, SettingsError, TeacherError
 from recbole_rcekd.data.fingerprint import split_hash
 from recbole_rcekd.evaluation.evaluate import TeacherAsModel
 from recbole_rcekd.evaluation.report import Report, RunResult, TeacherResult
-from recbole_rcekd.teachers.load import Teachers, load_teacher
+from recbole_rcekd.teachers.ensemble import TeacherEnsemble
+from recbole_rcekd.teachers.load import load_teacher
 from recbole_rcekd.training.config import command_config
 from recbole_rcekd.training.history import History
 from recbole_rcekd.training.trainer import distill_trainer, recording_trainer
@@ -991,7 +992,7 @@ def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
     users, items = torch.tensor([3, 1, 3, 2, 1, 3]), torch.tensor([1, 2, 5, 4, 3, 0])
     found = TeacherAsModel(Asked(), config).predict(
         Interaction({"user_id": users, "item_id": items})
-    )  # type: ignore[arg-type]
+    )
     assert torch.equal(found, table[users, items])
     assert sorted(user for call in Asked.calls for user in call) == [1, 2, 3]
 
@@ -1278,5 +1279,5 @@ def test_a_teacher_of_other_data_than_those_of_the_training(folder: Path) -> Non
         distill_trainer(config)(config, model, "t.pth")  # type: ignore[arg-type]
     config["teacher_weights"] = [1, 0]
     both = load_teacher([path, path], train)
-    assert isinstance(both, Teachers)
+    assert isinstance(both, TeacherEnsemble)
     assert both.weights == [1.0, 0.0]

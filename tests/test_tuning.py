@@ -194,8 +194,8 @@ def test_a_wrong_key_in_the_ranges_is_named(folder: Path, tmp_path: Path) -> Non
 
 def test_it_travels_without_its_data(folder: Path) -> None:
     objective = Objective("ce", **arguments(folder))
-    objective.setting.prepared()
-    assert pickle.loads(pickle.dumps(objective)).setting._prepared is None
+    objective.context.prepared()
+    assert pickle.loads(pickle.dumps(objective)).context._prepared is None
 
 
 def test_shipped_ranges_are_valid_and_equally_wide() -> None:

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -219,7 +219,29 @@ class TeacherSettings(Settings):
 
 @dataclass(frozen=True)
 class LossSettings(Settings):
-    """Base of a loss's settings. Each has a key ``<prefix>_weight``, the λ of ``base + λ · KD``."""
+    """Base of a loss's settings.
+
+    Attributes:
+        prefix: with what all keys begin. One of them is ``<prefix>_weight``, the λ of
+            ``base + λ · KD``.
+
+    Raises:
+        SettingsError: a key has another prefix, or there is no weight.
+    """
+
+    prefix: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check the names of the keys, then as ever."""
+        prefix = type(self).prefix
+        stray = [key for key in self.keys() if not key.startswith(f"{prefix}_")]
+        if not prefix or stray or f"{prefix}_weight" not in self.keys():
+            raise SettingsError(
+                f"{type(self).__name__} has the prefix {prefix!r} and the keys "
+                f"{', '.join(self.keys())}, but every key must begin with the prefix, as in "
+                "mine_top_k, and mine_weight be one of them."
+            )
+        super().__post_init__()
 
     def longest_list(self) -> tuple[str, ...]:
         """The keys whose sum is how many items the catalogue must have; override where lists are cut to a length."""
@@ -254,7 +276,13 @@ def shipped_defaults(name: str) -> dict[str, Any]:
 
 
 def read_settings(cls: type[S], yaml_name: str, given: Mapping[str, Any]) -> S:
-    """The shipped yaml, overlaid by those keys that the user gave (in a file, a dict or on the command line)."""
-    values = shipped_defaults(yaml_name)
+    """The shipped yaml, overlaid by the keys that the user gave (file, dict or command line).
+
+    Args:
+        cls: the settings.
+        yaml_name: of the shipped yaml; empty: the defaults of the class.
+        given: all that the user gave.
+    """
+    values = shipped_defaults(yaml_name) if yaml_name else {}
     values.update({key: given[key] for key in cls.keys() if key in given})
     return cls.from_mapping(values)

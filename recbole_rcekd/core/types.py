@@ -7,8 +7,9 @@ so an item id of 0 means "no item".
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,41 +165,57 @@ class Vectors:
         return len(self.weights)
 
 
-class TeacherScores(Protocol):
+class TeacherScores(ABC):
     """The frozen teacher as a table that can be asked for any cell; ids are the *student's*.
 
-    Implemented by :class:`recbole_rcekd.teachers.score_cache.FactorScores`,
-    :class:`recbole_rcekd.teachers.score_cache.DenseScores`,
-    :class:`recbole_rcekd.teachers.score_file.ListedScores`,
-      :class:`recbole_rcekd.teachers.ensemble.EnsembleScores` and
-    :class:`recbole_rcekd.teachers.ensemble.RescaledScores`.
+    Rows are users, or, for a sequential student whose teacher is sequential too, the rows of the
+    training data.
+
+    Attributes:
+        n_contexts: how many users (or rows) there are, padding included.
+        n_items: how many items, padding included.
+        partial: its lists of the best hold listed items only, so they may be shorter than the
+            catalogue, and differ from the best of :meth:`score_all`.
     """
 
     n_contexts: int
     n_items: int
+    partial: bool = False
 
+    @abstractmethod
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``.
 
-        −inf for contexts of whom the teacher says nothing (and whose lists are empty): they are not
+        −inf for users of whom the teacher says nothing (and whose lists are empty): they are not
         taught.
         """
-        ...
 
+    @abstractmethod
     def score_all(self, contexts: Tensor) -> Tensor:
         """Scores ``[n, n_items]`` (float32) of every item; the padding column is −inf.
 
-        A row of −inf for contexts of whom the teacher says nothing.
+        A row of −inf for users of whom the teacher says nothing.
         """
-        ...
 
-    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+    @abstractmethod
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         """The ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``.
 
-        ``unseen=True`` leaves out what the context has in the training data.
+        ``unseen=True`` leaves out what the user has in the training data.
         """
-        ...
 
+    @abstractmethod
     def transposed(self) -> TeacherScores:
-        """The same table seen from the items: contexts are items, "items" are users."""
-        ...
+        """The same table seen from the items: rows are items, "items" are users."""
+
+    def vectors(self) -> tuple[Tensor, Tensor] | None:
+        """Tables ``[n_contexts, d]``, ``[n_items, d]`` whose product the scores are, if any."""
+        return None
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Mean, variance and size of each user's scores over the catalogue, in closed form.
+
+        float64, ``[n_contexts]`` each; *size* is how large the terms are that may cancel in the
+        mean. ``None``: there is no closed form, so full rows are asked for.
+        """
+        return None

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from recbole.config import Config
 from recbole.data import data_preparation
-from recbole.data.interaction import Interaction
 from recbole.evaluator.register import metrics_dict
 from recbole.trainer import Trainer
 from recbole.utils import EvaluatorType, ModelType, init_seed
@@ -30,6 +29,7 @@ from recbole_rcekd.core.files import write_json, write_whole
 from recbole_rcekd.core.functional import is_member
 from recbole_rcekd.core.settings import KDSettings, TeacherSettings, read_settings
 from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, RowRanking, top_k
+from recbole_rcekd.core.types import TeacherScores
 from recbole_rcekd.data.contexts import Rows, is_sequential
 from recbole_rcekd.data.fingerprint import split_hash
 from recbole_rcekd.data.sequence_dataset import create_dataset
@@ -41,13 +41,15 @@ from recbole_rcekd.losses import CELoss, RCELoss
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.ce import CESettings
+from recbole_rcekd.losses.methods import prefix_of
 from recbole_rcekd.losses.rce import RCESettings
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher, own_config, read_teacher
-from recbole_rcekd.teachers.ensemble import combined_rows, rescaled
-from recbole_rcekd.teachers.load import LoadedTeacher, ScoreFile, load_teacher, source_list
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, own_config, read_teacher
+from recbole_rcekd.teachers.load import load_teacher, source_list
+from recbole_rcekd.teachers.rescale import rescaled
 from recbole_rcekd.teachers.safe_load import read_checkpoint
-from recbole_rcekd.training.config import RUN_KEYS, check_keys, owner, read_trust
 from recbole_rcekd.training.diagnostics import NDCG_AT
+from recbole_rcekd.training.run_settings import RUN_KEYS, check_keys, read_trust
 from recbole_rcekd.training.sequence_candidates import SequenceCandidates, row_teacher_of
 
 ANALYSIS_FORMAT = 1
@@ -157,14 +159,14 @@ def _only(row: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     return {name: row[name] for name in names if name in row}
 
 
-class _Asked:
+class _Asked(TeacherScores):
     """A teacher asked about a block of contexts at a time; nothing is kept but the last block.
 
     What losses ask of a :class:`~recbole_rcekd.core.types.TeacherScores`. (In training, everybody
     is asked, and the answers are kept on disk: ``open_scores``.)
     """
 
-    def __init__(self, teacher: LoadedTeacher, n_contexts: int, n_items: int) -> None:
+    def __init__(self, teacher: Teacher, n_contexts: int, n_items: int) -> None:
         self.n_contexts, self.n_items = n_contexts, n_items
         self._teacher = teacher
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
@@ -183,35 +185,13 @@ class _Asked:
         lists = top_k(listed, k)
         return torch.nn.functional.pad(lists, (0, k - lists.shape[1]))
 
+    def transposed(self) -> TeacherScores:
+        raise ValueError("An analysis asks for scores of users, or rows, alone.")
+
     def _rows(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         if self._last is None or not torch.equal(self._last[0], contexts):
-            self._last = contexts, *_scores_and_listed(self._teacher, contexts)
+            self._last = contexts, *self._teacher.scores_and_listed(contexts)
         return self._last[1:]
-
-
-def _scores_and_listed(teacher: Any, contexts: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores of every item, ``[n, n_items]``; and the same with −inf at what no list of a file holds."""
-    if isinstance(teacher, Teacher):
-        rows = teacher.score_all(contexts)
-        return rows, rows
-    if isinstance(teacher, ScoreFile):
-        return teacher.scores.score_all(contexts), teacher.listed_rows(
-            Interaction({teacher.user_field: contexts})
-        )
-    counted = [
-        (part, weight)
-        for part, weight in zip(teacher.parts, teacher.weights, strict=True)
-        if weight > 0
-    ]
-    parts = [_scores_and_listed(part, contexts) for part, _ in counted]
-    ranks = teacher.how == "reciprocal_rank"
-    rows = combined_rows(
-        [part[ranks] for part in parts], [weight for _, weight in counted], teacher.how
-    )
-    some = torch.stack([part[1] != -torch.inf for part in parts]).any(0)
-    listed = rows > 0 if ranks else some
-    rows = rows.masked_fill(~some.any(1, keepdim=True), -torch.inf)
-    return rows, rows.masked_fill(~listed, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -259,14 +239,16 @@ class _Analysis:
         self.dataset = data = self.train._dataset
         for loss in self.losses.values():
             loss.settings.check_catalogue(int(data.item_num) - 1)
-        self.learners = {"student": Teacher(content, data, data, config["device"], student, trust)}
+        self.learners: dict[str, Teacher] = {
+            "student": CheckpointTeacher(content, data, data, config["device"], student, trust)
+        }
         if baseline is not None:
             self.learners["baseline"] = _read_baseline(baseline, self.train, trust)
         settings = read_settings(TeacherSettings, "teacher", here.final_config_dict)
         self.teacher = load_teacher(teacher, self.train, trust, settings)
         by_rows = is_sequential(data)
         n_contexts = len(data) if by_rows and self.teacher.scores_rows else int(data.user_num)
-        asked: Any = _Asked(self.teacher, n_contexts, int(data.item_num))
+        asked = _Asked(self.teacher, n_contexts, int(data.item_num))
         self.scores = rescaled(
             asked, kd.kd_teacher_scores, kd.kd_teacher_temperature, config["device"]
         )
@@ -380,11 +362,9 @@ class _Analysis:
             for name, learner in self.learners.items():
                 rows = self._rows(learner, ids)
                 lists = self._lists(ids, rows, draws[name])
-                if isinstance(lists, SequenceCandidates):
-                    rows = lists.without_hidden(rows)
-                comparisons[name].add(lists, rows)
+                comparisons[name].add(lists, lists.mask_rows(rows))
         found["n_told"] = comparisons["student"].n
-        return found | {name: comparison.numbers() for name, comparison in comparisons.items()}
+        return found | {name: comparison.metrics() for name, comparison in comparisons.items()}
 
     def _rows(self, learner: Teacher, ids: Tensor) -> Tensor:
         """Its scores of every item for training users, or rows, ``[n, n_items]``."""
@@ -418,11 +398,11 @@ class _Analysis:
 
     # -- on the test set -----------------------------------------------------------------------------------------
 
-    def _tested(self, model: LoadedTeacher) -> _Tested:
+    def _tested(self, model: Teacher) -> _Tested:
         """RecBole's evaluation; what each user gets comes from RecBole's own metric, too."""
         noting = _Noting(model, self.dataset.uid_field)
         with without_tensorboard():
-            trainer = Trainer(self.config, TeacherAsModel(noting, self.config))  # type: ignore[arg-type]
+            trainer = Trainer(self.config, TeacherAsModel(noting, self.config))
         trainer.eval_collector.data_collect(self.train)
         evaluator = trainer.evaluator = _Keeping(trainer.evaluator)
         result = evaluated(trainer, self.test)
@@ -467,7 +447,7 @@ class _Analysis:
 class _Noting:
     """A model that notes whom it was asked about."""
 
-    def __init__(self, model: LoadedTeacher, user_field: str) -> None:
+    def __init__(self, model: Teacher, user_field: str) -> None:
         self.users: list[Tensor] = []
         self._model, self._user_field = model, user_field
 
@@ -504,7 +484,7 @@ def _require_used(here: Any, student: Any) -> None:
     known = {*student.final_config_dict, *here.internal_config_dict}
     for key in here.external_config_dict:
         if key not in _USED and (
-            key in known or key in RUN_KEYS or key.startswith(("kd_", "teacher_")) or owner(key)
+            key in known or key in RUN_KEYS or key.startswith(("kd_", "teacher_")) or prefix_of(key)
         ):
             raise SettingsError(
                 f"[{key}] has no effect on an analysis, in which data, split and models are as the "

@@ -70,7 +70,7 @@ class Comparison:
             )
         self.n += len(rows)
 
-    def numbers(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """What was found, with plain numbers; empty if the teacher said nothing of anybody.
 
         ``overlap``: by length K, the share of the teacher's top-K in the student's.

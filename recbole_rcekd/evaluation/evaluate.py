@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from recbole.trainer import Trainer
@@ -13,8 +13,7 @@ from recbole.trainer import Trainer
 from recbole_rcekd.compat import without_tensorboard
 from recbole_rcekd.evaluation.report import TeacherResult
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher
-from recbole_rcekd.teachers.load import LoadedTeacher
+from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.score_cache import blocks
 
 # Of a teacher that is asked for some items only, full rows of so many users or sequences are made
@@ -23,7 +22,7 @@ _PREDICTED_AT_A_TIME = 64
 
 
 def measure_teacher(
-    teacher: LoadedTeacher,
+    teacher: Teacher,
     config: Any,
     train_data: Any,
     valid_data: Any,
@@ -40,8 +39,7 @@ def measure_teacher(
         test_data: likewise.
         course: of the teacher's training, if it was trained here (epochs, seconds).
     """
-    parts: Any = getattr(teacher, "parts", [teacher])
-    models = [part for part in parts if isinstance(part, Teacher)]
+    scorers = teacher.scorers()
     with without_tensorboard():
         trainer = Trainer(config, TeacherAsModel(teacher, config))
     trainer.eval_collector.data_collect(train_data)  # for metrics of popularity and coverage
@@ -52,17 +50,25 @@ def measure_teacher(
         fingerprint=teacher.fingerprint,
         best_valid_result=valid,
         test_result=test,
-        parameters=sum(p.numel() for model in models for p in model.model.parameters()),
-        checkpoint_bytes=sum(os.path.getsize(part.source) for part in parts),
-        ranking_ms_per_1000_users=round(sum(_time_ranking(model.scorer) for model in models), 2),
+        parameters=sum(p.numel() for scorer in scorers for p in scorer.model.parameters()),
+        checkpoint_bytes=sum(map(os.path.getsize, filter(os.path.exists, teacher.files()))),
+        ranking_ms_per_1000_users=round(sum(_time_ranking(scorer) for scorer in scorers), 2),
         **course,
     )
+
+
+class ScoresRows(Protocol):
+    """Whatever can be asked for scores of rows: a teacher, as a rule."""
+
+    def score_rows(self, rows: Any) -> torch.Tensor:
+        """See :meth:`Teacher.score_rows <recbole_rcekd.teachers.base.Teacher.score_rows>`."""
+        ...
 
 
 class TeacherAsModel(torch.nn.Module):
     """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
 
-    def __init__(self, teacher: LoadedTeacher, config: Any) -> None:
+    def __init__(self, teacher: ScoresRows, config: Any) -> None:
         super().__init__()
         self.device = config["device"]
         self._teacher = teacher

@@ -27,9 +27,10 @@ from recbole_rcekd.core.distributed import MACHINE_KEYS
 from recbole_rcekd.core.files import write_json, write_whole
 from recbole_rcekd.data.sequence_dataset import training_pairs
 from recbole_rcekd.evaluation.comparison import transfer_ratio
-from recbole_rcekd.teachers.load import LoadedTeacher, source_list
+from recbole_rcekd.losses.methods import SCRATCH, prefix_of
+from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.trajectory import state_files
-from recbole_rcekd.training.config import SCRATCH, needs_teacher, owner, parts_of, trajectory_losses
+from recbole_rcekd.training.run_settings import Run
 
 RESULT_FORMAT = 1
 # None changes what a run computes. (`world_size` does: the draws are other ones.)
@@ -43,7 +44,7 @@ _UNIMPORTANT = frozenset(
         "seeds",
         "log_wandb",
         "kd_cache_dir",
-        *("tune", "params_file", "algo"),
+        *("tune", "trials", "params_file", "algo"),
         "teacher_checkpoints",
     }
 )
@@ -137,22 +138,23 @@ class Report:
 
     def run_folder(self, loss: str, seed: int) -> Path | None:
         """The folder of one run, ``<loss>-seed<seed>``."""
-        return None if self.folder is None else self.folder / f"{loss}-seed{seed}"
+        return None if self.folder is None else self.folder / f"{loss.replace(':', '.')}-seed{seed}"
 
-    def fingerprint(self, config: Any, teacher: LoadedTeacher | None) -> str:
+    def fingerprint(self, run: Run, teacher: Teacher | None) -> str:
         """A hash of what decides a run's result, apart from its seed."""
-        method = config["kd_loss"]
-        own = parts_of(method)
-        foreign: tuple[str, ...] = ("kd_",) if method == SCRATCH else ()
-        if not needs_teacher(method):
+        own = run.method.prefixes
+        foreign: tuple[str, ...] = ("kd_",) if run.method.alone else ()
+        if not run.method.needs_teacher:
             teacher, foreign = None, (*foreign, "teacher")
         settings = {
             k: repr(v)
-            for k, v in sorted(config.final_config_dict.items())
-            if k not in _UNIMPORTANT and not k.startswith(foreign) and owner(k) in (None, *own)
+            for k, v in sorted(run.config.final_config_dict.items())
+            if k not in _UNIMPORTANT
+            and not k.startswith(foreign)
+            and prefix_of(k, own) in (None, *own)
         }
         parts: list[Any] = [
-            method,
+            run.name,
             settings,
             self.split,
             self.data,
@@ -160,16 +162,14 @@ class Report:
         ]
         if teacher is not None:
             # Of one teacher's training: the numbers of the epochs say which states they are.
-            for loss in trajectory_losses(config):
-                files = state_files(loss, source_list(teacher.source))
+            for loss in run.losses_of_earlier_states():
+                files = state_files(loss, teacher.files())
                 parts.append([[file.name for file in states] for states in files])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
-    def finished(
-        self, loss: str, seed: int, config: Any, teacher: LoadedTeacher | None
-    ) -> RunResult | None:
+    def finished(self, run: Run, seed: int, teacher: Teacher | None) -> RunResult | None:
         """The same run, if an earlier command finished it in this folder."""
-        folder = self.run_folder(loss, seed)
+        folder = self.run_folder(run.name, seed)
         if folder is None or not (folder / "run.json").exists():
             return None
         try:
@@ -178,12 +178,12 @@ class Report:
                 "assistant": None,
                 **json.loads((folder / "run.json").read_text(encoding="utf-8")),
             }
-            run = RunResult(**{f.name: known[f.name] for f in fields(RunResult)})
+            found = RunResult(**{f.name: known[f.name] for f in fields(RunResult)})
         except (ValueError, KeyError, TypeError):
             return None
-        if run.fingerprint != self.fingerprint(config, teacher):
+        if found.fingerprint != self.fingerprint(run, teacher):
             return None
-        return run if not run.checkpoint or os.path.exists(run.checkpoint) else None
+        return found if not found.checkpoint or os.path.exists(found.checkpoint) else None
 
     def as_dict(self) -> dict[str, Any]:
         """The content of ``result.json``; docs/result.md describes each key."""

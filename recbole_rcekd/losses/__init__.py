@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from recbole_rcekd.core.errors import SettingsError
-from recbole_rcekd.core.settings import nearest
 from recbole_rcekd.losses.base import EmbeddingLoss, KDLoss, Loss
 from recbole_rcekd.losses.cd import CDLoss
 from recbole_rcekd.losses.ce import CELoss
@@ -78,23 +76,4 @@ __all__ = [
     "TARecLoss",
     "UnKDLoss",
     "VkDLoss",
-    "get_loss",
 ]
-
-
-def get_loss(name: str) -> type[Loss]:
-    """The loss class called ``name`` in ``kd_loss``.
-
-    Raises:
-        SettingsError: there is none; the message lists what exists.
-    """
-    if name == "scratch":
-        raise SettingsError(
-            "[kd_loss] sums scratch with something, but it stands alone, for the student alone: "
-            "scratch,rce."
-        )
-    if name not in LOSSES:
-        raise SettingsError(
-            f"[kd_loss] names {name!r}, which is not a loss. {nearest(name, [*LOSSES, 'scratch'])}"
-        )
-    return LOSSES[name]

@@ -44,10 +44,15 @@ class Loss(nn.Module):
         super().__init__()
         self.settings = settings
 
+    @classmethod
+    def prefix(cls) -> str:
+        """With what its settings' keys begin."""
+        return cls.settings_type.prefix
+
     @property
     def weight(self) -> float:
-        """λ of ``base + λ · KD``: the settings' first key."""
-        value: float = getattr(self.settings, type(self).settings_type.keys()[0])
+        """λ of ``base + λ · KD``: the setting ``<prefix>_weight``."""
+        value: float = getattr(self.settings, f"{self.prefix()}_weight")
         return value
 
 
@@ -106,7 +111,7 @@ class KDLoss(Loss, ABC):
     def tune(self, lists: Candidates) -> None:
         """Called before each epoch's lists with a few random contexts, where ``tuned`` is set."""
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What the log and the history should say of the loss itself in this epoch, by name."""
         return {}
 

@@ -130,7 +130,7 @@ class Candidates:
             block = self.part(part)
             rows = block.teacher_scores_of_all().clone()
             rows[block._seen.cells(block.contexts)] = -torch.inf
-            if getattr(self._teacher, "partial", False):
+            if self._teacher.partial:
                 listed = torch.zeros_like(rows, dtype=torch.bool).scatter_(
                     1, block.teacher_top(self.n_items), True
                 )
@@ -184,6 +184,10 @@ class Candidates:
     def is_seen(self, items: Tensor) -> Tensor:
         """Which of ``items [n, T]`` the contexts have in the training data, bool ``[n, T]``."""
         return ~self._not_in(self._seen, items)
+
+    def mask_rows(self, rows: Tensor) -> Tensor:
+        """Full rows of scores with −inf at items that are masked: none, of users."""
+        return rows
 
     def n_allowed(self) -> Tensor:
         """How many items there are for each context, ``[n]``: the catalogue, without padding."""

@@ -33,6 +33,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class CDSettings(LossSettings):
     """Settings of CD; ``properties/loss/cd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "cd"
+
     cd_weight: float = setting(0.5, low=0.0)
     cd_items: int = setting(50, low=1)
     cd_pool: int = setting(3000, low=1)

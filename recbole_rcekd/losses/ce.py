@@ -32,6 +32,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class CESettings(LossSettings):
     """Settings of CE on a list; ``properties/loss/ce.yaml`` gives type, purpose and source of each."""
 
+    prefix = "ce"
+
     ce_weight: float = setting(10.0, low=0.0)
     ce_top_k: int = setting(50, low=1)
     ce_temperature: float = setting(1.0, above=0.0)

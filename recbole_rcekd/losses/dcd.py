@@ -38,6 +38,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class DCDSettings(LossSettings):
     """Settings of DCD; ``properties/loss/dcd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "dcd"
+
     dcd_weight: float = setting(0.01, low=0.0)
     dcd_items: int = setting(50, low=1)
     dcd_pool: int = setting(500, low=1)

@@ -34,6 +34,8 @@ _SMALLEST_WEIGHT = 1e-5
 class DCDPortSettings(LossSettings):
     """Settings of the port of DCD; ``properties/loss/dcd_port.yaml`` gives type, purpose and source of each."""
 
+    prefix = "dcd_port"
+
     dcd_port_weight: float = setting(0.01, low=0.0)
     dcd_port_items: int = setting(100, low=1)
     dcd_port_pool: int = setting(500, low=1)

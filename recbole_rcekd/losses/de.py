@@ -35,6 +35,8 @@ _TINY = 1e-4
 class DESettings(LossSettings):
     """Settings of DE; ``properties/loss/de.yaml`` gives type, purpose and source of each."""
 
+    prefix = "de"
+
     de_weight: float = setting(0.01, low=0.0)
     de_sides: Literal["both", "users", "items"] = "both"
     de_experts: int = setting(30, low=1)

@@ -48,6 +48,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class FCESettings(LossSettings):
     """Settings of full-catalogue CE; ``properties/loss/fce.yaml`` gives type, purpose and source of each."""
 
+    prefix = "fce"
+
     fce_weight: float = setting(10.0, low=0.0)
     fce_target: Literal["all", "teacher"] = "teacher"
     fce_top_k: int = setting(50, low=1)

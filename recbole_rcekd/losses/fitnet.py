@@ -28,6 +28,8 @@ from recbole_rcekd.losses.base import EmbeddingLoss
 class FitNetSettings(LossSettings):
     """Settings of FitNet; ``properties/loss/fitnet.yaml`` gives type, purpose and source of each."""
 
+    prefix = "fitnet"
+
     fitnet_weight: float = setting(0.01, low=0.0)
     fitnet_sides: Literal["both", "users", "items"] = "both"
     fitnet_projector: Literal["linear", "mlp"] = "linear"

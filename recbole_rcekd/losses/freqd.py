@@ -36,6 +36,8 @@ _COUNTED_CELLS = 5_000_000
 class FreqDSettings(LossSettings):
     """Settings of FreqD; ``properties/loss/freqd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "freqd"
+
     freqd_weight: float = setting(0.5, low=0.0)
     freqd_sides: Literal["both", "users", "items"] = "both"
     freqd_neighbours: int = setting(5, low=0)

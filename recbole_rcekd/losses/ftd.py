@@ -33,6 +33,8 @@ from recbole_rcekd.losses.base import EmbeddingLoss
 class FTDSettings(LossSettings):
     """Settings of FTD; ``properties/loss/ftd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "ftd"
+
     ftd_weight: float = setting(0.001, low=0.0)
     ftd_sides: Literal["both", "users", "items"] = "both"
 

@@ -51,6 +51,8 @@ class HetCompSettings(LossSettings):
         SettingsError: ``hetcomp_checkpoints`` is no list of files.
     """
 
+    prefix = "hetcomp"
+
     hetcomp_weight: float = setting(0.005, low=0.0)
     hetcomp_top_k: int = setting(100, low=10)
     hetcomp_objective: Literal["dynamic", "easy", "hard"] = "dynamic"

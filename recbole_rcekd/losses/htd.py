@@ -36,6 +36,8 @@ _PAIRS = 4_000_000
 class HTDSettings(LossSettings):
     """Settings of HTD; ``properties/loss/htd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "htd"
+
     htd_weight: float = setting(0.001, low=0.0)
     htd_sides: Literal["both", "users", "items"] = "both"
     htd_groups: int = setting(30, low=1)

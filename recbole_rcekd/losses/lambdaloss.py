@@ -32,6 +32,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class LambdaLossSettings(LossSettings):
     """Settings of LambdaLoss; ``properties/loss/lambdaloss.yaml`` gives type, purpose and source of each."""
 
+    prefix = "lambdaloss"
+
     lambdaloss_weight: float = setting(10.0, low=0.0)
     lambdaloss_top_k: int = setting(20, low=1)
     lambdaloss_pool: int = setting(50, low=1)

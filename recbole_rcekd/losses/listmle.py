@@ -27,6 +27,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class ListMLESettings(LossSettings):
     """Settings of ListMLE; ``properties/loss/listmle.yaml`` gives type, purpose and source of each."""
 
+    prefix = "listmle"
+
     listmle_weight: float = setting(0.01, low=0.0)
     listmle_top_k: int = setting(50, low=2)
 

@@ -59,6 +59,8 @@ _FIRST_TEMPERATURE = 10.0
 class RCESettings(LossSettings):
     """Settings of RCE-KD; ``properties/loss/rce.yaml`` gives type, purpose and source of each."""
 
+    prefix = "rce"
+
     rce_weight: float = setting(10.0, low=0.0)
     rce_top_k: int = setting(50, low=1)
     rce_samples: int = setting(50, low=0)
@@ -189,7 +191,7 @@ class RCELoss(KDLoss):
         )
         self._sampling_temperature = _TEMPERATURES[gaps.index(min(gaps))]
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """``sampling_temperature``, where it is tuned."""
         return {"sampling_temperature": self._sampling_temperature} if self.tuned else {}
 

@@ -37,6 +37,8 @@ _ROUNDING = 1e-5
 class RDSettings(LossSettings):
     """Settings of RD; ``properties/loss/rd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "rd"
+
     rd_weight: float = setting(1.0, low=0.0)
     rd_top_k: int = setting(10, low=1)
     rd_samples: int = setting(100, low=1)

@@ -34,6 +34,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class RRDSettings(LossSettings):
     """Settings of RRD; ``properties/loss/rrd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "rrd"
+
     rrd_weight: float = setting(0.01, low=0.0)
     rrd_top_k: int = setting(50, low=1)
     rrd_rest: int = setting(100, low=1)

@@ -32,6 +32,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class SLKSettings(LossSettings):
     """Settings of SL@K; ``properties/loss/slk.yaml`` gives type, purpose and source of each."""
 
+    prefix = "slk"
+
     slk_weight: float = setting(10.0, low=0.0)
     slk_top_k: int = setting(50, low=1)
     slk_cut: int = setting(20, low=1)

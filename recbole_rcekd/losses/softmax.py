@@ -28,6 +28,8 @@ from recbole_rcekd.losses.candidates import Candidates
 class SoftmaxSettings(LossSettings):
     """Settings of the softmax control; ``properties/loss/softmax.yaml`` gives type, purpose and source of each."""
 
+    prefix = "softmax"
+
     softmax_weight: float = setting(1.0, above=0.0)
     softmax_positives: int = setting(20, low=1)
     softmax_temperature: float = setting(1.0, above=0.0)

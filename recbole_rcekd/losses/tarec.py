@@ -42,6 +42,8 @@ _TINY = 1e-24
 class TARecSettings(LossSettings):
     """Settings of TARec; ``properties/loss/tarec.yaml`` gives type, purpose and source of each."""
 
+    prefix = "tarec"
+
     tarec_weight: float = setting(1.0, low=0.0)
     tarec_top_k: int = setting(50, low=1)
     tarec_temperature: float = setting(1.0, above=0.0)

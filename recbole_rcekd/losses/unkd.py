@@ -36,6 +36,8 @@ _DECIMALS, _SMALLEST_SHARE = 2, 0.1
 class UnKDSettings(LossSettings):
     """Settings of UnKD; ``properties/loss/unkd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "unkd"
+
     unkd_weight: float = setting(1.0, low=0.0)
     unkd_groups: int = setting(4, low=1)
     unkd_pairs: int = setting(30, low=1)

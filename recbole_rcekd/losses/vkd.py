@@ -29,6 +29,8 @@ from recbole_rcekd.losses.base import EmbeddingLoss
 class VkDSettings(LossSettings):
     """Settings of VkD; ``properties/loss/vkd.yaml`` gives type, purpose and source of each."""
 
+    prefix = "vkd"
+
     vkd_weight: float = setting(0.1, low=0.0)
     vkd_sides: Literal["both", "users", "items"] = "both"
     vkd_standardise: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor
 from recbole_rcekd.core.distributed import MACHINE_KEYS
 from recbole_rcekd.core.errors import TeacherError
 from recbole_rcekd.core.random_state import preserved_random_state
-from recbole_rcekd.core.types import Seen
+from recbole_rcekd.core.settings import TeacherSettings
 from recbole_rcekd.data.contexts import (
     Contexts,
     Rows,
@@ -29,9 +29,9 @@ from recbole_rcekd.data.fingerprint import (
     feature_hash,
     hash_value,
     split_hash,
-    training_interactions,
 )
 from recbole_rcekd.models.scorer import EVALUATION_CACHES, ModelScorer, require_rankable
+from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.safe_load import read_checkpoint
 from recbole_rcekd.teachers.same_data import ids_in, require_same_interactions, teachers_data
 
@@ -56,7 +56,7 @@ _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
 _UNIMPORTANT = MACHINE_KEYS | {"local_rank", "world_size"}
 
 
-class Teacher:
+class CheckpointTeacher(Teacher):
     """A frozen model that is asked in the student's ids.
 
     Made by :func:`read_teacher`.
@@ -90,33 +90,31 @@ class Teacher:
         source: str,
         trust: bool = False,
     ) -> None:
+        super().__init__(student_dataset, str(checkpoint["config"]["model"]), source)
         self.config = checkpoint["config"]
-        self.source = source
-        self.name = str(self.config["model"])
-        self.device = device
-        self.n_items = int(student_dataset.item_num)
-        self.taken = training_interactions(student_dataset)
-        self._checkpoint: dict[str, Any] | None = checkpoint
+        self.device = torch.device(device)
         self.trust = trust
+        self._checkpoint: dict[str, Any] | None = checkpoint
         self._dataset = dataset
-        self.student_dataset = student_dataset
-        same = dataset is student_dataset
-        self.user_ids = (
-            None if same else ids_in(student_dataset, dataset, student_dataset.uid_field, source)
-        )
-        self.item_ids = (
-            None if same else ids_in(student_dataset, dataset, student_dataset.iid_field, source)
-        )
-        self.for_rows = is_sequential(student_dataset)
+        self.user_ids = self.item_ids = None
+        if dataset is not student_dataset:
+            self.user_ids = ids_in(student_dataset, dataset, student_dataset.uid_field, source)
+            self.item_ids = ids_in(student_dataset, dataset, student_dataset.iid_field, source)
         self.scores_rows = is_sequential(dataset) and is_sequential(student_dataset)
         self.contexts = self._contexts()
-        self.n_contexts = self.contexts.n
-        self.seen = Seen.nothing(self.n_contexts, self.n_items) if self.scores_rows else self.taken
+        self.scores_users = isinstance(self.contexts, Users)
 
-    @property
-    def scores_users(self) -> bool:
-        """Whether it has a vector for each user, and not for each sequence."""
-        return isinstance(self.contexts, Users)
+    @classmethod
+    def recognises(cls, source: str) -> bool:
+        """Any name: a checkpoint is what no other kind knows."""
+        return True
+
+    @classmethod
+    def load(
+        cls, source: str, student_dataset: Any, settings: TeacherSettings, trust: bool
+    ) -> CheckpointTeacher:
+        """See :func:`read_teacher`."""
+        return read_teacher(source, student_dataset, trust)
 
     def _contexts(self) -> Contexts:
         if not is_sequential(self._dataset):
@@ -246,16 +244,12 @@ class Teacher:
             else scores.float()[:, self.item_ids.to(scores.device)]
         )
 
-    def user_tokens(self, contexts: Tensor) -> list[str]:
-        """The names of users in the user's data, for messages."""
-        users = contexts
-        if self.scores_rows:
-            users = self.student_dataset.inter_feat[self.student_dataset.uid_field][contexts]
-        tokens = self.student_dataset.field2id_token[self.student_dataset.uid_field]
-        return [str(tokens[int(i)]) for i in users]
+    def scorers(self) -> list[ModelScorer]:
+        """Its model."""
+        return [self.scorer]
 
 
-def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> Teacher:
+def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -> CheckpointTeacher:
     """Open a RecBole checkpoint as the teacher of a student.
 
     Args:
@@ -286,7 +280,7 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
             f"dataset is [{student_config['dataset']}]. Train a teacher on the student's dataset."
         )
     dataset = teachers_data(config, student_dataset)
-    teacher = Teacher(
+    teacher = CheckpointTeacher(
         content,
         dataset,
         student_dataset,

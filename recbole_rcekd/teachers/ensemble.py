@@ -21,23 +21,29 @@ In a standardised mean, a teacher that gives all items one score says nothing of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from recbole_rcekd.core.distributed import Ranks
+from recbole_rcekd.core.errors import TeacherError
+from recbole_rcekd.core.settings import KDSettings, TeacherSettings
 from recbole_rcekd.core.store import Store
 from recbole_rcekd.core.types import Seen, TeacherScores
-from recbole_rcekd.teachers.score_cache import FactorScores, Scores, blocks
+from recbole_rcekd.models.scorer import ModelScorer
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.rescale import SMALLEST_DEVIATION, moments, moved, scale_to
+from recbole_rcekd.teachers.score_cache import FactorScores, Scores, blocks, centred
 from recbole_rcekd.teachers.score_file import ListedScores
 
 # Cormack et al. 2009: "k = 60 was fixed during a pilot investigation".
 _RANK_OFFSET = 60
 _RANKED = 1000
-# Scores that differ by less, relative to their size, are one number in float32.
-_SMALLEST_DEVIATION = 1e-7
 
 
 def ensemble(
@@ -73,6 +79,88 @@ def ensemble(
     if how == "reciprocal_rank":
         return reciprocal_rank(some, their, seen, ranks=ranks, device=device, of_rows=of_rows)
     return standardised(some, their, seen, store, ranks)
+
+
+class TeacherEnsemble(Teacher):
+    """Several teachers as one.
+
+    Args:
+        parts: the teachers, of one student.
+        weights: of each.
+        settings: how they are combined.
+
+    Raises:
+        TeacherError: some score the rows of a sequential student, and some its users.
+    """
+
+    def __init__(
+        self, parts: Sequence[Teacher], weights: Sequence[float], settings: TeacherSettings
+    ) -> None:
+        if len({part.scores_rows for part in parts}) > 1:
+            told = ", ".join(
+                f"[{part.source}] {'rows' if part.scores_rows else 'users'}" for part in parts
+            )
+            raise TeacherError(
+                "Several teachers of a sequential student must all score its sequences, or all its "
+                f"users; here: {told}. Take sequential ones only, or none."
+            )
+        name, source = (" + ".join(p.name for p in parts), ",".join(p.source for p in parts))
+        super().__init__(parts[0].student_dataset, name, source)
+        self._parts, self.weights = parts, weights
+        self.how = settings.teacher_ensemble
+        self.scores_rows = parts[0].scores_rows
+        self.scores_users = all(part.scores_users for part in parts)
+
+    @property
+    def parts(self) -> Sequence[Teacher]:
+        """The teachers."""
+        return self._parts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the parts, their weights and how they are combined."""
+        made_by = ([part.fingerprint for part in self.parts], list(self.weights), self.how)
+        return hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
+        return self.scores_and_listed(contexts)[0]
+
+    def score_rows(self, rows: Any) -> Tensor:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
+        # Reciprocal ranks rank what is listed, and nothing beyond it.
+        only_listed = self.how == "reciprocal_rank"
+        scores = [p.listed_rows(rows) if only_listed else p.score_rows(rows) for p in self.parts]
+        return combined_rows(scores, self.weights, self.how)
+
+    def scores_and_listed(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
+        pairs = zip(self.parts, self.weights, strict=True)
+        counted = [(part, weight) for part, weight in pairs if weight > 0]
+        parts = [part.scores_and_listed(contexts) for part, _ in counted]
+        ranks = self.how == "reciprocal_rank"
+        weights = [weight for _, weight in counted]
+        rows = combined_rows([part[ranks] for part in parts], weights, self.how)
+        some = torch.stack([part[1] != -torch.inf for part in parts]).any(0)
+        listed = rows > 0 if ranks else some
+        rows = rows.masked_fill(~some.any(1, keepdim=True), -torch.inf)
+        return rows, rows.masked_fill(~listed, -torch.inf)
+
+    def open_scores(
+        self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
+    ) -> TeacherScores:
+        """The parts' scores, each as it keeps them, as one."""
+        parts = [part.open_scores(settings, show_progress, ranks) for part in self.parts]
+        store = Store(Path(settings.kd_cache_dir) / self.fingerprint)
+        # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
+        owners = None if self.for_rows else ranks
+        return ensemble(
+            parts, self.weights, self.how, self.seen, store, owners, self.device, self.scores_rows
+        )
+
+    def scorers(self) -> list[ModelScorer]:
+        """The models of all parts."""
+        return [scorer for part in self.parts for scorer in part.scorers()]
 
 
 class EnsembleScores(Scores):
@@ -111,7 +199,7 @@ class EnsembleScores(Scores):
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
         place = items if self._by_item else contexts.unsqueeze(1)
         terms = (
-            _moved(part.score(contexts, items), shift[place], scale[place])
+            moved(part.score(contexts, items), shift[place], scale[place])
             for part, shift, scale in self._parts
         )
         return _sum(terms)
@@ -120,7 +208,7 @@ class EnsembleScores(Scores):
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
         place = slice(None) if self._by_item else contexts.unsqueeze(1)
         terms = (
-            _moved(part.score_all(contexts), shift[place], scale[place])
+            moved(part.score_all(contexts), shift[place], scale[place])
             for part, shift, scale in self._parts
         )
         scores = _sum(terms)
@@ -133,53 +221,6 @@ class EnsembleScores(Scores):
         side = f"by-{self._side}"
         return EnsembleScores(
             parts, self._seen.transposed(), self._store, side, self._ranks, not self._by_item
-        )
-
-
-class RescaledScores:
-    """A teacher's scores, moved and scaled per context: (score − μ)·a, and −inf as before. Its lists are the teacher's own.
-
-    Also :meth:`transposed`, where μ and a belong to what is listed and would move ranks.
-
-    Args:
-        scores: of the teacher.
-        shift: μ, ``[n_contexts]``.
-        scale: a, above 0, or 0 for contexts whose scores are all the same, ``[n_contexts]``.
-        by_item: shifts and scales belong to the items, as after :meth:`transposed`.
-    """
-
-    def __init__(
-        self, scores: TeacherScores, shift: Tensor, scale: Tensor, by_item: bool = False
-    ) -> None:
-        self.n_contexts, self.n_items = scores.n_contexts, scores.n_items
-        self.partial = getattr(scores, "partial", False)
-        self._scores, self._shift, self._scale, self._by_item = scores, shift, scale, by_item
-
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return self._rescaled(
-            self._scores.score(contexts, items),
-            items.long() if self._by_item else contexts[:, None],
-        )
-
-    def score_all(self, contexts: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return self._rescaled(
-            self._scores.score_all(contexts), slice(None) if self._by_item else contexts[:, None]
-        )
-
-    def _rescaled(self, scores: Tensor, place: Tensor | slice) -> Tensor:
-        moved = _moved(scores, self._shift[place], self._scale[place])
-        return moved.masked_fill(scores == -torch.inf, -torch.inf)
-
-    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return self._scores.top_k(contexts, k, unseen)
-
-    def transposed(self) -> RescaledScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; contexts are on the same scale as before."""
-        return RescaledScores(
-            self._scores.transposed(), self._shift, self._scale, not self._by_item
         )
 
 
@@ -207,15 +248,15 @@ def standardised(
     merged = _mean_of_tables(tables, seen, store, ranks) if tables else None
     if merged is not None and len(tables) == len(parts):
         return merged
-    moved: list[tuple[TeacherScores, Tensor, Tensor]] = []
+    standard: list[tuple[TeacherScores, Tensor, Tensor]] = []
     if merged is not None:
         ones = torch.ones(merged.n_contexts, device=merged.context_factors.device)
-        moved.append((merged, torch.zeros_like(ones), ones))
+        standard.append((merged, torch.zeros_like(ones), ones))
     for part, share in zip(parts, shares, strict=True):
         if not isinstance(part, FactorScores):
             mean, deviation = moments(part)
-            moved.append((part, mean.float(), _scale(deviation, share).float()))
-    return EnsembleScores(moved, seen, store, ranks=ranks)
+            standard.append((part, mean.float(), scale_to(deviation, share).float()))
+    return EnsembleScores(standard, seen, store, ranks=ranks)
 
 
 def reciprocal_rank(
@@ -285,77 +326,13 @@ def combined_rows(
                 scores.std(1, correction=0, keepdim=True),
             )
             deviation = deviation.nan_to_num(0.0).masked_fill(
-                deviation <= _SMALLEST_DEVIATION * mean.abs(), 0.0
+                deviation <= SMALLEST_DEVIATION * mean.abs(), 0.0
             )
-            total[:, 1:] += _moved(scores, mean, _scale(deviation, weight / sum(weights))).to(
+            total[:, 1:] += moved(scores, mean, scale_to(deviation, weight / sum(weights))).to(
                 total.dtype
             )
     total[:, 0] = -torch.inf
     return total
-
-
-def rescaled(
-    scores: TeacherScores,
-    how: Literal["raw", "standardised"],
-    temperature: float,
-    device: torch.device | str = "cpu",
-) -> TeacherScores:
-    """The same ranking on another scale: standardised per context or not, then divided by ``temperature``.
-
-    Args:
-        scores: of the teacher.
-        how: ``kd_teacher_scores``.
-        temperature: ``kd_teacher_temperature``.
-        device: where the scores are.
-    """
-    if how == "standardised":
-        mean, deviation = moments(scores, device)
-        scale = _scale(deviation, 1.0 / temperature).float()
-    elif temperature == 1.0:
-        return scores
-    else:
-        mean = torch.zeros(scores.n_contexts, device=device)
-        scale = torch.full_like(mean, 1.0 / temperature)
-    return RescaledScores(scores, mean.float(), scale)
-
-
-def moments(part: TeacherScores, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each context's scores over the whole catalogue, ``[n_contexts]``, float64.
-
-    The deviation is 0 where the scores are all one number, as far as float32 can tell, or where
-    there are none (the mean is then −inf).
-    """
-    if isinstance(part, FactorScores):
-        mean_row, centred = _centred(part.item_factors)
-        rows = part.context_factors.double()
-        covariance = centred[1:].t() @ centred[1:] / (part.n_items - 1)
-        mean, variance = rows @ mean_row, ((rows @ covariance) * rows).sum(1).clamp(min=0.0)
-        # How large the terms are that may cancel.
-        size = rows.norm(dim=1) * part.item_factors[1:].double().square().sum(1).mean().sqrt()
-    elif isinstance(part, ListedScores):
-        mean, variance = _moments_of_lists(part)
-        size = mean.abs()
-    else:
-        found = []
-        for block in blocks(part.n_contexts, part.n_items):
-            scores = part.score_all(block.to(device))[:, 1:].double()
-            found.append(torch.stack([scores.mean(1), scores.var(1, correction=0)]))
-        mean, variance = torch.cat(found, dim=1)
-        size = mean.abs()
-    deviation = variance.sqrt().nan_to_num(0.0)
-    return mean, deviation.masked_fill(deviation <= _SMALLEST_DEVIATION * size, 0.0)
-
-
-def _moments_of_lists(part: ListedScores) -> tuple[Tensor, Tensor]:
-    """Above the floor there are only the listed scores."""
-    contexts, _, scores = part.rows()
-    floor = part.floor().double()
-    above = scores.double() - floor[contexts]
-    n, zeros = part.n_items - 1, torch.zeros_like(floor)
-    mean = zeros.index_add(0, contexts, above) / n
-    listed = zeros.index_add(0, contexts, (above - mean[contexts]) ** 2)
-    unlisted = (n - torch.bincount(contexts, minlength=part.n_contexts)) * mean**2
-    return floor + mean, (listed + unlisted) / n
 
 
 def _mean_of_tables(
@@ -367,18 +344,11 @@ def _mean_of_tables(
     rows, tables = [], []
     for part, share in parts:
         _, deviation = moments(part)
-        rows.append((part.context_factors.double() * _scale(deviation, share).unsqueeze(1)).float())
-        tables.append(_centred(part.item_factors)[1].float())
+        rows.append(
+            (part.context_factors.double() * scale_to(deviation, share).unsqueeze(1)).float()
+        )
+        tables.append(centred(part.item_factors)[1].float())
     return FactorScores(torch.cat(rows, dim=1), torch.cat(tables, dim=1), seen, store, ranks=ranks)
-
-
-def _centred(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean row, and the table less it, in float64; padding counts nowhere and becomes 0."""
-    exact = table.double()
-    mean = exact[1:].mean(0)
-    centred = exact - mean
-    centred[0] = 0.0
-    return mean, centred
 
 
 def _mean_of_lists(parts: Sequence[tuple[ListedScores, float]], seen: Seen) -> ListedScores:
@@ -387,24 +357,14 @@ def _mean_of_lists(parts: Sequence[tuple[ListedScores, float]], seen: Seen) -> L
     keys, above, floor = [], [], torch.zeros_like(parts[0][0].floor(), dtype=torch.float64)
     for part, share in parts:
         mean, deviation = moments(part)
-        scale = _scale(deviation, share)
-        floor += _moved(part.floor().double(), mean, scale)
+        scale = scale_to(deviation, share)
+        floor += moved(part.floor().double(), mean, scale)
         contexts, items, scores = part.rows()
         keys.append(contexts * n_items + items)
-        above.append(_moved(scores.double(), part.floor().double()[contexts], scale[contexts]))
+        above.append(moved(scores.double(), part.floor().double()[contexts], scale[contexts]))
     key, total = _added_up(torch.cat(keys), torch.cat(above))
     contexts = key // n_items
     return ListedScores(contexts, key % n_items, floor[contexts] + total, floor, seen)
-
-
-def _scale(deviation: Tensor, share: float) -> Tensor:
-    """What brings scores to a deviation of ``share``; 0 where they are all the same."""
-    return (share / deviation).masked_fill(deviation == 0, 0.0)
-
-
-def _moved(scores: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(score − shift) · scale; 0, and never NaN, where the scale is 0: there, a score may be −inf."""
-    return ((scores - shift) * scale).masked_fill(scale == 0, 0.0)
 
 
 def _sum(terms: Iterator[Tensor]) -> Tensor:

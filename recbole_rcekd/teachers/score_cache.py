@@ -11,13 +11,13 @@ makes it. The teacher is not touched on a hit.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,11 +30,51 @@ from recbole_rcekd.core.functional import full_precision, picked_products
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.store import Store
 from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
-from recbole_rcekd.core.types import Seen
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher
+from recbole_rcekd.core.types import Seen, TeacherScores
 
 
-class Scores(ABC):
+class Scored(Protocol):
+    """What is asked of a teacher whose scores are computed and stored."""
+
+    source: str
+    device: torch.device
+    n_items: int
+    for_rows: bool
+    scores_rows: bool
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides the scores."""
+        ...
+
+    @property
+    def n_contexts(self) -> int:
+        """How many users (or rows), padding included."""
+        ...
+
+    @property
+    def seen(self) -> Seen:
+        """What lists of unseen items leave out."""
+        ...
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """Full rows of scores, ``[n, n_items]``."""
+        ...
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Two tables whose product the scores are, if any."""
+        ...
+
+    def user_tokens(self, contexts: Tensor) -> list[str]:
+        """Names of users, for messages."""
+        ...
+
+    def release(self) -> None:
+        """Give back memory that only computing scores needs."""
+        ...
+
+
+class Scores(TeacherScores):
     """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk.
 
     With several ranks each makes and holds the lists of its own contexts; on disk they are whole.
@@ -153,6 +193,19 @@ class FactorScores(Scores):
     def _ranking(self) -> Ranking:
         return ProductRanking(lambda contexts: self.context_factors[contexts], self.item_factors)
 
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
+        return self.context_factors, self.item_factors
+
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`~recbole_rcekd.core.types.TeacherScores`; from mean and covariance of items."""
+        mean_row, others = centred(self.item_factors)
+        rows = self.context_factors.double()
+        covariance = others[1:].t() @ others[1:] / (self.n_items - 1)
+        mean, variance = rows @ mean_row, ((rows @ covariance) * rows).sum(1).clamp(min=0.0)
+        size = rows.norm(dim=1) * self.item_factors[1:].double().square().sum(1).mean().sqrt()
+        return mean, variance, size
+
     def transposed(self) -> FactorScores:
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
         return FactorScores(
@@ -217,13 +270,12 @@ class DenseScores(Scores):
 
 
 def open_teacher_scores(
-    teacher: Teacher, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
+    teacher: Scored, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
 ) -> FactorScores | DenseScores:
     """The teacher's scores, from disk if they are there, computed and stored if not.
 
     Args:
-        teacher: from :func:`~recbole_rcekd.teachers.checkpoint_teacher.load_teacher`; its model is
-            built on a miss only.
+        teacher: asked for scores on a miss only.
         settings: ``kd_cache_dir``, ``kd_cache_dtype``.
         show_progress: a progress bar while scores are computed.
         ranks: this process among those that need the scores; they share the work out.
@@ -239,7 +291,7 @@ def open_teacher_scores(
 
 
 def _open_or_make(
-    teacher: Teacher, settings: KDSettings, show_progress: bool, ranks: Ranks
+    teacher: Scored, settings: KDSettings, show_progress: bool, ranks: Ranks
 ) -> FactorScores | DenseScores:
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
     # Users belong to a rank each, and their lists with them; the rows of a sequential student come
@@ -311,7 +363,7 @@ def _writing_together(store: Store, name: str, ranks: Ranks) -> Iterator[Path]:
 
 
 def _write_dense(
-    teacher: Teacher, store: Store, name: str, dtype: str, show_progress: bool, ranks: Ranks
+    teacher: Scored, store: Store, name: str, dtype: str, show_progress: bool, ranks: Ranks
 ) -> None:
     """Stream full rows to disk, one block in memory at a time; ranks take turns with the blocks."""
     shape = (teacher.n_contexts, teacher.n_items)
@@ -353,7 +405,7 @@ def _write_dense(
         ) from error
 
 
-def _require_finite_factors(teacher: Teacher, users: Tensor, items: Tensor) -> None:
+def _require_finite_factors(teacher: Scored, users: Tensor, items: Tensor) -> None:
     bad_items = ~torch.isfinite(items[1:]).all(1)
     if bad_items.any():
         raise TeacherError(
@@ -367,7 +419,7 @@ def _require_finite_factors(teacher: Teacher, users: Tensor, items: Tensor) -> N
     _require_finite(teacher, bad.nonzero().squeeze(1).cpu())
 
 
-def _require_finite(teacher: Teacher, bad_users: Tensor) -> None:
+def _require_finite(teacher: Scored, bad_users: Tensor) -> None:
     if len(bad_users):
         shown = ", ".join(teacher.user_tokens(bad_users[:5])) + (
             ", …" if len(bad_users) > 5 else ""
@@ -377,3 +429,12 @@ def _require_finite(teacher: Teacher, bad_users: Tensor) -> None:
             f"users: {shown}. Its training diverged: train it again with a smaller learning rate "
             "(or store its scores with kd_cache_dtype: float32, if they outgrow float16)."
         )
+
+
+def centred(table: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean row, and the table less it, in float64; padding counts nowhere and becomes 0."""
+    exact = table.double()
+    mean = exact[1:].mean(0)
+    centred = exact - mean
+    centred[0] = 0.0
+    return mean, centred

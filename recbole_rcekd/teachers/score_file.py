@@ -11,8 +11,10 @@ Nothing in a file is dropped silently.
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from collections.abc import Sequence
+from functools import cached_property
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -22,10 +24,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from recbole_rcekd.core.distributed import Ranks
 from recbole_rcekd.core.errors import TeacherError
-from recbole_rcekd.core.settings import TeacherSettings
-from recbole_rcekd.core.types import Seen
-from recbole_rcekd.data.fingerprint import training_interactions
+from recbole_rcekd.core.settings import KDSettings, TeacherSettings
+from recbole_rcekd.core.types import Seen, TeacherScores
+from recbole_rcekd.data.fingerprint import split_hash, training_interactions
+from recbole_rcekd.teachers.base import Teacher
 
 # The names of score files, which tell them from checkpoints.
 SCORE_FILES = (".csv", ".tsv", ".parquet", ".npz")
@@ -34,7 +38,7 @@ _SHOWN = 5
 _EXACT_IN_FLOAT64 = 2**53
 
 
-class ListedScores:
+class ListedScores(TeacherScores):
     """Scores of some items per context, as sorted rows; memory grows with what is listed.
 
     Implements :class:`~recbole_rcekd.core.types.TeacherScores`. Equal scores are listed by
@@ -106,6 +110,18 @@ class ListedScores:
         """What unlisted items score, ``[n_contexts]``; after :meth:`transposed` by item, ``[n_items]``."""
         return self._floor
 
+    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """See :class:`~recbole_rcekd.core.types.TeacherScores`; above the floor are listed scores only."""
+        contexts, _, scores = self.rows()
+        floor = self.floor().double()
+        above = scores.double() - floor[contexts]
+        n, zeros = self.n_items - 1, torch.zeros_like(floor)
+        mean = zeros.index_add(0, contexts, above) / n
+        listed = zeros.index_add(0, contexts, (above - mean[contexts]) ** 2)
+        unlisted = (n - torch.bincount(contexts, minlength=self.n_contexts)) * mean**2
+        mean = floor + mean
+        return mean, (listed + unlisted) / n, mean.abs()
+
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
         floor = (
@@ -151,6 +167,62 @@ class ListedScores:
         return ListedScores(
             items, contexts, scores, self._floor, self.seen.transposed(), not self._floor_of_items
         )
+
+
+class ScoreFileTeacher(Teacher):
+    """A teacher that is a file of scores.
+
+    Args:
+        path: of the file.
+        student_dataset: the student's training dataset.
+        settings: what to do with gaps in the file.
+    """
+
+    def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
+        super().__init__(student_dataset, Path(path).name, path)
+        self.scores: ListedScores = read_scores(path, student_dataset, settings)
+        self._made_by = (split_hash(student_dataset), settings)
+
+    @classmethod
+    def recognises(cls, source: str) -> bool:
+        """By the end of the name: .csv, .tsv, .parquet or .npz."""
+        return Path(source).suffix.lower() in SCORE_FILES
+
+    @classmethod
+    def load(
+        cls, source: str, student_dataset: Any, settings: TeacherSettings, trust: bool
+    ) -> ScoreFileTeacher:
+        """See :meth:`Teacher.load <recbole_rcekd.teachers.base.Teacher.load>`."""
+        return cls(source, student_dataset, settings)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the file, the id maps and the settings."""
+        digest = hashlib.sha256(Path(self.source).read_bytes())
+        digest.update(repr(self._made_by).encode())
+        return digest.hexdigest()[:32]
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`; what is not listed has the floor."""
+        return self.scores.score_all(contexts)
+
+    def scores_and_listed(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
+        scores = self.score_all(contexts)
+        # 0 in short lists, the padding item, of score −inf.
+        listed = self.scores.top_k(contexts, scores.shape[1] - 1)
+        only = torch.full_like(scores, -torch.inf).scatter_(1, listed, scores.gather(1, listed))
+        return scores, only
+
+    def listed_rows(self, rows: Any) -> Tensor:
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
+        return self.scores_and_listed(rows[self.student_dataset.uid_field])[1]
+
+    def open_scores(
+        self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
+    ) -> TeacherScores:
+        """The scores, which are in memory already."""
+        return self.scores
 
 
 def read_scores(

@@ -23,9 +23,9 @@ from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.types import TeacherScores
 from recbole_rcekd.data.contexts import is_sequential
 from recbole_rcekd.losses.base import KDLoss
+from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
-from recbole_rcekd.teachers.ensemble import rescaled
-from recbole_rcekd.teachers.load import Teachers, open_scores
+from recbole_rcekd.teachers.rescale import rescaled
 
 # -- while a teacher is trained ----------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ def state_files(loss: KDLoss, teachers: Sequence[str]) -> list[list[Path]]:
         SettingsError: they are named, and there are several teachers.
         TeacherError: a teacher has none, or a file that was named is not there.
     """
-    name = type(loss).settings_type.keys()[0].removesuffix("_weight")
+    name = loss.prefix()
     if loss.checkpoints:
         if len(teachers) > 1:
             raise SettingsError(
@@ -157,7 +157,7 @@ def state_files(loss: KDLoss, teachers: Sequence[str]) -> list[list[Path]]:
 
 
 def open_trajectories(
-    teacher: Any,
+    teacher: Teacher,
     scores: TeacherScores,
     loss: KDLoss,
     dataset: Any,
@@ -169,11 +169,11 @@ def open_trajectories(
     """The scores of the states of each teacher, the least trained first and the teacher itself last.
 
     Args:
-        teacher: as loaded, or its scores.
+        teacher: of the student.
         scores: on the scale that ``settings`` asks for, which all states are brought to.
         loss: who wants to know.
         dataset: the student's training dataset.
-        settings: as for :func:`~recbole_rcekd.teachers.load.open_scores`.
+        settings: ``kd_…``; the cache and the scale of scores.
         device: likewise.
         show_progress: likewise.
         ranks: likewise.
@@ -182,27 +182,26 @@ def open_trajectories(
         SettingsError: see :func:`state_files`.
         TeacherError: there are no earlier states, or one cannot be used.
     """
-    parts = teacher.parts if isinstance(teacher, Teachers) else [teacher]
-    files = state_files(loss, [part.source for part in parts if hasattr(part, "source")])
+    files = state_files(loss, teacher.files())
     # The rows of a sequential student's batches come to any rank.
     owners = Ranks() if is_sequential(dataset) else ranks or Ranks()
 
-    def open_state(state: Any) -> TeacherScores:
+    def open_state(state: Teacher) -> TeacherScores:
         with full_precision(device):  # a sequential student's step may be the first to ask
-            opened = open_scores(state, settings, device, show_progress, ranks)
+            opened = state.open_scores(settings, show_progress, ranks)
         return rescaled(opened, settings.kd_teacher_scores, settings.kd_teacher_temperature, device)
 
-    def scores_of(state: Any) -> TeacherScores:
-        if getattr(state, "scores_rows", False):
+    def scores_of(state: Teacher) -> TeacherScores:
+        if state.scores_rows:
             return open_state(state)  # what a row has not seen is known when it stands in a batch
         n_contexts = int(dataset.user_num)
         return StateLists(lambda: open_state(state), n_contexts, int(dataset.item_num), owners)
 
     trajectories = []
-    for part, paths in zip(parts, files, strict=True):
+    for part, paths in zip(teacher.parts, files, strict=True):
         states: list[TeacherScores] = []
         for path in paths:
-            state = read_teacher(path, dataset, getattr(part, "trust", False))
+            state = read_teacher(path, dataset, part.trust)
             if state.n_contexts != scores.n_contexts:
                 raise TeacherError(
                     f"The teacher's earlier state in [{path}] is a {state.name}, which does not "
@@ -214,7 +213,7 @@ def open_trajectories(
     return trajectories
 
 
-class StateLists:
+class StateLists(TeacherScores):
     """A state of which lists are asked: its scores are opened to make them, and then let go.
 
     Args:
@@ -232,7 +231,7 @@ class StateLists:
         self._ranks = ranks
         self._lists: dict[bool, Tensor] = {}
 
-    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
         lists = self._lists.get(unseen)
         if lists is None or lists.shape[1] < k:

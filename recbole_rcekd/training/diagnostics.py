@@ -45,7 +45,7 @@ class DiagnosticUsers:
         self.contexts = contexts[self.places]
         if n:
             k = min(OVERLAP_AT, teacher.n_items - 1)
-            if getattr(teacher, "partial", False):
+            if teacher.partial:
                 self._teacher_top = teacher.top_k(self.contexts, k, False)
             else:  # not by top_k, which would make lists of this length for everybody
                 self._teacher_top = top_k(teacher.score_all(self.contexts), k)
@@ -91,10 +91,10 @@ def mean_closure_gap(loss: KDLoss, sets: ItemSets, rows: Tensor) -> float | None
         sets: of n contexts.
         rows: the student's scores of every item for the same contexts, ``[n, n_items]``.
     """
-    return closure_numbers(loss, sets, rows).get("closure_gap")
+    return closure_metrics(loss, sets, rows).get("closure_gap")
 
 
-def closure_numbers(loss: KDLoss, sets: ItemSets, rows: Tensor) -> dict[str, float]:
+def closure_metrics(loss: KDLoss, sets: ItemSets, rows: Tensor) -> dict[str, float]:
     """How nearly closed the item sets are; nothing where the loss has no sets to close.
 
     ``closure_gap``: Δ of the targets J in the normaliser A, in nats (METHODS.md, T3). Where A has

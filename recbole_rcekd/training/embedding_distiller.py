@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from recbole_rcekd.core.random_state import preserved_random_state
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.types import Seen, TeacherScores, Vectors
 from recbole_rcekd.losses.base import EmbeddingLoss
+from recbole_rcekd.models.product_recorder import Product
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.training.diagnostics import DiagnosticUsers
+from recbole_rcekd.training.distiller import Distiller
 
 
-class EmbeddingDistiller:
+class EmbeddingDistiller(Distiller):
     """The KD term of vectors of one training run.
 
     Args:
@@ -37,6 +40,8 @@ class EmbeddingDistiller:
         SettingsError: the student has no such vectors.
     """
 
+    loss: EmbeddingLoss
+
     def __init__(
         self,
         name: str,
@@ -50,8 +55,7 @@ class EmbeddingDistiller:
         seed: int,
         n_epochs: int,
     ) -> None:
-        self.loss = loss
-        self._scorer = scorer
+        super().__init__(loss, scorer, seed)
         self._n_epochs = n_epochs
         self._fields = (
             dataset.uid_field,
@@ -64,7 +68,6 @@ class EmbeddingDistiller:
         self._tables = {side: table.to(scorer.device) for side, table in named if table is not None}
         if "users" in loss.sides and "users" not in self._tables:
             raise _without_users(name, "the teacher")
-        self.generator = torch.Generator(scorer.device).manual_seed(seed)
         # Where only one side is wanted: the model says both or nothing.
         self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
         seen = seen.to(scorer.device)
@@ -74,25 +77,22 @@ class EmbeddingDistiller:
             torch.manual_seed(seed)
             loss.build(width, tables[1].shape[1], seen, self.generator)
         loss.to(scorer.device)
-        self._watched = None
+        self._diagnostic_users = None
         if teacher is not None and scorer.scores_users:
-            self._watched = DiagnosticUsers(
+            self._diagnostic_users = DiagnosticUsers(
                 settings.kd_diagnostic_users, seen.contexts(), teacher, self.generator
             )
-        self.steps = 0
 
-    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+    def _prepare(self, epoch: int, n_steps: int) -> None:
         """Tell the loss how far the training is."""
-        self.steps = 0
         self.loss.begin_epoch(epoch / max(1, self._n_epochs))
 
-    def step(self, batch: Any) -> Tensor:
-        """The KD loss of one step, with gradient: the loss of the batch's distinct users and items, by its rows.
+    def _kd_loss(self, batch: Any, products: Sequence[Product]) -> Tensor:
+        """The loss of the batch's distinct users and items, over the number of its rows.
 
         So a weight that goes with a sum over the batch beside a base loss summed likewise is right
         here.
         """
-        self.steps += 1
         ids, weights = {}, {}
         for side in self.loss.sides:
             in_batch, weights[side] = _distinct(self._kinds(side, batch))
@@ -121,13 +121,12 @@ class EmbeddingDistiller:
             return [batch[item_field][positive], batch[item_field][~positive]]
         return [batch[item_field]]
 
-    def diagnostics(self) -> dict[str, float]:
-        """As :meth:`UserDistiller.diagnostics <recbole_rcekd.training.user_distiller.UserDistiller.diagnostics>`: how far the student is."""
-        if self._watched is None or not len(self._watched):
+    def _diagnostics(self) -> dict[str, float]:
+        """As of a loss of scores, without what such a loss says of itself."""
+        users = self._diagnostic_users
+        if users is None or len(users) == 0:
             return {}
-        with preserved_random_state(), self._scorer.evaluating():
-            rows = self._scorer.score_all(self._watched.contexts)
-        return self._watched.distance(rows)
+        return users.distance(self._scorer.score_all(users.contexts))
 
 
 def require_vectors(name: str, loss: EmbeddingLoss, scorer: ModelScorer) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
-
-from torch import Tensor
 
 from recbole_rcekd.core.distributed import Ranks
 from recbole_rcekd.core.errors import SettingsError, TeacherError
@@ -19,23 +16,14 @@ from recbole_rcekd.data.contexts import is_sequential, row_ids_in_batches
 from recbole_rcekd.data.fingerprint import training_interactions
 from recbole_rcekd.losses.base import EmbeddingLoss, KDLoss, Loss
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher
-from recbole_rcekd.teachers.ensemble import rescaled
-from recbole_rcekd.teachers.load import (
-    LoadedTeacher,
-    NoTeacher,
-    ScoreFile,
-    Teachers,
-    open_scores,
-    vectors,
-)
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.rescale import rescaled
 from recbole_rcekd.teachers.trajectory import open_trajectories
+from recbole_rcekd.training.distiller import Distiller
 from recbole_rcekd.training.embedding_distiller import EmbeddingDistiller, require_vectors
 from recbole_rcekd.training.sequence_candidates import RowTeacher, row_teacher_of
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller, require_one_side
 from recbole_rcekd.training.user_distiller import UserDistiller
-
-AnyDistiller = UserDistiller | SequenceDistiller | EmbeddingDistiller
 
 
 @dataclass(frozen=True)
@@ -43,19 +31,15 @@ class Term:
     """One summand ``weight · KD`` of the loss.
 
     Args:
-        name: of the method; ``<name>_of_vectors`` for the loss of vectors that belongs to one of
+        name: of the method; ``<name>_of_vectors`` for the embedding loss that belongs to a loss of
             scores.
-        loss: which method.
         weight: λ.
         distiller: who computes it.
-        step: the batch, and the products met in the base loss → KD.
     """
 
     name: str
-    loss: Loss
     weight: float
-    distiller: AnyDistiller
-    step: Callable[[Any, Any], Tensor]
+    distiller: Distiller
 
 
 def require_learner(scorer: ModelScorer, losses: Mapping[str, Loss], ranks: Ranks) -> None:
@@ -106,7 +90,8 @@ class KDTermBuilder:
     Args:
         scorer: the student.
         dataset: the training set.
-        teacher: as loaded, or scores in the student's ids, or ``None`` for methods that need none.
+        teacher: of the student; :class:`~recbole_rcekd.teachers.no_teacher.NoTeacher` for methods
+            that need none.
         settings: what is common to all methods.
         seed: of the draws.
         ranks: this process among those that train the student.
@@ -116,7 +101,7 @@ class KDTermBuilder:
 
     scorer: ModelScorer
     dataset: Any
-    teacher: LoadedTeacher | TeacherScores | None
+    teacher: Teacher
     settings: KDSettings
     seed: int
     ranks: Ranks
@@ -128,37 +113,34 @@ class KDTermBuilder:
         """The training interactions; rows of sequential students do without."""
         return training_interactions(self.dataset)
 
+    @cached_property
+    def raw_scores(self) -> TeacherScores:
+        """The teacher's scores, on the teacher's scale."""
+        return self.teacher.open_scores(self.settings, self.show_progress, self.ranks)
+
+    @cached_property
+    def scores(self) -> TeacherScores:
+        """The teacher's scores, on the scale that the settings ask for."""
+        how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
+        return rescaled(self.raw_scores, how, temperature, self.scorer.device)
+
     def terms(self, losses: Mapping[str, Loss]) -> list[Term]:
-        """A term for each loss, and for each loss of vectors that belongs to one.
+        """A term for each loss, and for each embedding loss that belongs to one.
 
         Raises:
             SettingsError: a loss cannot be used with this student, or with several processes.
             TeacherError: nor with this teacher.
         """
         require_learner(self.scorer, losses, self.ranks)
-        loaded: Any = (
-            self.teacher if isinstance(self.teacher, (Teacher, ScoreFile, Teachers)) else None
-        )
-        sequential = is_sequential(self.dataset)
-        raw: TeacherScores
-        if loaded is not None:
-            raw = open_scores(
-                loaded, self.settings, self.scorer.device, self.show_progress, self.ranks
-            )
-        elif self.teacher is not None:
-            raw = self.teacher  # type: ignore[assignment]
-        else:
-            n = len(self.dataset) if sequential else int(self.dataset.user_num)
-            raw = NoTeacher(n, int(self.dataset.item_num), self.scorer.device)
-        how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
-        scores = rescaled(raw, how, temperature, self.scorer.device)
+        scores = self.scores
         trajectories: Sequence[Sequence[TeacherScores]] = ()
         for loss in losses.values():
             if isinstance(loss, KDLoss) and loss.uses_trajectory:
                 common = (self.settings, self.scorer.device, self.show_progress, self.ranks)
                 trajectories = open_trajectories(self.teacher, scores, loss, self.dataset, *common)
-        by_rows = None if loaded is None else loaded.scores_rows
-        teaching = row_teacher_of(self.dataset, scores, by_rows) if sequential else None
+        rows = None
+        if is_sequential(self.dataset):
+            rows = row_teacher_of(self.dataset, scores, self.teacher.scores_rows)
         terms: list[Term] = []
         for name, loss in losses.items():
             for part, weight in _parts(loss):
@@ -166,56 +148,53 @@ class KDTermBuilder:
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, EmbeddingLoss):
                     with _saying_how_to_do_without(part):
-                        term = self._of_vectors(name, part, weight, raw, scores, seed)
-                    terms.append(
-                        term
-                        if part is loss
-                        else dataclasses.replace(term, name=f"{name}_of_vectors")
-                    )
+                        distiller: Distiller = self._of_embeddings(name, part, seed)
+                    own_name = name if part is loss else f"{name}_of_vectors"
+                    terms.append(Term(own_name, weight, distiller))
                 elif isinstance(part, KDLoss):
                     terms.append(
-                        self._of_scores(name, part, weight, scores, trajectories, teaching, seed)
+                        Term(name, weight, self._of_scores(part, trajectories, rows, seed))
                     )
         return terms
 
     def _of_scores(
         self,
-        name: str,
         loss: KDLoss,
-        weight: float,
-        scores: TeacherScores,
         trajectories: Sequence[Sequence[TeacherScores]],
-        teaching: RowTeacher | None,
+        rows: RowTeacher | None,
         seed: int,
-    ) -> Term:
-        common = (loss, self.settings)
-        if teaching is not None:
-            rows = SequenceDistiller(
-                self.scorer, teaching, *common, self.dataset, seed, self.ranks, trajectories
+    ) -> Distiller:
+        if rows is not None:
+            return SequenceDistiller(
+                self.scorer, rows, loss, self.settings, self.dataset, seed, self.ranks, trajectories
             )
-            return Term(name, loss, weight, rows, rows.step)
-        users = UserDistiller(
-            self.scorer, scores, *common, self.seen, seed, self.ranks, trajectories
+        return UserDistiller(
+            self.scorer,
+            self.scores,
+            loss,
+            self.settings,
+            self.seen,
+            seed,
+            self.ranks,
+            trajectories,
+            str(self.dataset.uid_field),
         )
-        field = self.dataset.uid_field
-        return Term(name, loss, weight, users, lambda batch, products: users.step(batch[field]))
 
-    def _of_vectors(
-        self,
-        name: str,
-        loss: EmbeddingLoss,
-        weight: float,
-        raw: TeacherScores,
-        scores: TeacherScores,
-        seed: int,
-    ) -> Term:
-        tables = vectors(name, self.teacher, raw)
-        teacher = scores if scores.n_contexts == int(self.dataset.user_num) else None
-        distiller = EmbeddingDistiller(
+    def _of_embeddings(self, name: str, loss: EmbeddingLoss, seed: int) -> Distiller:
+        tables = self.raw_scores.vectors()
+        if tables is None:
+            raise TeacherError(
+                f"[kd_loss] {name} learns the teacher's vectors, but the scores of "
+                f"{self.teacher.name} are no product of user and item vectors: choose a method of "
+                "scores (rce, ce, rrd, …) or another teacher."
+            )
+        users = tables[0] if self.teacher.scores_users else None
+        of_users = self.scores.n_contexts == int(self.dataset.user_num)
+        return EmbeddingDistiller(
             name,
             self.scorer,
-            tables,
-            teacher,
+            (users, tables[1]),
+            self.scores if of_users else None,
             loss,
             self.settings,
             self.dataset,
@@ -223,10 +202,13 @@ class KDTermBuilder:
             seed,
             self.n_epochs,
         )
-        return Term(name, loss, weight, distiller, lambda batch, products: distiller.step(batch))
 
-    def watching(self, terms: Sequence[Term]) -> tuple[Any, AbstractContextManager[Any]]:
-        """What the terms need while the model trains: a watch on the products of a batch, and numbers on its rows."""
-        if any(isinstance(term.distiller, SequenceDistiller) for term in terms):
+    def recording(self, terms: Sequence[Term]) -> tuple[Any, AbstractContextManager[Any]]:
+        """What the terms need while the model trains.
+
+        Returns:
+            What records the products of a batch, and what numbers the rows of batches.
+        """
+        if any(term.distiller.needs_rows for term in terms):
             return self.scorer.recording_products, row_ids_in_batches(self.dataset)
         return (lambda batch: nullcontext()), nullcontext()

@@ -129,7 +129,7 @@ class SequenceCandidates(Candidates):
         return self._local(places, listed[places, columns])
 
     @cached_property
-    def _hidden(self) -> Seen | None:
+    def _masked(self) -> Seen | None:
         """What the row must not hear of: its user's training items but the target."""
         if self._teaching.taken is None:
             return None
@@ -146,12 +146,12 @@ class SequenceCandidates(Candidates):
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
         """The student's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
-        return self._student.top_k(self.contexts, k, self._seen if unseen else self._hidden)
+        return self._student.top_k(self.contexts, k, self._seen if unseen else self._masked)
 
     def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
         """The teacher's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
         scores = self._teacher
-        if self._hidden is None:
+        if self._masked is None:
             if not unseen:
                 return scores.top_k(self._asked, k, unseen=False)
             by_place = RowRanking(
@@ -167,31 +167,31 @@ class SequenceCandidates(Candidates):
 
     def teacher_scores_of_all(self) -> Tensor:
         """The teacher's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
-        return self.without_hidden(self._teacher.score_all(self._asked))
+        return self.mask_rows(self._teacher.score_all(self._asked))
 
     def student_scores_of_all(self) -> Tensor:
         """The student's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
-        return self.without_hidden(super().student_scores_of_all())
+        return self.mask_rows(super().student_scores_of_all())
 
     def n_allowed(self) -> Tensor:
         """How many items there are for each row, ``[n]``: the catalogue, without padding and hidden ones."""
         whole = super().n_allowed()
-        return whole if self._hidden is None else whole - self._hidden.counts()[self.contexts]
+        return whole if self._masked is None else whole - self._masked.counts()[self.contexts]
 
     def draw(self, n: int, outside: Tensor) -> Tensor:
         """``n`` distinct items per row, uniform over what is neither hidden nor in ``outside``; 0 where there are fewer."""
-        return self._draw(n, outside, self._hidden)
+        return self._draw(n, outside, self._masked)
 
     def positives(self, n: int) -> Tensor:
         """The target, ``[n_contexts, n]``; 0 after it."""
         return torch.nn.functional.pad(self._targets[self.contexts].unsqueeze(1), (0, n - 1))
 
-    def without_hidden(self, rows: Tensor) -> Tensor:
+    def mask_rows(self, rows: Tensor) -> Tensor:
         """Full rows of scores with −inf at the hidden items."""
-        if self._hidden is None:
+        if self._masked is None:
             return rows
         rows = rows.clone()
-        rows[self._hidden.cells(self.contexts)] = -torch.inf
+        rows[self._masked.cells(self.contexts)] = -torch.inf
         return rows
 
     def _with_target(self, lists: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from recbole_rcekd.core.distributed import Ranks
 from recbole_rcekd.core.errors import SettingsError
-from recbole_rcekd.core.random_state import preserved_random_state
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.types import ItemSets, TeacherScores
 from recbole_rcekd.data.contexts import ROW_FIELD, Rows
@@ -27,7 +26,8 @@ from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.models.batch_scores import BatchScores
 from recbole_rcekd.models.product_recorder import Product
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.training.diagnostics import OVERLAP_AT, closure_numbers, distance_to_teacher
+from recbole_rcekd.training.diagnostics import OVERLAP_AT, closure_metrics, distance_to_teacher
+from recbole_rcekd.training.distiller import Distiller
 from recbole_rcekd.training.sequence_candidates import RowTeacher, SequenceCandidates
 
 
@@ -42,14 +42,14 @@ def require_one_side(loss: KDLoss, scorer: ModelScorer) -> None:
         SettingsError: names the key.
     """
     if loss.item_side() is not None and not scorer.scores_users:
-        prefix = type(loss).settings_type.keys()[0].removesuffix("_weight")
+        prefix = loss.prefix()
         raise SettingsError(
             f"[{prefix}_item_weight] teaches which users an item should go to, but {scorer.name} "
             "scores sequences, not users: set it to 0."
         )
 
 
-class SequenceDistiller:
+class SequenceDistiller(Distiller):
     """The KD term of one training run of a sequential student.
 
     Args:
@@ -71,6 +71,9 @@ class SequenceDistiller:
             scored.
     """
 
+    loss: KDLoss
+    needs_rows = True
+
     def __init__(
         self,
         scorer: ModelScorer,
@@ -84,12 +87,9 @@ class SequenceDistiller:
     ) -> None:
         loss.settings.check_catalogue(teaching.n_items - 1)
         require_one_side(loss, scorer)
-        self.loss = loss
+        super().__init__(loss, scorer, seed, ranks)
         self.settings = settings
-        self._scorer = scorer
         self._teaching = teaching.to(scorer.device)
-        self._ranks = ranks = ranks or Ranks()
-        self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
         self._rows = Rows(dataset)
         items = training_pairs(dataset)[1]
         self._popularity = torch.bincount(items, minlength=teaching.n_items).to(scorer.device)
@@ -97,33 +97,24 @@ class SequenceDistiller:
         self._epoch = 0
         self._untuned = loss.tuned
         loss.prepare(self._rows.n, scorer.device)
-        self._watched = self._choose_watched()
+        self._diagnostic_rows = self._choose_diagnostic_rows()
         self._sums: dict[str, float] = defaultdict(float)
-        self.steps = 0
 
-    def begin_epoch(self, epoch: int, n_steps: int) -> None:
-        """Begin to count anew; there is nothing to prepare."""
-        self.steps = 0
+    def _prepare(self, epoch: int, n_steps: int) -> None:
+        """Begin to count anew; candidates are chosen in the steps."""
         self._epoch = epoch
         self._untuned = self.loss.tuned
         self._sums.clear()
 
-    def step(self, batch: Interaction, products: list[Product]) -> Tensor:
-        """The KD loss of one step, the mean over the batch's rows, with gradient.
-
-        Args:
-            batch: this rank's rows, as RecBole's loader gave them.
-            products: what the base loss multiplied with the item table
-                (:meth:`ModelScorer.recording_products`).
-        """
-        self.steps += 1
+    def _kd_loss(self, batch: Interaction, products: Sequence[Product]) -> Tensor:
+        """The mean over the batch's rows, each of which counts once."""
         rows = batch[ROW_FIELD]
         distinct, first = _first_places(rows)
         if len(distinct) < len(
             rows
         ):  # positives and negatives of one row, for models that learn from labels
             rows, batch = distinct, batch[first]
-        student = self._scorer.score_batch(batch, products)
+        student = self._scorer.score_batch(batch, list(products))
         with torch.no_grad():
             lists = self._lists(batch, rows, student)
             if self._untuned:
@@ -158,27 +149,26 @@ class SequenceDistiller:
         scores = student.score_all()
         # What is hidden is hidden from the teacher's opinion; a control has none to hide.
         return self.loss.forward(
-            lists.without_hidden(scores) if self.loss.needs_teacher else scores, sets
+            lists.mask_rows(scores) if self.loss.needs_teacher else scores, sets
         )
 
-    def diagnostics(self) -> dict[str, float]:
-        """How far the student is: as :meth:`UserDistiller.diagnostics`, on the same few rows in every epoch."""
-        found = self.loss.numbers()
+    def _diagnostics(self) -> dict[str, float]:
+        """As of users (:class:`~recbole_rcekd.training.user_distiller.UserDistiller`), of rows."""
+        found = self.loss.metrics()
         found |= {name: total / max(1, self.steps) for name, total in self._sums.items()}
-        if len(self._watched) == 0:
+        if len(self._diagnostic_rows) == 0:
             return found
-        with preserved_random_state(), self._scorer.evaluating():
-            batch = self._rows.inputs(self._watched)
-            student = self._scorer.score_batch(batch, [])
-            scores = student.score_all().float()
-            lists = self._lists(batch, self._watched, student)
-            scores = lists.without_hidden(scores)
-            k = min(OVERLAP_AT, self._teaching.n_items - 1)
-            found |= distance_to_teacher(scores, lists.teacher_top(k))
-            found |= closure_numbers(self.loss, self.loss.select(lists), scores)
+        batch = self._rows.inputs(self._diagnostic_rows)
+        student = self._scorer.score_batch(batch, [])
+        scores = student.score_all().float()
+        lists = self._lists(batch, self._diagnostic_rows, student)
+        scores = lists.mask_rows(scores)
+        k = min(OVERLAP_AT, self._teaching.n_items - 1)
+        found |= distance_to_teacher(scores, lists.teacher_top(k))
+        found |= closure_metrics(self.loss, self.loss.select(lists), scores)
         return found
 
-    def _choose_watched(self) -> Tensor:
+    def _choose_diagnostic_rows(self) -> Tensor:
         n = min(-(-self.settings.kd_diagnostic_users // self._ranks.world), self._rows.n)
         return torch.randperm(self._rows.n, generator=self.generator, device=self.generator.device)[
             :n

@@ -24,9 +24,10 @@ from recbole_rcekd.core.settings import TeacherSettings
 from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
 from recbole_rcekd.data.sequence_dataset import create_dataset
 from recbole_rcekd.models.scorer import require_rankable
-from recbole_rcekd.teachers.load import source_list
+from recbole_rcekd.teachers.load import kind_of, source_list
 from recbole_rcekd.teachers.trajectory import Trajectory, folder_beside, state_files
-from recbole_rcekd.training.config import teacher_config, trajectory_losses
+from recbole_rcekd.training.config import teacher_config
+from recbole_rcekd.training.run_settings import Run
 from recbole_rcekd.training.trainer import recording_trainer
 
 # None changes the teacher that comes out.
@@ -66,7 +67,7 @@ def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
             AttributeError,
             ImportError,
         ) as error:  # it looks among models that need lightgbm, too
-            if not os.path.exists(sources[0]):
+            if not kind_of(sources[0]).is_there(sources[0]):
                 raise SettingsError(
                     f"[teacher] is {given!r}, which is neither a RecBole model (written as in BPR, "
                     "LightGCN) nor a file."
@@ -75,7 +76,7 @@ def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
             require_rankable(model_class)
             return teacher_config(sources[0], config)
     settings.weights_of(sources)
-    missing = [source for source in sources if not os.path.exists(source)]
+    missing = [each for each in sources if not kind_of(each).is_there(each)]
     if len(sources) > 1 and missing:
         raise SettingsError(
             f"[teacher] names {len(sources)} teachers, but there is no file [{missing[0]}]: "
@@ -92,24 +93,24 @@ def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
     return None
 
 
-def require_earlier_states(name: str, config: Any, teacher: Any, settings: TeacherSettings) -> None:
+def require_earlier_states(run: Run, source: Any, teacher: Any, settings: TeacherSettings) -> None:
     """Refuse a method that learns from earlier states of a teacher that has none.
 
     Args:
-        name: of the method.
-        config: of its runs.
+        run: the method's.
+        source: what ``teacher`` names.
         teacher: the Config of a teacher that will be trained, or ``None``.
         settings: of the teacher.
 
     Raises:
         SettingsError: there are no states, and none will be kept.
     """
-    for loss in trajectory_losses(config):
+    for loss in run.losses_of_earlier_states():
         if teacher is None or loss.checkpoints:
-            state_files(loss, source_list(config["teacher"]))
+            state_files(loss, source_list(source))
         elif settings.teacher_checkpoints == 0:
             raise SettingsError(
-                f"[kd_loss] {name} learns from earlier states of the teacher: say with "
+                f"[kd_loss] {run.name} learns from earlier states of the teacher: say with "
                 "[teacher_checkpoints] how many are kept while it is trained, 3 for example."
             )
 

@@ -25,16 +25,17 @@ from recbole.utils import ModelType, get_local_time, get_trainer, set_color
 from recbole_rcekd.compat import without_anomaly_detection
 from recbole_rcekd.compat.loading import fast_batches
 from recbole_rcekd.core.distributed import Ranks, note_checkpoint
-from recbole_rcekd.core.errors import KDError, ScoringError, SettingsError, TeacherError
+from recbole_rcekd.core.errors import KDError, ScoringError, SettingsError
 from recbole_rcekd.core.files import replacing
 from recbole_rcekd.core.types import TeacherScores
-from recbole_rcekd.data.fingerprint import split_hash
 from recbole_rcekd.models.scorer import ModelScorer, require_rankable
-from recbole_rcekd.teachers.load import LoadedTeacher
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.load import as_teacher, require_no_name
 from recbole_rcekd.teachers.trajectory import Trajectory
-from recbole_rcekd.training.config import loss_names, overrides_for, read_kd_settings
+from recbole_rcekd.training.distiller import Distiller
 from recbole_rcekd.training.history import History
-from recbole_rcekd.training.kd_terms import AnyDistiller, KDTermBuilder, Term
+from recbole_rcekd.training.kd_terms import KDTermBuilder, Term
+from recbole_rcekd.training.run_settings import RunSettings, overrides_for
 
 
 class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -150,6 +151,7 @@ class DistillMixin(RecordingMixin):
             :class:`~recbole_rcekd.core.types.TeacherScores` in the student's ids; ``None`` for
               methods that need none.
         seed: of the draws; the Config's ``seed`` unless given.
+        settings: the KD settings; default: those in the Config.
 
     Attributes:
         kd_losses: the losses of the method, by name.
@@ -164,19 +166,17 @@ class DistillMixin(RecordingMixin):
         self,
         config: Any,
         model: Any,
-        teacher: LoadedTeacher | TeacherScores | None,
+        teacher: Teacher | TeacherScores | None,
         seed: int | None = None,
+        settings: RunSettings | None = None,
     ) -> None:
-        self.kd_settings, self.kd_losses = read_kd_settings(config)
-        (self.run_label,) = loss_names(config["kd_loss"] or "rce")
-        for key, value in overrides_for(self.run_label, config).items():  # rce_learning_rate
+        settings = settings or RunSettings.read(config)
+        self.kd_settings, self.kd_losses = settings.common, settings.build_losses()
+        self.run_label = settings.method.file_name
+        for key, value in overrides_for(settings.method, config).items():  # rce_learning_rate
             config[key] = value
         require_rankable(type(model))
-        if isinstance(teacher, (str, os.PathLike)):
-            raise SettingsError(
-                "[teacher] is the name of a file: open it with "
-                f"load_teacher({os.fspath(teacher)!r}, train_data)."
-            )
+        require_no_name(teacher)
         if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(
                 f"{config['model']} is not trained by gradient: it can teach, but not learn."
@@ -200,7 +200,7 @@ class DistillMixin(RecordingMixin):
             update_in_one_pass(self.optimizer)
 
     @property
-    def distiller(self) -> AnyDistiller | None:
+    def distiller(self) -> Distiller | None:
         """Of the first term, while ``fit`` runs."""
         return self.terms[0].distiller if self.terms else None
 
@@ -210,28 +210,35 @@ class DistillMixin(RecordingMixin):
             return super().fit(train_data, *args, **kwargs)
 
     @contextmanager
-    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[AnyDistiller]:
+    def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller]:
         """While this lasts, the model's ``calculate_loss`` includes the KD terms."""
         dataset = train_data._dataset
-        _require_same_data(self.teacher, dataset)
+        teacher = as_teacher(self.teacher, dataset)
+        for part in teacher.parts:
+            part.require_data(dataset)
         scorer = ModelScorer(self.model, dataset, trainable=True)
-        maker = KDTermBuilder(
+        builder = KDTermBuilder(
             scorer,
             dataset,
-            self.teacher,
+            teacher,
             self.kd_settings,
             self.seed,
             self.ranks,
             int(self.epochs),
             show_progress,
         )
-        self.terms = maker.terms(self.kd_losses)
+        self.terms = builder.terms(self.kd_losses)
         self._kd_sums = [torch.zeros((), device=self.device) for _ in self.terms]
-        watched, numbered = maker.watching(self.terms)
+        recording, row_ids = builder.recording(self.terms)
         # Other processes' gradients are averaged by a code that expects dense ones.
         sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
-        with self._learning_parts_of_losses(), sparse, numbered, scorer.shared_forward() as forget:
-            self._wrap_loss(watched, forget)
+        with (
+            self._learning_parts_of_losses(),
+            sparse,
+            row_ids,
+            scorer.shared_forward() as clear_step_memory,
+        ):
+            self._wrap_loss(recording, clear_step_memory)
             try:
                 yield self.terms[0].distiller
             finally:
@@ -241,7 +248,9 @@ class DistillMixin(RecordingMixin):
     def _learning_parts_of_losses(self) -> Iterator[None]:
         """While this lasts, what the losses have of their own is learned as the model is."""
         self._read_parts()
-        parts = list(dict.fromkeys(p for term in self.terms for p in term.loss.parameters()))
+        parts = list(
+            dict.fromkeys(p for term in self.terms for p in term.distiller.loss.parameters())
+        )
         groups = self.optimizer.param_groups
         self._n_own_groups = len(groups)
         if parts:
@@ -262,7 +271,7 @@ class DistillMixin(RecordingMixin):
         for term in self.terms:
             if term.name in learned:
                 try:
-                    term.loss.load_state_dict(learned[term.name])
+                    term.distiller.loss.load_state_dict(learned[term.name])
                 except RuntimeError as error:
                     raise SettingsError(
                         f"[{file}] was learned with other settings of {term.name} than these: "
@@ -282,12 +291,16 @@ class DistillMixin(RecordingMixin):
             super()._save_checkpoint(epoch, verbose, **kwargs)
         finally:
             self.optimizer = optimizer
-        learned = {term.name: part for term in self.terms if (part := term.loss.state_dict())}
+        learned = {
+            term.name: part for term in self.terms if (part := term.distiller.loss.state_dict())
+        }
         if learned and self.ranks.first:
-            with replacing(parts_file(kwargs.get("saved_model_file", self.saved_model_file))) as beside:
+            with replacing(
+                parts_file(kwargs.get("saved_model_file", self.saved_model_file))
+            ) as beside:
                 torch.save(learned, beside)
 
-    def _wrap_loss(self, watched: Any, forget: Any) -> None:
+    def _wrap_loss(self, recording: Any, clear_step_memory: Any) -> None:
         original, base_weight, terms = (
             getattr(self.model, self._loss_name),
             self._base_weight,
@@ -296,7 +309,7 @@ class DistillMixin(RecordingMixin):
         plain = base_weight == 1.0 and all(term.weight == 0.0 for term in terms)
 
         def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
-            forget()
+            clear_step_memory()
             if plain:
                 # Nothing that could shift a random stream or a rounding: plain RecBole, bit for
                 # bit.
@@ -306,10 +319,10 @@ class DistillMixin(RecordingMixin):
             base: Any = None
             products = None
             if base_weight != 0.0:
-                with watched(interaction) as products:
+                with recording(interaction) as products:
                     base = original(interaction, *args, **kwargs)
-            parts = [term.step(interaction, products or []) for term in terms]
-            forget()
+            parts = [term.distiller.step(interaction, products or []) for term in terms]
+            clear_step_memory()
             for place, part in enumerate(parts):
                 self._kd_sums[place] += part.detach()
             kd: Any = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
@@ -382,17 +395,6 @@ class DistillMixin(RecordingMixin):
         return rec is not None and graph is not None and epoch_idx % (rec + graph) >= rec
 
 
-def _require_same_data(teacher: Any, dataset: Any) -> None:
-    """A teacher's lists of unseen items leave the training data out that it was loaded with."""
-    for part in getattr(teacher, "parts", [teacher]):
-        known = getattr(part, "student_dataset", dataset)
-        if known is not dataset and split_hash(known) != split_hash(dataset):
-            raise TeacherError(
-                "[teacher] was loaded with other data than those of this training, so it may know "
-                "the test set: give load_teacher the train_data that fit gets."
-            )
-
-
 def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
     """Adam's update by torch's own one-pass kernel instead of eight passes over the tables: a fifth of an epoch.
 
@@ -445,8 +447,9 @@ class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
         self,
         config: Any,
         model: Any,
-        teacher: LoadedTeacher | TeacherScores | None,
+        teacher: Teacher | TeacherScores | None,
         seed: int | None = None,
+        settings: RunSettings | None = None,
     ) -> None:
         own = get_trainer(config["MODEL_TYPE"], config["model"])
         if own is not Trainer:
@@ -455,7 +458,7 @@ class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
                 "distill_trainer(config)(config, model, teacher) instead of DistillTrainer(config, "
                 "model, teacher)."
             )
-        super().__init__(config, model, teacher, seed)
+        super().__init__(config, model, teacher, seed, settings)
 
 
 def distill_trainer(config: Any) -> type[DistillMixin]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,10 @@ from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.types import ItemSets, Seen, TeacherScores
 from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.losses.candidates import Candidates
+from recbole_rcekd.models.product_recorder import Product
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.training.diagnostics import DiagnosticUsers, closure_numbers
+from recbole_rcekd.training.diagnostics import DiagnosticUsers, closure_metrics
+from recbole_rcekd.training.distiller import Distiller
 
 # Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a
 # full row.
@@ -57,7 +60,7 @@ class _Side:
         self.row_of[self.contexts] = torch.arange(len(self.contexts), device=self.contexts.device)
 
 
-class UserDistiller:
+class UserDistiller(Distiller):
     """The KD term of one training run, or this rank's part of it.
 
     With several ranks each has the sets of its own users only. RecBole averages the ranks'
@@ -75,7 +78,10 @@ class UserDistiller:
         ranks: this process among those that train the student.
         trajectories: earlier states of each teacher, for losses that use them (``teacher`` itself
             is the last of each).
+        user_field: the column of a batch that holds the users.
     """
+
+    loss: KDLoss
 
     def __init__(
         self,
@@ -87,14 +93,14 @@ class UserDistiller:
         seed: int,
         ranks: Ranks | None = None,
         trajectories: Sequence[Sequence[TeacherScores]] = (),
+        user_field: str = "user_id",
     ) -> None:
         loss.settings.check_catalogue(teacher.n_items - 1)
-        self.loss = loss
+        super().__init__(loss, scorer, seed, ranks)
         self._trajectories = trajectories
         self.settings = settings
-        self._scorer = scorer
-        self._ranks = ranks = ranks or Ranks()
-        self.generator = torch.Generator(scorer.device).manual_seed(ranks.seed(seed))
+        self._user_field = user_field
+        ranks = self._ranks
         seen = seen.to(scorer.device)
         contexts = seen.contexts()
         own, counts = ranks.own(contexts), ranks.counts(contexts)
@@ -119,13 +125,12 @@ class UserDistiller:
             )
             side.group = order % settings.kd_refresh_epochs
         self._plans: list[Iterator[tuple[Tensor, float]]] = []
-        n_watched = -(-settings.kd_diagnostic_users // ranks.world)
-        self._watched = DiagnosticUsers(n_watched, own, teacher, self.generator)
-        self.steps = 0
+        n_diagnostic = -(-settings.kd_diagnostic_users // ranks.world)
+        self._diagnostic_users = DiagnosticUsers(n_diagnostic, own, teacher, self.generator)
 
     # -- once per epoch ------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, epoch: int, n_steps: int) -> None:
+    def _prepare(self, epoch: int, n_steps: int) -> None:
         """Renew the lists whose turn it is, and share the users out over the steps."""
         # DiffRec, for example, draws noise in evaluation too; RecBole's random stream stays where
         # it was.
@@ -135,7 +140,6 @@ class UserDistiller:
                     side.loss.tune(self._lists(side, self._some_of(side), epoch))
                 self._refresh(side, epoch)
         self._plans = [self._partition(side, n_steps) for side in self._sides]
-        self.steps = 0
 
     def _refresh(self, side: _Side, epoch: int) -> None:
         if side.sets is None:
@@ -189,19 +193,15 @@ class UserDistiller:
 
     # -- once per step -------------------------------------------------------------------------------------------
 
-    def step(self, users: Tensor) -> Tensor:
-        """The KD loss of one step, a scalar with gradient.
+    def _kd_loss(self, batch: Any, products: Sequence[Product]) -> Tensor:
+        """Who learns is planned (``kd_schedule: users``), or stands in the batch.
 
-        Args:
-            users: the user ids of the training batch (this rank's part), ``[B]``; used by
-                ``kd_schedule: interactions``, for which the ranks tell each other, since a part has
-                users of all ranks.
+        For ``interactions`` the ranks tell each other, since a part of a batch has users of all.
         """
-        self.steps += 1
         terms = []
         for side, plan in zip(self._sides, self._plans, strict=True):
             if self.settings.kd_schedule == "interactions" and side is self._sides[0]:
-                rows, weights = self._rows_of_batch(side, users)
+                rows, weights = self._rows_of_batch(side, batch[self._user_field])
                 term = self._sum(side, rows, weights) if len(rows) else None
             else:
                 rows, mean_length = next(plan)
@@ -258,27 +258,23 @@ class UserDistiller:
 
     # -- diagnostics ---------------------------------------------------------------------------------------------
 
-    def diagnostics(self) -> dict[str, float]:
-        """How far the student is, on the same few users in every epoch.
+    def _diagnostics(self) -> dict[str, float]:
+        """``overlap@50``, ``ndcg@10_to_teacher``, mean ``gamma`` of all users (RCE-KD), closure.
 
-        Returns:
-            ``overlap@50``: share of the teacher's top-50 in the student's; ``ndcg@10_to_teacher``:
-            NDCG of the student's top-10 with the teacher's as truth; ``gamma``: mean mixing weight
-            of all users (RCE-KD); how nearly closed the item sets are now
-            (:func:`~recbole_rcekd.training.diagnostics.closure_numbers`); the loss's own
-            :meth:`~recbole_rcekd.losses.base.KDLoss.numbers`.
+        See :meth:`~recbole_rcekd.training.diagnostics.DiagnosticUsers.distance` and
+        :func:`~recbole_rcekd.training.diagnostics.closure_metrics`; the loss's own
+        :meth:`~recbole_rcekd.losses.base.KDLoss.metrics` stand before them.
         """
-        side = self._sides[0]
-        found = side.loss.numbers()
+        side, users = self._sides[0], self._diagnostic_users
+        found = side.loss.metrics()
         if side.sets is not None and side.sets.gamma is not None:
             found["gamma"] = float(side.sets.gamma.mean())
-        if len(self._watched) == 0:
+        if len(users) == 0:
             return found
-        with preserved_random_state(), self._scorer.evaluating():
-            rows = side.score_all(self._watched.contexts)
-        found |= self._watched.distance(rows)
+        rows = side.score_all(users.contexts)
+        found |= users.distance(rows)
         if side.sets is not None:
-            found |= closure_numbers(side.loss, side.sets.rows(self._watched.places), rows)
+            found |= closure_metrics(side.loss, side.sets.rows(users.places), rows)
         return found
 
 

@@ -27,8 +27,6 @@ from recbole_rcekd import KDError, distill_trainer, load_teacher
 from recbole_rcekd.core.random_state import preserved_random_state
 from recbole_rcekd.data.contexts import is_sequential
 from recbole_rcekd.models import MODELS
-from recbole_rcekd.teachers.load import open_scores as open_original
-from recbole_rcekd.training import kd_terms as terms_module
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller
 from recbole_rcekd.training.user_distiller import UserDistiller
 from tests.conformance.facts import ImpossibleError, forget, prepare, rank_all, reason, train_plain
@@ -289,6 +287,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     """
     used: list[Any] = []
     sets: list[Any] = []
+    open_original = type(teacher).open_scores
     originals = {kind: kind.begin_epoch for kind in (UserDistiller, SequenceDistiller)}
 
     def open_scores(*args: Any, **kwargs: Any) -> Any:
@@ -306,7 +305,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
     )  # of other sources, perhaps
     with (
         inside(folder),
-        mock.patch.object(terms_module, "open_scores", open_scores),
+        mock.patch.object(type(teacher), "open_scores", open_scores),
         mock.patch.object(UserDistiller, "begin_epoch", begin_epoch),
         mock.patch.object(SequenceDistiller, "begin_epoch", begin_epoch),
     ):

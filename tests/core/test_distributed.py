@@ -37,9 +37,16 @@ from recbole_rcekd.quick_start import run_recbole_kd
 from recbole_rcekd.teachers import score_cache as cache
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.teachers.score_cache import DenseScores, FactorScores, open_teacher_scores
-from recbole_rcekd.training.config import read_kd_settings
 from recbole_rcekd.training.user_distiller import UserDistiller
-from tests.helpers import Bundle, block_pairs, build, build_model, train_teacher, write_dataset
+from tests.helpers import (
+    Bundle,
+    block_pairs,
+    build,
+    build_model,
+    read_kd_settings,
+    train_teacher,
+    write_dataset,
+)
 
 ROOT = Path(__file__).parents[2]
 WORLD = 2
@@ -141,7 +148,7 @@ def step_of_a_rank(
         assert isinstance(distiller, UserDistiller)
         distiller.begin_epoch(0, len(bundle.train))
         for _ in range(UNEQUAL_STEP):
-            distiller.step(batch["user_id"])
+            distiller.step(batch)
         rows = []
         original = distiller._sum
 
@@ -151,7 +158,7 @@ def step_of_a_rank(
 
         distiller._sum = noting  # type: ignore[assignment, method-assign]
         trainer.set_reduce_hook()
-        kd = distiller.step(batch["user_id"])
+        kd = distiller.step(batch)
         (kd + trainer.sync_grad_loss()).backward()
         return {
             "gradient": {name: p.grad.clone() for name, p in model.named_parameters()},
@@ -291,7 +298,9 @@ def test_kd_gradients_are_those_of_one_process(
             assert len({len(part["taught"][k]) for part in parts}) == WORLD
         if schedule == "users" or k:
             distiller._plans[k] = iter([(side.row_of[taught], float(len(taught)))])
-    torch.autograd.backward(distiller.step(torch.cat([part["users"] for part in parts])))
+    torch.autograd.backward(
+        distiller.step({"user_id": torch.cat([part["users"] for part in parts])})
+    )
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         for part in parts:

@@ -33,7 +33,8 @@ from recbole_rcekd.losses import CELoss, RCELoss
 from recbole_rcekd.losses.ce import CESettings
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers import ensemble
-from recbole_rcekd.teachers.load import Teachers, load_teacher, open_scores
+from recbole_rcekd.teachers.ensemble import TeacherEnsemble
+from recbole_rcekd.teachers.load import load_teacher
 from recbole_rcekd.training.sequence_candidates import row_teacher_of
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller
 from recbole_rcekd.training.user_distiller import UserDistiller
@@ -424,7 +425,7 @@ def test_the_numbers_of_a_training_are_the_same(kinds: Path, teacher: str, stude
     loaded = load_teacher(sources(kinds, teacher), bundle.train, settings=TeacherSettings(**SKIP))  # type: ignore[arg-type]
     data, settings = bundle.train._dataset, KDSettings(kd_diagnostic_users=10_000)
     scorer = ModelScorer(learner, data)
-    scores = open_scores(loaded, settings, scorer.device)
+    scores = loaded.open_scores(settings)
     loss = CELoss(CESettings(ce_top_k=5))
     told: dict[str, float]
     if model == "BPR":
@@ -451,12 +452,12 @@ def test_asking_some_gives_what_training_asks_of_all(kinds: Path, names: str, ho
     bundle = build(kinds, **IN_TIME)
     settings = TeacherSettings(teacher_missing_users="skip", teacher_ensemble=how)
     loaded = load_teacher(sources(kinds, names), bundle.train, settings=settings)
-    if isinstance(loaded, Teachers):
+    if isinstance(loaded, TeacherEnsemble):
         loaded.weights = [1.0, 2.0, 1.0][: len(loaded.parts)]
     n_users, n_items = int(bundle.dataset.user_num), int(bundle.dataset.item_num)
     asked, known = (
         analysis._Asked(loaded, n_users, n_items),
-        open_scores(loaded, KDSettings(), torch.device("cpu")),
+        loaded.open_scores(KDSettings()),
     )
     users = torch.arange(1, n_users)
     every = torch.arange(n_items).expand(len(users), -1)[:, 1:]
@@ -477,9 +478,9 @@ def test_beyond_what_is_ranked_nothing_is_listed(
     bundle = build(kinds, **IN_TIME)
     settings = TeacherSettings(teacher_ensemble="reciprocal_rank")
     loaded = load_teacher(sources(kinds, "NeuMF+in_time"), bundle.train, settings=settings)
-    assert isinstance(loaded, Teachers)
+    assert isinstance(loaded, TeacherEnsemble)
     users, n_users = torch.arange(1, 41), int(bundle.dataset.user_num)
-    parts = [open_scores(part, KDSettings(), torch.device("cpu")) for part in loaded.parts]
+    parts = [part.open_scores(KDSettings()) for part in loaded.parts]
     known = ensemble.reciprocal_rank(parts, [1.0, 1.0], loaded.seen, longest=5)
     lists = analysis._Asked(loaded, n_users, 61).top_k(users, 20)
     assert torch.equal(lists == 0, known.top_k(users, 20) == 0)

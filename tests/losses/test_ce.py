@@ -90,8 +90,8 @@ def test_authors_numbers(golden: Golden, which: str) -> None:
     prefix = f"ce_{which}_"
     settings = golden.meta[prefix]
     loss = CELoss(
-        CESettings(ce_top_k=settings["kd_K"], ce_temperature=settings["kd_tau"], ce_items=which)
-    )  # type: ignore[arg-type]
+        CESettings(ce_top_k=settings["kd_K"], ce_temperature=settings["kd_tau"], ce_items=which)  # type: ignore[arg-type]
+    )
     users = golden.batch()
     sets = loss.select(golden.lists(users))
     assert torch.equal(sets.items, golden.ids(f"{prefix}top")[users])

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
-from recbole_rcekd.losses import KDLoss, get_loss
+from recbole_rcekd.losses import KDLoss
+from recbole_rcekd.losses.methods import find_loss
 from recbole_rcekd.teachers.score_file import ListedScores
 from tests.tables import World, make_world
 
@@ -480,6 +481,6 @@ def test_unknown_loss() -> None:
     with pytest.raises(
         Exception, match=r"\[kd_loss\] names 'rcee', which is not a loss. Did you mean \[rce\]\?"
     ):
-        get_loss("rcee")
+        find_loss("rcee")
     with pytest.raises(Exception, match="scratch"):
-        get_loss("zzzzz")
+        find_loss("zzzzz")

@@ -463,7 +463,7 @@ def test_auto_takes_the_temperature_of_the_smallest_closure_gap(
             fixed = make(rce_sampling_temperature=temperature)
             pair = fixed.closure_sets(fixed.select(world.lists(seed=seed)))
             gaps[temperature] = sum(slow_gap(world, row, *pair) for row in range(8)) / 8
-        found = loss.numbers()["sampling_temperature"]
+        found = loss.metrics()["sampling_temperature"]
         assert gaps[found] == pytest.approx(min(gaps.values()), rel=1e-5)
         assert gaps[found] < max(gaps.values())
         fixed = make(rce_sampling_temperature=found)
@@ -475,9 +475,9 @@ def test_auto_before_it_was_tuned_and_with_nobody_to_look_at_is_the_papers() -> 
     expected = make(rce_sampling_temperature=10).select(world.lists()).items
     assert torch.equal(loss.select(world.lists()).items, expected)
     loss.tune(world.lists(torch.zeros(0, dtype=torch.int64)))
-    assert loss.numbers() == {"sampling_temperature": 10.0}
+    assert loss.metrics() == {"sampling_temperature": 10.0}
     assert not make().tuned
-    assert make().numbers() == {}
+    assert make().metrics() == {}
 
 
 def test_scores_mask_and_weights_are_required() -> None:
@@ -496,7 +496,7 @@ def test_the_end_of_a_short_list_is_no_item() -> None:
             return torch.tensor([[2, 1] + [0] * (k - 2)])
 
     class Terse(Table):
-        def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+        def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
             return torch.tensor([[1] + [0] * (k - 1)])
 
     seen = seen_of([], 2, 6)

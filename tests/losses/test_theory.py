@@ -21,7 +21,7 @@ from recbole_rcekd.core.functional import count_above, soft_cross_entropy
 from recbole_rcekd.core.types import ItemSets
 from recbole_rcekd.losses.ce import CELoss, CESettings
 from recbole_rcekd.losses.fce import FCELoss, FCESettings
-from recbole_rcekd.training.diagnostics import closure_numbers
+from recbole_rcekd.training.diagnostics import closure_metrics
 from tests.reference.ce import softmax
 
 SLACK = 1e-9
@@ -274,7 +274,7 @@ def test_the_reported_gap_closes_the_bound_at_any_temperature(
     gains = softmax(teacher, (items[0] - 1).tolist(), tau)
     assert (
         minus_log_ndcg(gains, ranks(student))
-        <= ce + closure_numbers(loss, sets, rows)["closure_gap"] + SLACK
+        <= ce + closure_metrics(loss, sets, rows)["closure_gap"] + SLACK
     )
 
 
@@ -283,4 +283,4 @@ def test_who_is_not_taught_has_no_closure_gap() -> None:
     items = torch.tensor([[2], [0]])
     sets = ItemSets(items, torch.zeros(2, 1), items != 0)
     rows = torch.tensor([[-torch.inf, 1.0, 0.0]] * 2)
-    assert closure_numbers(loss, sets, rows) == {"closure_gap": pytest.approx(math.log(2))}
+    assert closure_metrics(loss, sets, rows) == {"closure_gap": pytest.approx(math.log(2))}

@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from recbole_rcekd.core.types import ItemSets
+from recbole_rcekd.core.types import ItemSets, TeacherScores
 from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.unkd import UnKDLoss, UnKDSettings, draw_pairs, popularity_groups, quotas
 from recbole_rcekd.teachers.score_file import ListedScores
@@ -180,7 +180,7 @@ def test_fewer_pairs_than_groups() -> None:
     assert sets.items.shape == (6, 2)
 
 
-class Counted:
+class Counted(TeacherScores):
     """A teacher that counts how often it is asked for full rows of whom."""
 
     def __init__(self, world: World) -> None:
@@ -191,7 +191,7 @@ class Counted:
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         raise AssertionError
 
-    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
         raise AssertionError
 
     def score_all(self, contexts: Tensor) -> Tensor:

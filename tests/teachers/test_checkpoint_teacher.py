@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.core.errors import KDError, ScoringError, TeacherError
-from recbole_rcekd.teachers import same_data as training_data
 from recbole_rcekd.data.fingerprint import split_hash, training_interactions
 from recbole_rcekd.teachers import checkpoint_teacher as teacher_module
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher, read_teacher
+from recbole_rcekd.teachers import same_data as training_data
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from tests.helpers import (
     Bundle,
     block_pairs,

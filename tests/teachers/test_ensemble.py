@@ -16,13 +16,8 @@ from torch import Tensor
 
 from recbole_rcekd.core.store import Store
 from recbole_rcekd.core.types import TeacherScores
-from recbole_rcekd.teachers.ensemble import (
-    EnsembleScores,
-    ensemble,
-    moments,
-    reciprocal_rank,
-    standardised,
-)
+from recbole_rcekd.teachers.ensemble import EnsembleScores, ensemble, reciprocal_rank, standardised
+from recbole_rcekd.teachers.rescale import moments
 from recbole_rcekd.teachers.score_cache import DenseScores, FactorScores
 from recbole_rcekd.teachers.score_file import ListedScores
 from tests.tables import seen_of

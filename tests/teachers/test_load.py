@@ -21,11 +21,13 @@ from recbole_rcekd.core.types import TeacherScores
 from recbole_rcekd.data.fingerprint import training_interactions
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher, read_teacher
-from recbole_rcekd.teachers.ensemble import RescaledScores, combined_rows, ensemble, rescaled
-from recbole_rcekd.teachers.load import ScoreFile, Teachers, open_scores, source_list
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, read_teacher
+from recbole_rcekd.teachers.ensemble import TeacherEnsemble, combined_rows, ensemble
+from recbole_rcekd.teachers.load import source_list
+from recbole_rcekd.teachers.rescale import RescaledScores, rescaled
 from recbole_rcekd.teachers.score_cache import DenseScores, FactorScores
-from recbole_rcekd.teachers.score_file import ListedScores
+from recbole_rcekd.teachers.score_file import ListedScores, ScoreFileTeacher
 from recbole_rcekd.training.diagnostics import distance_to_teacher
 from recbole_rcekd.training.user_distiller import UserDistiller
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_atomic_file
@@ -135,8 +137,12 @@ def asked(bundle: Bundle, teacher: Any) -> Tensor:
 def test_several_files_are_one_teacher(folder: Path, student: Bundle, as_list: bool) -> None:
     paths = [folder / "BPR.pth", folder / "a.csv", folder / "LightGCN.pth"]
     teacher = load_teacher(paths if as_list else " , ".join(map(str, paths)), student.train)
-    assert isinstance(teacher, Teachers)
-    assert [type(part) for part in teacher.parts] == [Teacher, ScoreFile, Teacher]
+    assert isinstance(teacher, TeacherEnsemble)
+    assert [type(part) for part in teacher.parts] == [
+        CheckpointTeacher,
+        ScoreFileTeacher,
+        CheckpointTeacher,
+    ]
     assert teacher.name == "BPR + a.csv + LightGCN"
     assert teacher.source == ",".join(map(str, paths))
     assert teacher.weights == [1.0, 1.0, 1.0]
@@ -150,16 +156,16 @@ def test_one_is_itself(folder: Path, student: Bundle) -> None:
         [folder / "a.csv"],
         f"{folder / 'a.csv'},",
     ):
-        assert isinstance(load_teacher(source, student.train), ScoreFile)
+        assert isinstance(load_teacher(source, student.train), ScoreFileTeacher)
     assert isinstance(load_teacher([folder / "BPR.pth"], student.train), Teacher)
 
 
 def test_a_comma_in_a_name(student: Bundle, tmp_path: Path) -> None:
     path = write_scores(tmp_path / "users, items.csv")
     assert source_list(path) == source_list(str(path)) == [str(path)]
-    assert isinstance(load_teacher(str(path), student.train), ScoreFile)
+    assert isinstance(load_teacher(str(path), student.train), ScoreFileTeacher)
     other = write_scores(tmp_path / "b.csv")
-    assert isinstance(load_teacher([path, other], student.train), Teachers)
+    assert isinstance(load_teacher([path, other], student.train), TeacherEnsemble)
     assert source_list("a, b ,c") == ["a", "b", "c"]
 
 
@@ -258,7 +264,7 @@ def test_evaluation_sees_what_is_taught(
     weights = [1.0, 2.0, 0.5][: len(paths)]
     settings = TeacherSettings(teacher_weights=weights, teacher_ensemble=how)
     teacher = load_teacher(paths, student.train, settings=settings)
-    scores = open_scores(teacher, KDSettings(), CPU)
+    scores = teacher.open_scores(KDSettings())
     every = torch.arange(1, int(student.dataset.user_num))
     assert_close(asked(student, teacher), scores.score_all(every))
 
@@ -270,7 +276,7 @@ def test_evaluation_of_rows_sees_what_is_taught(
     save_untrained(other, tmp_path / "x.pth", build_model(other, seed=5))
     teacher = load_teacher([folder / "GRU4Rec.pth", tmp_path / "x.pth"], sequential_student.train)
     dataset = sequential_student.train._dataset
-    scores = open_scores(teacher, KDSettings(), CPU)
+    scores = teacher.open_scores(KDSettings())
     assert scores.n_contexts == len(dataset)
     assert_close(
         teacher.score_rows(dataset.inter_feat), scores.score_all(torch.arange(len(dataset)))
@@ -282,12 +288,13 @@ def test_rows_of_several_processes_may_ask_for_any_user(
 ) -> None:
     """Users belong to a process each, but the rows of a batch are of any user."""
     given: list[Any] = []
-    monkeypatch.setattr("recbole_rcekd.teachers.load.ensemble", lambda *args: given.append(args[5]))
+    monkeypatch.setattr(
+        "recbole_rcekd.teachers.ensemble.ensemble", lambda *args: given.append(args[5])
+    )
     ranks = Ranks(1, 2)
     for bundle in (student, sequential_student):
-        open_scores(
-            load_teacher([folder / "a.csv"] * 2, bundle.train), KDSettings(), CPU, ranks=ranks
-        )
+        teacher = load_teacher([folder / "a.csv"] * 2, bundle.train)
+        teacher.open_scores(KDSettings(), ranks=ranks)
     assert given == [ranks, None]
 
 
@@ -462,7 +469,7 @@ def test_the_diagnostics_know_what_a_file_lists(student: Bundle, tmp_path: Path)
     """A student that agrees with the file is at its teacher, whatever comes after the listed items."""
     path = write_scores(tmp_path / "a.csv", lambda u, i: (u + i) % 6 == 0 and u != 3)
     settings = TeacherSettings(teacher_missing_users="skip")
-    scores = open_scores(load_teacher(path, student.train, settings=settings), KDSettings(), CPU)
+    scores = load_teacher(path, student.train, settings=settings).open_scores(KDSettings())
     seen = training_interactions(student.train._dataset)
     for teacher in (scores, rescaled(scores, "standardised", 2.0)):
         scorer = ModelScorer(build_model(student), student.train._dataset, trainable=True)

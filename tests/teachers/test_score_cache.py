@@ -19,7 +19,8 @@ from recbole_rcekd.core.errors import KDError, TeacherError
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.store import FORMAT, Store
 from recbole_rcekd.core.types import Seen
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher, read_teacher
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, read_teacher
 from recbole_rcekd.teachers.score_cache import (
     DenseScores,
     FactorScores,
@@ -54,7 +55,7 @@ class Trained:
             )
         return path
 
-    def teacher(self, name: str) -> Teacher:
+    def teacher(self, name: str) -> CheckpointTeacher:
         return read_teacher(self.path(name), self.student.train)
 
     def own_scores(self, name: str) -> Tensor:
@@ -84,7 +85,7 @@ def settings(tmp_path: Path, dtype: Any = "float32") -> KDSettings:
     return KDSettings(kd_cache_dir=str(tmp_path / "scores"), kd_cache_dtype=dtype)
 
 
-class Untouchable(Teacher):
+class Untouchable(CheckpointTeacher):
     """A teacher that can be asked for its name, and for nothing that needs the model."""
 
     @property
@@ -96,12 +97,12 @@ class Untouchable(Teacher):
         raise AssertionError("the model was scored")
 
 
-def untouchable(teacher: Teacher) -> Teacher:
+def untouchable(teacher: CheckpointTeacher) -> CheckpointTeacher:
     teacher.__class__ = Untouchable
     return teacher
 
 
-def entry(tmp_path: Path, teacher: Teacher) -> Path:
+def entry(tmp_path: Path, teacher: Teacher | FakeTeacher) -> Path:
     """The folder of the teacher's scores."""
     root = tmp_path / "scores" / teacher.fingerprint
     (folder,) = [path for path in root.iterdir() if path.name.startswith(("factors", "dense"))]
@@ -354,7 +355,7 @@ def test_cache_dir_that_is_a_file(trained: Trained, tmp_path: Path, name: str) -
             open_teacher_scores(trained.teacher(name), settings(tmp_path))
 
 
-class FakeTeacher(Teacher):
+class FakeTeacher:
     """A teacher that scores with a formula, through numpy, where its memory is counted."""
 
     def __init__(self, n_users: int, n_items: int, spoil: dict[int, float] | None = None) -> None:
@@ -364,7 +365,7 @@ class FakeTeacher(Teacher):
         self.for_rows = self.scores_rows = False
         self.seen = Seen.from_pairs(torch.tensor([1]), torch.tensor([1]), n_users, n_items)
         self.spoil = spoil or {}
-        self.__dict__["fingerprint"] = "f" * 32
+        self.fingerprint = "f" * 32
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         return None
@@ -379,6 +380,9 @@ class FakeTeacher(Teacher):
 
     def user_tokens(self, contexts: Tensor) -> list[str]:
         return [f"user-{int(i)}" for i in contexts]
+
+    def release(self) -> None:
+        """There is nothing to give back."""
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

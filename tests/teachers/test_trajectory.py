@@ -22,7 +22,6 @@ from recbole_rcekd.core.settings import KDSettings, TeacherSettings
 from recbole_rcekd.core.types import TeacherScores
 from recbole_rcekd.losses.hetcomp import HetCompLoss, HetCompSettings
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
-from recbole_rcekd.teachers.load import open_scores
 from recbole_rcekd.teachers.safe_load import read_checkpoint
 from recbole_rcekd.teachers.trajectory import (
     StateLists,
@@ -290,7 +289,7 @@ def test_the_states_of_a_teacher(folder: Path, tmp_path: Path, teachers: Path, s
     settings = KDSettings(kd_cache_dir=str(tmp_path / "cache"), kd_teacher_scores=scale)
     dataset = build(folder, "BPR").train._dataset
     teacher = load_teacher(teachers / "a.pth", dataset)
-    scores = open_scores(teacher, settings, CPU)
+    scores = teacher.open_scores(settings)
     (states,) = open_trajectories(
         teacher, scores, HetCompLoss(HetCompSettings()), dataset, settings, CPU
     )
@@ -298,9 +297,9 @@ def test_the_states_of_a_teacher(folder: Path, tmp_path: Path, teachers: Path, s
     assert states[-1] is scores
     users = torch.arange(1, 41)
     for state, number in zip(states, (2, 9, 10), strict=False):
-        expected = open_scores(
-            read_teacher(teachers / "a.trajectory" / f"epoch-{number}.pth", dataset), settings, CPU
-        )
+        expected = read_teacher(
+            teachers / "a.trajectory" / f"epoch-{number}.pth", dataset
+        ).open_scores(settings)
         for k in (5, 20, 3):
             for unseen in (True, False):
                 assert torch.equal(state.top_k(users, k, unseen), expected.top_k(users, k, unseen))

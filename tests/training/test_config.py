@@ -11,15 +11,10 @@ import pytest
 from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.settings import KDSettings, shipped_defaults
 from recbole_rcekd.losses import LOSSES, RCELoss, RRDLoss
-from recbole_rcekd.training.config import (
-    PER_LOSS_KEYS,
-    check_keys,
-    loss_names,
-    overrides_for,
-    read_kd_settings,
-    teacher_config,
-)
-from tests.helpers import build_config
+from recbole_rcekd.losses.methods import Method, read_method, read_methods
+from recbole_rcekd.training.config import teacher_config
+from recbole_rcekd.training.run_settings import PER_LOSS_KEYS, check_keys, overrides_for
+from tests.helpers import build_config, read_kd_settings, write_dataset
 
 # isort: split
 from recbole.config import Config
@@ -27,7 +22,6 @@ from recbole.data import create_dataset, data_preparation
 from recbole.utils import init_seed
 
 from recbole_rcekd.data.fingerprint import split_hash
-from tests.helpers import write_dataset
 
 
 def cli(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
@@ -175,7 +169,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, key: str, value: Any, words: s
     ],
 )
 def test_loss_names(value: Any, names: list[str]) -> None:
-    assert loss_names(value) == names
+    assert [method.name for method in read_methods(value)] == names
 
 
 @pytest.mark.parametrize(
@@ -192,7 +186,7 @@ def test_loss_names(value: Any, names: list[str]) -> None:
 )
 def test_loss_names_that_are_refused(value: Any, words: str) -> None:
     with pytest.raises(SettingsError, match=words):
-        loss_names(value)
+        read_methods(value)
 
 
 @pytest.mark.parametrize("value", ["scratch", "rce,ce", ["scratch", "rce"]])
@@ -273,9 +267,9 @@ def test_overrides_for_one_method(tmp_path: Path) -> None:
     config = build_config(
         tmp_path, weight_decay=0.1, rce_weight_decay=1e-5, rce_epochs=7, scratch_learning_rate=0.5
     )
-    assert overrides_for("rce", config) == {"weight_decay": 1e-5, "epochs": 7}
-    assert overrides_for("scratch", config) == {"learning_rate": 0.5}
-    assert overrides_for("ce", config) == {}
+    assert overrides_for(read_method("rce"), config) == {"weight_decay": 1e-5, "epochs": 7}
+    assert overrides_for(Method("scratch", {}), config) == {"learning_rate": 0.5}
+    assert overrides_for(read_method("ce"), config) == {}
 
 
 @pytest.mark.parametrize("name", ["scratch", *LOSSES])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,18 @@ from recbole_rcekd import distill_trainer, load_teacher
 from recbole_rcekd.core.distributed import Ranks
 from recbole_rcekd.core.errors import SettingsError, TeacherError
 from recbole_rcekd.losses import FitNetLoss
-from recbole_rcekd.training.config import read_kd_settings
+from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.training.embedding_distiller import EmbeddingDistiller, _distinct
 from recbole_rcekd.training.trainer import DistillMixin, parts_file
-from tests.helpers import Bundle, build, build_model, save_untrained, train_teacher, write_dataset
+from tests.helpers import (
+    Bundle,
+    build,
+    build_model,
+    read_kd_settings,
+    save_untrained,
+    train_teacher,
+    write_dataset,
+)
 
 # isort: split
 from recbole.data.interaction import Interaction
@@ -170,13 +177,13 @@ def test_a_step_by_hand(folder: Path, teacher_file: Path, student: str, teacher:
     """Value and gradient, in the total loss too; one propagation serves base loss and both sides."""
     file = teacher_file if teacher == "BPR" else untrained(folder, "LightGCN", embedding_size=6)
     bundle, trainer = make(folder, file, student, fitnet_weight=3.0)
-    model, teacher_model = trainer.model, load_teacher(file, bundle.train).model  # type: ignore[union-attr]
+    model, teacher_model = trainer.model, read_teacher(file, bundle.train).model
     batch = next(iter(bundle.train))
     assert len(set(batch["user_id"].tolist())) < len(batch)
     positive, negative = set(batch["item_id"].tolist()), set(batch["neg_item_id"].tolist())
     assert positive & negative
     with trainer.distilling(bundle.train):
-        loss: Any = trainer.terms[0].loss
+        loss: Any = trainer.terms[0].distiller.loss
         trainer._begin_epoch(0, 1)
         total = model.calculate_loss(batch)
         found = torch.autograd.grad(total, list(model.parameters()))
@@ -330,7 +337,7 @@ def test_several_teachers_have_their_vectors_side_by_side(folder: Path, teacher_
         bundle.config, build_model(bundle), load_teacher([teacher_file, graph], bundle.train)
     )
     trainer.fit(bundle.train, bundle.valid, saved=False)
-    loss: Any = trainer.terms[0].loss
+    loss: Any = trainer.terms[0].distiller.loss
     assert loss.projectors["of_users"].weight.shape == (7 + 4, 4)
     # One that scores sequences has none of users, and so the two together.
     sequences = untrained(folder, "SASRec")
@@ -377,7 +384,7 @@ def test_a_sequential_student_learns_vectors_of_items(folder: Path, student: str
     with trainer.distilling(bundle.train):
         trainer._begin_epoch(0, 1)
         batch = next(iter(bundle.train))
-        torch.autograd.backward(trainer.terms[1].step(batch, []))
+        torch.autograd.backward(trainer.terms[1].distiller.step(batch))
         items = torch.unique(batch["item_id"])
         touched = {
             n: p.grad
@@ -437,9 +444,9 @@ def test_parts_are_learned_and_kept_beside_the_checkpoint(
 ) -> None:
     bundle, trainer = make(folder, teacher_file, kd_loss=method, epochs=2)
     with trainer.distilling(bundle.train):
-        before = state(trainer.terms[0].loss)
+        before = state(trainer.terms[0].distiller.loss)
     trainer.fit(bundle.train)  # without validation, every epoch is saved
-    after = state(trainer.terms[0].loss)
+    after = state(trainer.terms[0].distiller.loss)
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     file = Path(trainer.saved_model_file)
@@ -486,11 +493,11 @@ def test_the_checkpoint_is_resumed_by_plain_recbole(
 def test_a_resumed_run_goes_on_with_the_parts(folder: Path, teacher_file: Path) -> None:
     bundle, first = make(folder, teacher_file, epochs=2)
     first.fit(bundle.train)
-    learned = state(first.terms[0].loss)
+    learned = state(first.terms[0].distiller.loss)
     bundle, second = make(folder, teacher_file, epochs=4)
     second.resume_checkpoint(first.saved_model_file)
     with second.distilling(bundle.train):
-        assert same(state(second.terms[0].loss), learned)
+        assert same(state(second.terms[0].distiller.loss), learned)
     second.fit(bundle.train, bundle.valid)
     assert [row["epoch"] for row in second.history.rows] == [2, 3]
     bundle, other = make(folder, teacher_file, epochs=4, fitnet_projector="mlp")
@@ -523,7 +530,9 @@ def test_methods_of_scores_leave_no_parts(folder: Path, teacher_file: Path) -> N
 # --- sums ---------------------------------------------------------------------------------------------------
 
 
-def test_a_sum_is_the_base_loss_and_each_term(folder: Path, teacher_file: Path) -> None:
+def test_a_sum_is_the_base_loss_and_each_term(
+    folder: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys: dict[str, Any] = {
         "kd_loss": "rce+fitnet+vkd",
         "rce_weight": 2.0,
@@ -536,13 +545,13 @@ def test_a_sum_is_the_base_loss_and_each_term(folder: Path, teacher_file: Path) 
     base = trainer.model.calculate_loss(batch)
     values: list[Tensor] = []
     with trainer.distilling(bundle.train):
-        for place, term in enumerate(trainer.terms):
+        for term in trainer.terms:
 
-            def noted(*given: Any, step: Any = term.step) -> Tensor:
+            def noted(*given: Any, step: Any = term.distiller.step) -> Tensor:
                 values.append(step(*given))
                 return values[-1]
 
-            trainer.terms[place] = dataclasses.replace(term, step=noted)
+            monkeypatch.setattr(term.distiller, "step", noted)
         trainer._begin_epoch(0, 1)
         total = trainer.model.calculate_loss(batch)
     assert [term.name for term in trainer.terms] == ["rce", "fitnet", "vkd"]
@@ -550,7 +559,9 @@ def test_a_sum_is_the_base_loss_and_each_term(folder: Path, teacher_file: Path) 
     torch.testing.assert_close(total, base + 2.0 * values[0] + 0.5 * values[1])
 
 
-def test_the_numbers_of_each_term(folder: Path, teacher_file: Path) -> None:
+def test_the_numbers_of_each_term(
+    folder: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys: dict[str, Any] = {"kd_loss": "rce+fitnet", "rce_weight": 2.0, "fitnet_weight": 0.5}
     bundle, trainer = make(folder, teacher_file, epochs=2, **keys)
     trainer.fit(bundle.train, bundle.valid)

@@ -17,7 +17,8 @@ from recbole_rcekd.data.contexts import ROW_FIELD
 from recbole_rcekd.data.sequence_dataset import create_dataset, training_pairs
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.teachers.checkpoint_teacher import Teacher
+from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher
 from recbole_rcekd.teachers.score_cache import (
     DenseScores,
     FactorScores,
@@ -437,7 +438,9 @@ def test_rows_are_scored_once(
     teacher, scores = taught(tmp_path / "x.pth", student, tmp_path)
     every = torch.arange(scores.n_contexts)
     with monkeypatch.context() as patch:
-        patch.setattr(Teacher, "model", property(lambda self: pytest.fail("the model was built")))
+        patch.setattr(
+            CheckpointTeacher, "model", property(lambda self: pytest.fail("the model was built"))
+        )
         again, found = taught(tmp_path / "x.pth", built(folder, "SASRec"), tmp_path)
         assert torch.equal(found.score_all(every), scores.score_all(every))
         assert again.fingerprint == teacher.fingerprint

@@ -175,7 +175,7 @@ def test_teacher_scores(general: bool, scene: Scene) -> None:
         1, N_ITEMS, (len(scene.batch), 4), generator=torch.Generator().manual_seed(1)
     )
     cells, everything = lists.teacher_scores(items), lists.teacher_scores_of_all()
-    student = lists.without_hidden(scene.student)
+    student = lists.mask_rows(scene.student)
     for place in range(len(scene.batch)):
         scores, hidden = scene.teacher_row(place, general), scene.hidden(place, general)
         assert cells[place].tolist() == [scores[i] for i in items[place].tolist()]
@@ -210,9 +210,7 @@ def test_an_estimated_normaliser_with_everything_in_its_sample_is_that_of_what_i
     estimated = FCELoss(FCESettings(fce_top_k=3, fce_normaliser="sampled", fce_samples=N_ITEMS))
     sets = estimated.select(lists)
     found = estimated.forward(student.gather(1, sets.items), sets)
-    torch.testing.assert_close(
-        found, whole.forward(lists.without_hidden(student), whole.select(lists))
-    )
+    torch.testing.assert_close(found, whole.forward(lists.mask_rows(student), whole.select(lists)))
 
 
 # --- what a teacher says nothing of -------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from recbole_rcekd.losses.rrd import RRDSettings
 from recbole_rcekd.losses.softmax import SoftmaxLoss, SoftmaxSettings
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
-from recbole_rcekd.teachers.load import ScoreFile, Teachers, open_scores
+from recbole_rcekd.teachers.ensemble import TeacherEnsemble
 from recbole_rcekd.teachers.score_cache import FactorScores
+from recbole_rcekd.teachers.score_file import ScoreFileTeacher
 from recbole_rcekd.training.sequence_candidates import SequenceCandidates, row_teacher_of
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller, _first_places
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_dataset
@@ -358,7 +359,7 @@ def test_diagnostics_against_plain_loops(folder: Path, general: bool) -> None:
     dataset = bundle.train._dataset
     model.eval()
     overlaps, k = [], int(dataset.item_num) - 1
-    rows = dataset[distiller._watched]
+    rows = dataset[distiller._diagnostic_rows]
     with torch.no_grad():
         scores = model.full_sort_predict(rows)
     seen = training_interactions(dataset)
@@ -368,7 +369,7 @@ def test_diagnostics_against_plain_loops(folder: Path, general: bool) -> None:
         hidden = set(seen.cells(torch.tensor([user]))[1].tolist()) - {target} if general else set()
         allowed = [i for i in range(1, k + 1) if i not in hidden]
         opinion = teacher_of(dataset, general).scores[
-            user if general else int(distiller._watched[row])
+            user if general else int(distiller._diagnostic_rows[row])
         ]
         theirs, mine = (sorted(allowed, key=lambda i: -float(s[i])) for s in (opinion, scores[row]))
         gains = [1 / np.log2(rank + 2) for rank in range(10)]
@@ -414,7 +415,7 @@ def test_a_loss_is_tuned_on_the_first_batch_of_each_epoch(folder: Path, general:
             taught_step(distiller, model, batch)
     assert calls == [min(64, len(batch))] * 2
     found = distiller.diagnostics()
-    assert found["sampling_temperature"] == loss.numbers()["sampling_temperature"] < 1000.0
+    assert found["sampling_temperature"] == loss.metrics()["sampling_temperature"] < 1000.0
     assert 0.0 < found["blockers_covered"] <= 1.0
     assert found["closure_gap"] <= found["closure_gap_unsampled"]
 
@@ -575,15 +576,13 @@ def test_every_process_has_the_lists_of_all_users(folder: Path, how: Any) -> Non
             for item in range(1, N_ITEMS + 1)
         ]
         file.write_text("\n".join(["user_id,item_id,score", *lines]), encoding="utf-8")
-        parts.append(ScoreFile(str(file), dataset, TeacherSettings()))
-    several = Teachers(parts, [1.0, 1.0], TeacherSettings(teacher_ensemble=how))
+        parts.append(ScoreFileTeacher(str(file), dataset, TeacherSettings()))
+    several = TeacherEnsemble(parts, [1.0, 1.0], TeacherSettings(teacher_ensemble=how))
     settings, users = (
         KDSettings(kd_cache_dir=str(Path.cwd() / "scores")),
         torch.arange(1, N_USERS + 1),
     )
-    alone = open_scores(several, settings, torch.device("cpu")).top_k(users, 5, True)
-    second = open_scores(
-        several, settings, torch.device("cpu"), ranks=Ranks(rank=1, world=2)
-    ).top_k(users, 5, True)
+    alone = several.open_scores(settings).top_k(users, 5, True)
+    second = several.open_scores(settings, ranks=Ranks(rank=1, world=2)).top_k(users, 5, True)
     assert torch.equal(second, alone)
     assert alone.all()

@@ -262,7 +262,7 @@ def test_a_step_adds_the_weighted_loss_and_stays_a_scalar(
     with trainer.distilling(bundle.train) as distiller:
         assert isinstance(distiller, UserDistiller)
         distiller.begin_epoch(0, 2)
-        kd = distiller.step(batch["user_id"])
+        kd = distiller.step(batch)
         total = trainer.model.calculate_loss(batch)
     assert total.shape == base.shape == ()
     torch.testing.assert_close(total, base + 3.0 * kd)

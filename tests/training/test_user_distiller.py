@@ -93,6 +93,8 @@ class Student:
 
 @dataclass(frozen=True)
 class ProbeSettings(LossSettings):
+    prefix = "probe"
+
     probe_weight: float = setting(1.0)
 
 
@@ -137,8 +139,9 @@ def make(
     )
 
 
-def no_batch() -> Tensor:
-    return torch.zeros(0, dtype=torch.int64)
+def no_batch() -> dict[str, Tensor]:
+    """Who learns is planned: nobody looks into the batch."""
+    return {}
 
 
 # --- kd_schedule: users -------------------------------------------------------------------------------------
@@ -187,7 +190,9 @@ def test_a_step_is_the_mean_over_its_users() -> None:
     distiller.begin_epoch(0, 3)
     for size in (7, 7, 6):  # 20 users in 3 steps
         probe.taught = []
-        step = distiller.step(torch.tensor([1, 2, 3]))  # who stands in the batch does not matter
+        step = distiller.step(
+            {"user_id": torch.tensor([1, 2, 3])}
+        )  # who stands in the batch does not matter
         assert len(probe.taught) == size
         naive = (
             sum((student.users[u] @ student.items[u] for u in probe.taught), torch.zeros(())) / size
@@ -228,7 +233,7 @@ def test_interactions_is_the_mean_over_rows_of_the_batch(batch: list[int]) -> No
     distiller = make(CELoss(CESettings(ce_top_k=6)), student, kd_schedule="interactions")
     distiller.begin_epoch(0, 3)
     student.asked = []
-    step = distiller.step(torch.tensor(batch))
+    step = distiller.step({"user_id": torch.tensor(batch)})
     rows = [u for u in batch if u != 0]
     assert student.asked == [
         sorted(set(rows))
@@ -246,7 +251,7 @@ def test_padding_and_users_without_training_items_are_never_taught(schedule: str
     distiller.begin_epoch(0, 4)
     everyone = torch.arange(N_USERS)
     for _ in range(8):
-        distiller.step(everyone)
+        distiller.step({"user_id": everyone})
     assert set(probe.taught) == set(probe.selected) == set(USERS)
 
 
@@ -254,7 +259,7 @@ def test_a_batch_of_nobody_is_zero() -> None:
     distiller = make(Probe(), kd_schedule="interactions")
     distiller.begin_epoch(0, 1)
     for batch in ([0, 0], [*WITHOUT], []):
-        assert float(distiller.step(torch.tensor(batch, dtype=torch.int64))) == 0.0
+        assert float(distiller.step({"user_id": torch.tensor(batch, dtype=torch.int64)})) == 0.0
 
 
 # --- refresh ------------------------------------------------------------------------------------------------
@@ -313,7 +318,9 @@ def course(loss: KDLoss, seed: int, **settings: Any) -> list[float]:
     values = []
     for epoch in range(2):
         distiller.begin_epoch(epoch, 2)
-        values += [float(distiller.step(torch.tensor(USERS)).detach()) for _ in range(2)]
+        values += [
+            float(distiller.step({"user_id": torch.tensor(USERS)}).detach()) for _ in range(2)
+        ]
         distiller.diagnostics()
     return values
 
@@ -331,7 +338,7 @@ def test_draws_follow_the_seed_and_nothing_else(loss: KDLoss, schedule: Any) -> 
     distiller = make(loss, student, seed=5, kd_schedule=schedule, kd_diagnostic_users=3)
     torch.set_rng_state(before[2])  # the tables of this test are drawn from the global stream
     distiller.begin_epoch(0, 2)
-    distiller.step(torch.tensor(USERS))
+    distiller.step({"user_id": torch.tensor(USERS)})
     distiller.begin_epoch(1, 2)
     distiller.diagnostics()
     assert random.getstate() == before[0]
@@ -552,7 +559,7 @@ class Tuned(Probe):
         assert not self.selected or self.tuned_on
         self.tuned_on.append(lists.contexts.tolist())
 
-    def numbers(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         return {"times": float(len(self.tuned_on))}
 
 
