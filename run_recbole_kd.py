@@ -5,7 +5,7 @@ import sys
 try:
     from recbole_rcekd.cli import main
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}. Install first, in this folder: pip install -c constraints.txt -e .")
+    sys.exit(f"{error}. README.md says how to install.")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,13 +1,13 @@
-"""How nearly closed RCE-KD's sampled sets are, by the number of samples L and the sampling temperature T.
+r"""The closure of RCE-KD's sampled sets, by the number of samples L and the temperature T.
 
     python benchmarks/closure.py --dataset=citeulike-t --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth \
         --config_file=properties/reproduce/citeulike_mf.yaml
 
-One student is distilled; after some epochs, sets are drawn for the same users with each L and T,
-from the student as it stands then. J is what the student misses of the teacher's top-K, A = J and
-the samples. Shown are the mean closure gap Δ(A) in nats and, of all pairs of a missed item and an
-item that the student puts above it, the share in A.
+One student is distilled. After some epochs, sets are drawn for the same users with each L and T,
+from the student as it is then. J is the teacher's top-K without the student's top-K; A is J and the
+samples. The table shows the mean closure gap Δ(A) in nats, and the share of the blockers that are
+in A: a blocker is an item that the student ranks above an item of J.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNIFORM = 1e9
 
 
 def main() -> None:
-    """Parse, train, measure, print."""
+    """Train a student, and print a table after some epochs."""
     parser = options_of(__doc__)
     parser.add_argument(
         "--config_file", required=True, help="a property file, as of run_recbole_kd.py"
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def show(n_epochs: int, lists: Candidates, settings: RCESettings, options: Any) -> None:
-    """Print the table of the student as it stands, and what ``auto`` makes of it."""
+    """Print the table of the student as it is now, and the temperature that ``auto`` chooses."""
     rows = lists.student_scores_of_all()
     samples = [int(n) for n in options.samples.split(",")]
     table = []

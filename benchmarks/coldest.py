@@ -2,11 +2,11 @@
 
     python benchmarks/coldest.py saved/teacher-VBPR-….pth saved/BPR-….pth --data_path=DATA
 
-Every checkpoint is opened with its own Config, so with its own split; the whole catalogue is ranked
-for each test user, the user's training and validation items masked, as RecBole does. The coldest
-fifth are the items with the fewest training interactions, among all that occur in the data (ties in
-the order of the ids). For the second pair of columns the ranking is the same, but only test
-interactions with cold items are relevant; users who have none are left out.
+Every checkpoint is opened with its own Config, and so with its own split. The whole catalogue is
+ranked for each test user, with the user's training and validation items masked, as in RecBole. The
+coldest fifth are the items with the fewest training interactions, among all that occur in the data
+(ties in the order of the ids). In its rows of the table the ranking is the same, but only test
+interactions with cold items are relevant; users without any are left out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NDCG_AT, RECALL_AT = 10, 20
 
 
 class Opened(NamedTuple):
-    """A checkpoint's model, and the data it was trained and is tested on."""
+    """A checkpoint's model, and its training and test data."""
 
     model: Any
     dataset: Any
@@ -38,7 +38,7 @@ class Opened(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Means over the users with at least one relevant item, and how many users and relevant items there are."""
+    """Means over the users with relevant items, and the numbers of users and relevant items."""
 
     ndcg: float
     recall: float
@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
 
 
 def main() -> None:
-    """Parse, rank, print."""
+    """Rank for each checkpoint and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -56,7 +56,7 @@ def main() -> None:
         "--data_path", help="where datasets are, if not where they were in training"
     )
     options = parser.parse_args()
-    sys.argv = sys.argv[:1]  # RecBole reads it
+    sys.argv = sys.argv[:1]  # RecBole would read the arguments
     rows = []
     for path in options.checkpoints:
         opened = open_checkpoint(path, options.data_path)
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def open_checkpoint(path: str, data_path: str | None = None) -> Opened:
-    """As RecBole's ``load_data_and_model``, with another data path if wanted."""
+    """The same as RecBole's ``load_data_and_model``, but the data path may be another one."""
     content = read_checkpoint(path)
     config = content["config"]
     if data_path is not None:
@@ -106,7 +106,7 @@ def open_checkpoint(path: str, data_path: str | None = None) -> Opened:
 
 
 def coldest_fifth(opened: Opened) -> Tensor:
-    """``[n_items]``: whether an item is among the fifth with the fewest training interactions."""
+    """Bool ``[n_items]``: whether an item is in the fifth with the fewest training interactions."""
     field, n_items = opened.dataset.iid_field, int(opened.dataset.item_num)
     known = torch.unique(opened.dataset.inter_feat[field])
     counts = torch.bincount(opened.train._dataset.inter_feat[field], minlength=n_items)[known]
@@ -115,7 +115,7 @@ def coldest_fifth(opened: Opened) -> Tensor:
 
 
 def measure(opened: Opened) -> tuple[Metrics, Metrics]:
-    """The metrics with all test items relevant, and with the coldest fifth alone."""
+    """The metrics with all test items relevant, and with those of the coldest fifth only."""
     cold = coldest_fifth(opened)
     top, relevant = (torch.cat(parts) for parts in zip(*ranked(opened), strict=True))
     return metrics_of(top, relevant), metrics_of(top, relevant & cold)
@@ -123,7 +123,10 @@ def measure(opened: Opened) -> tuple[Metrics, Metrics]:
 
 @torch.no_grad()
 def ranked(opened: Opened) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per batch of test users their best items ``[n, K]``, best first, and which items are relevant ``[n, n_items]``."""
+    """For each batch of test users, their top-K ``[n, K]`` and their relevant items.
+
+    The second is bool ``[n, n_items]``.
+    """
     for interaction, history, users, items in opened.test:
         scores = (
             opened.model.full_sort_predict(interaction.to(opened.model.device))
@@ -139,7 +142,7 @@ def ranked(opened: Opened) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def metrics_of(top: Tensor, relevant: Tensor) -> Metrics:
-    """NDCG and recall as RecBole defines them: binary gains, the ideal list as long as there are relevant items."""
+    """NDCG and recall as in RecBole: gains are binary, the ideal list has all relevant items."""
     counts = relevant.sum(1)
     used = counts > 0
     counts, hits = counts[used], relevant[used].gather(1, top[used]).double()

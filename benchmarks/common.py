@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, data, trainers, and a line that says on what they ran."""
+"""What the benchmarks share: options, data, trainers, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from recbole.utils import get_model, get_trainer, init_seed
 from recbole_rcekd.data.sequence_dataset import create_dataset
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
-from recbole_rcekd.training.trainer import distill_trainer, recording_trainer, update_in_one_pass
+from recbole_rcekd.training.optimizer import update_in_one_pass
+from recbole_rcekd.training.recording import recording_trainer
+from recbole_rcekd.training.trainer import distill_trainer
 
 READY_SPLIT = Path(__file__).parent.parent / "properties" / "dataset" / "ready_split.yaml"
 PLAIN, PLAIN_FASTER = "plain RecBole", "plain, our batches and update"
 
 
 def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with what every benchmark on real data asks for."""
+    """A parser with the options of every benchmark on real data."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,7 +49,10 @@ def options_of(description: str | None, **defaults: Any) -> argparse.ArgumentPar
 
 
 def start(options: argparse.Namespace) -> str:
-    """Leave the command line to us (RecBole's Config reads it), work in a folder of its own; returns that folder."""
+    """Change to a new folder, and return it.
+
+    The arguments are removed from ``sys.argv``, because RecBole's Config would read them.
+    """
     sys.argv = sys.argv[:1]
     for place in ("data_path", "teacher"):
         if getattr(options, place, None):
@@ -58,7 +63,7 @@ def start(options: argparse.Namespace) -> str:
 
 
 def machine() -> str:
-    """The machine and the versions, for the line above a table."""
+    """The machine and the versions, to print above a table."""
     return (
         f"{os.cpu_count()} cores, {torch.get_num_threads()} thread(s), {platform.machine()}, torch "
         f"{torch.__version__}, Python {platform.python_version()}"
@@ -66,7 +71,7 @@ def machine() -> str:
 
 
 class Data(NamedTuple):
-    """One split, and the Config it was made with."""
+    """One split, and the Config that it was made with."""
 
     config: Any
     train: Any
@@ -75,7 +80,7 @@ class Data(NamedTuple):
 
 
 def config_of(options: argparse.Namespace, files: list[str] | None = None, **extra: Any) -> Any:
-    """A stock Config; progress bars and messages off."""
+    """RecBole's Config without progress bars and messages."""
     given = {"embedding_size": options.embedding_size, "show_progress": False, "state": "WARNING"}
     files = list(files or [])
     if options.data_path:
@@ -96,7 +101,11 @@ def read_data(config: Any) -> Data:
 def make_trainer(
     name: str, options: argparse.Namespace, data: Data, teacher: Teacher | None, config: Any
 ) -> Any:
-    """RecBole's own trainer, that with our batches and update, or a distilling one (``name`` is the loss then)."""
+    """A trainer by its name.
+
+    It is RecBole's own trainer, the same with our batches and update, or a distilling one; then
+    ``name`` is the loss.
+    """
     init_seed(0, True)
     model = get_model(options.model)(config, data.train._dataset).to(config["device"])
     if name == PLAIN:
@@ -117,13 +126,13 @@ def teacher_for(options: argparse.Namespace, data: Data, names: list[str]) -> Te
 
 
 def peak_of_this_process() -> float:
-    """Peak resident memory in MiB. Not ``ru_maxrss``: a child inherits its parent's peak in that."""
+    """Peak resident memory in MiB, not ``ru_maxrss``, where a child inherits its parent's peak."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def median_seconds(function: Callable[[], object], repeats: int = 15) -> float:
-    """Median of some repeats, after one that is not counted."""
+    """Median of some repeats, after one that does not count."""
     function()
     times = []
     for _ in range(repeats):

@@ -1,14 +1,14 @@
-"""What distillation costs: seconds per training epoch and peak memory, each loss against plain RecBole.
+r"""Time per training epoch and peak memory of each loss, compared with plain RecBole.
 
     python benchmarks/epoch.py --dataset=citeulike-t --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth
 
-All methods train side by side in one process, one epoch each in turn, so that a slow moment of the
-machine meets them all; the medians of their epochs are divided. Peak memory needs a process of its
-own per method. Default settings throughout.
+All methods train in one process, one epoch each in turn, so that a slow moment of the machine
+affects them all. The ratio is of the medians of their epochs. For the peak memory each method has a
+process of its own. All settings have their defaults.
 
-Distilled runs use faster batches and a faster update than plain RecBole (same batches, same
-formula); a row of its own shows the student alone with these two.
+Distilled runs make batches and updates faster than plain RecBole (same batches, same formula). One
+row of the table shows the student without a teacher but with these two.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tabulate import tabulate
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Measure and print the table."""
     parser = options_of(__doc__)
     parser.add_argument("--losses", default="rce,ce,cd,rrd")
     parser.add_argument(
@@ -86,7 +86,10 @@ def main() -> None:
 
 
 def epochs_of(options: argparse.Namespace, names: list[str], epochs: int) -> dict[str, list[float]]:
-    """Training seconds of each epoch (lists, loss and diagnostics included), methods taking turns."""
+    """Seconds of each training epoch of each method, with candidates, loss and diagnostics.
+
+    The methods train one epoch each in turn.
+    """
     data = read_data(config_of(options))
     teacher = teacher_for(options, data, names)
     seconds: dict[str, list[float]] = {name: [] for name in names}

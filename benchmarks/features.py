@@ -3,11 +3,11 @@
     python benchmarks/features.py --source=../shared/data/ml-100k-mm --out=DATA
     python benchmarks/features.py --source=../shared/data/citeulike-t --out=DATA
 
-Each writes the folder DATA/<dataset>: the .inter files of the source, linked, and for each kind of
-vectors a file ``<dataset>.text`` (columns tid, text_vec) or ``<dataset>.image`` (vid, image_vec).
-ml-100k-mm comes with vectors of both kinds (row = item token − 1). citeulike-t comes with word
-counts (row = item token): they are weighted by TF-IDF, every item scaled to length 1, and reduced
-to ``--size`` dimensions by a truncated singular value decomposition.
+Each command writes the folder DATA/<dataset>. It has links to the .inter files of the source, and
+for each kind of vectors a file ``<dataset>.text`` (columns tid, text_vec) or ``<dataset>.image``
+(vid, image_vec). ml-100k-mm has vectors of both kinds (row = item token − 1). citeulike-t has word
+counts (row = item token). They are weighted by TF-IDF, scaled to length 1 for each item, and
+reduced to ``--size`` dimensions by a truncated singular value decomposition.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = {"text": ("tid", "text_vec"), "image": ("vid", "image_vec")}
 
 
 def main() -> None:
-    """Parse, read, write."""
+    """Read the source and write the files."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,7 +54,10 @@ def main() -> None:
 
 
 def reduced(counts: Any, size: int) -> np.ndarray[Any, Any]:
-    """TF-IDF ``(1 + log tf) · log(n / df)`` with rows of length 1, then their ``size`` leading components ``U Σ``."""
+    """The ``size`` leading components ``U Σ`` of TF-IDF weights with rows of length 1.
+
+    The weights are ``(1 + log tf) · log(n / df)``.
+    """
     weights = scipy.sparse.csr_matrix(counts, dtype=np.float64)
     weights.eliminate_zeros()
     documents = np.bincount(weights.indices, minlength=weights.shape[1])
@@ -69,7 +72,7 @@ def reduced(counts: Any, size: int) -> np.ndarray[Any, Any]:
 
 
 def write(path: Path, kind: str, vectors: np.ndarray[Any, Any], first_token: int) -> None:
-    """One atomic file; an item whose vector is zero gets no row."""
+    """Write one atomic file; an item whose vector is zero gets no row."""
     id_field, field = KINDS[kind]
     with path.open("w", encoding="utf-8") as file:
         file.write(f"{id_field}:token\t{field}:float_seq\n")

@@ -1,14 +1,18 @@
-"""A million users and a million items on one machine: teacher scores, list refresh, training steps, memory.
+"""The cost of a million users and a million items on one machine.
 
     python benchmarks/million.py --sizes=100000,1000000 --steps=1000 [--loss=fce]
 
-Synthetic: as many users as items, 20 interactions a user, teacher and student (a RecBole BPR) of 32
-dimensions with random tables, RCE-KD with its defaults. For each size: the teacher's scores written
-to the cache, the lists of 1 % of the users renewed (teacher's and student's), training steps (2,048
-rows, uniform negatives, Adam) with and without the KD term for the users whose lists were made, and
-the peak memory of the process, one process per size. ``--loss=fce`` takes CE over the catalogue
-with an estimated normaliser instead. RecBole's own loading is left out: reading 20 million rows
-takes it longer than all of this.
+The data are synthetic: as many users as items, and 20 interactions a user. Teacher and student (a
+RecBole BPR) have random tables of 32 dimensions. The method is RCE-KD with its defaults, or with
+``--loss=fce`` the cross-entropy over the catalogue with an estimated normaliser. For each size,
+these are measured in a process of its own:
+
+* writing the teacher's scores to the cache, and reading them;
+* making the candidates of 1 % of the users, from the teacher's and the student's top-K;
+* training steps (2,048 rows, uniform negatives, Adam) with and without the KD term of these users;
+* the peak memory.
+
+Reading the data with RecBole is left out: for 20 million rows it takes longer than all of this.
 """
 
 from __future__ import annotations
@@ -40,8 +44,8 @@ from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.models.scorer import ModelScorer
-from recbole_rcekd.teachers.score_cache import FactorScores
-from recbole_rcekd.training.trainer import update_in_one_pass
+from recbole_rcekd.teachers.score_tables import FactorScores
+from recbole_rcekd.training.optimizer import update_in_one_pass
 
 PER_USER, DIMENSIONS, ROWS, TOP_K = 20, 32, 2048, 50
 LOSSES: dict[str, KDLoss] = {
@@ -51,7 +55,7 @@ LOSSES: dict[str, KDLoss] = {
 
 
 def main() -> None:
-    """Parse; a process per size; print."""
+    """Start a process for each size, and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,7 +91,7 @@ def main() -> None:
 
 
 def measure(n: int, steps: int, name: str) -> dict[str, float]:
-    """All figures for ``n`` users and ``n`` items."""
+    """All measurements for ``n`` users and ``n`` items."""
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, float] = {}
@@ -118,8 +122,16 @@ def measure(n: int, steps: int, name: str) -> dict[str, float]:
         source = OwnLists(teacher, taught, teacher_top)
         started, sets = perf_counter(), None
         for part in torch.split(torch.arange(len(taught)), 1024):
-            block = loss.select(Candidates(taught[part], source, ranking, seen, generator))  # type: ignore[arg-type]
-            sets = sets or block.empty_like(n + 1)  # room for everyone, as a run has
+            block = loss.select(
+                Candidates(
+                    taught[part],
+                    source,  # type: ignore[arg-type]
+                    ranking,
+                    seen,
+                    generator,
+                )
+            )
+            sets = sets or block.empty_like(n + 1)  # for all users, as in a run
             sets.put(taught[part], block)
         found["student's list and item set, per user (ms)"] = (
             (perf_counter() - started) / len(taught) * 1e3
@@ -135,7 +147,7 @@ def measure(n: int, steps: int, name: str) -> dict[str, float]:
         optimizer.zero_grad()
         total = model.calculate_loss(Interaction(batch))
         if with_kd:
-            # As many users a step as an epoch of 20 n / 2,048 steps needs to see each once.
+            # So many users a step that an epoch of 20 n / 2,048 steps visits each user once.
             contexts = taught[
                 torch.randint(len(taught), (max(1, ROWS // PER_USER),), generator=generator)
             ]
@@ -160,7 +172,7 @@ def measure(n: int, steps: int, name: str) -> dict[str, float]:
 
 
 class OwnLists:
-    """A teacher whose lists are those of some users only; its scores are the teacher's."""
+    """A teacher that has top-K lists for some users only, made before; it scores all users."""
 
     def __init__(self, teacher: FactorScores, contexts: Tensor, lists: Tensor) -> None:
         self.n_contexts, self.n_items, self.score = (
@@ -173,7 +185,7 @@ class OwnLists:
         self._row[contexts] = torch.arange(len(contexts))
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        """Those made before."""
+        """The lists made before."""
         return self._lists[self._row[contexts], :k]
 
 

@@ -1,4 +1,4 @@
-"""What the parts cost: a list refresh and a KD step in pieces, ours against the plain way, on random tables.
+"""The time of the parts of distillation on random tables, ours compared with plain torch.
 
 python benchmarks/pieces.py
 """
@@ -13,12 +13,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from recbole_rcekd.core.full_softmax import catalogue_cross_entropy, sum_over_blocks
-from recbole_rcekd.core.functional import (
-    draw_without_replacement,
-    is_member,
-    mixed_cross_entropy,
-    picked_products,
-)
+from recbole_rcekd.core.functional import draw_without_replacement, is_member, mixed_cross_entropy
+from recbole_rcekd.core.products import picked_products
 from recbole_rcekd.core.top_k import ProductRanking
 from recbole_rcekd.losses.de import Experts
 
@@ -50,7 +46,7 @@ def main() -> None:
 def pieces(
     n_items: int, d_teacher: int, d_student: int, batch: int, listed: int
 ) -> list[tuple[str, Callable[[], object], Callable[[], object]]]:
-    """(what, the plain way, ours), each for 256 users or one step."""
+    """The name of each part, with a function in plain torch and ours; for 256 users or one step."""
     users, items = torch.randn(256, d_student), torch.randn(n_items, d_student)
     teacher_users, teacher_items = torch.randn(256, d_teacher), torch.randn(n_items, d_teacher)
     sets = torch.randint(1, n_items, (256, listed))
@@ -93,7 +89,7 @@ def pieces(
         sum_over_blocks(step_users, step_items, losses).backward()
 
     experts, vectors = Experts(30, d_student, d_teacher), torch.randn(1000, d_student)
-    # At a temperature of .02 nearly every row has one expert, a few have more.
+    # At a temperature of .02 nearly every row has one expert, and a few rows have more.
     shares = ((torch.randn(1000, 30) - torch.empty(1000, 30).exponential_().log()) / 0.02).softmax(
         1
     )

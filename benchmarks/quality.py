@@ -1,13 +1,13 @@
-"""How soon a distilled student is as good as the student alone ever gets: seconds until its validation score passes.
+r"""The time until a distilled student is better than the student ever gets without a teacher.
 
     python benchmarks/quality.py --dataset=citeulike-t --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-400-citeulike-t.pth \
         --config_file=properties/reproduce/citeulike_mf.yaml
 
-Both train in one process and take turns, an epoch (and its validation) each. The distilled one
-pauses while it is ahead of the best that the student alone has reached so far; it is over when the
-student alone stops improving, by RecBole's own rule, and the distilled one is ahead. Counted is all
-that belongs to a run: training, lists, validation, opening the teacher.
+Both train in one process, one epoch and its validation each in turn. The distilled student pauses
+while its best validation score is above that of the student alone. The benchmark ends when the
+student alone stops by RecBole's early stopping and the distilled one is ahead. The time counts all
+parts of a run: training, candidates, validation and opening the teacher.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from recbole_rcekd.training.run_settings import overrides_for
 
 
 class Run:
-    """A trainer that goes on epoch by epoch, with its clock and its best validation score."""
+    """A trainer that trains epoch by epoch, with its time and its best validation score."""
 
     def __init__(self, trainer: Any, data: Any, clock: float = 0.0) -> None:
         self.trainer, self.data, self.clock = trainer, data, clock
@@ -63,7 +63,7 @@ class Run:
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Train both students and print the table."""
     parser = options_of(__doc__)
     parser.add_argument(
         "--config_file", required=True, help="a property file, as of run_recbole_kd.py"

@@ -1,11 +1,12 @@
-"""What a refresh of lists costs: the top-200 of all users, against the bare product that makes the scores.
+r"""The time of making the top-200 of all users, compared with the product that makes the scores.
 
     python benchmarks/ranking.py --dataset=gowalla --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-300-gowalla.pth
 
-For students of 20 and 64 dimensions, distilled for a few epochs (lists of untrained tables are
-another matter). All lists are exact; the last column counts ids that differ from a full sort in
-float32 (ties and roundings). faiss is measured where it is installed; it is no dependency.
+The students have 20 and 64 dimensions and are distilled for a few epochs first, because untrained
+tables take another time. All lists are exact; the last column counts ids that differ from a full
+sort in float32 (by ties and rounding). faiss is measured if it is installed; this package does not
+need it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ K = 200
 
 
 def main() -> None:
-    """Parse, train, measure, print."""
+    """Train the students, measure, and print the table."""
     parser = options_of(__doc__)
     parser.add_argument("--dims", default="20,64")
     parser.add_argument(
@@ -60,7 +61,8 @@ def tables(options: object) -> tuple[Tensor, Tensor]:
     """The user and item tables of a student after some epochs."""
     config = config_of(options, kd_loss="rce")  # type: ignore[arg-type]
     data = read_data(config)
-    trainer = make_trainer("rce", options, data, teacher_for(options, data, ["rce"]), config)  # type: ignore[arg-type]
+    teacher = teacher_for(options, data, ["rce"])  # type: ignore[arg-type]
+    trainer = make_trainer("rce", options, data, teacher, config)  # type: ignore[arg-type]
     trainer.history.file = None
     with trainer.distilling(data.train):
         for epoch in range(options.epochs):  # type: ignore[attr-defined]
@@ -70,7 +72,7 @@ def tables(options: object) -> tuple[Tensor, Tensor]:
 
 
 def measure(users: Tensor, items: Tensor, who: Tensor) -> list[list[str]]:
-    """One row per way."""
+    """One row of the table for each way to make the lists."""
 
     def score_all(contexts: Tensor) -> Tensor:
         scores = users[contexts] @ items.t()
@@ -84,7 +86,7 @@ def measure(users: Tensor, items: Tensor, who: Tensor) -> list[list[str]]:
     def full_sort() -> Tensor:
         return torch.cat([score_all(part).topk(K).indices for part in who.split(16)])
 
-    # The product is given its best block.
+    # The product is measured with its best size of blocks.
     product = min(
         median_seconds(partial(bare, block), 5)
         for block in (8, 16, CELLS_AT_A_TIME // len(items), 64)
@@ -115,7 +117,7 @@ def measure(users: Tensor, items: Tensor, who: Tensor) -> list[list[str]]:
 
 
 def with_faiss(queries: Tensor, items: Tensor) -> Tensor:
-    """The same by faiss, one thread as the others."""
+    """The same lists by faiss, with as many threads as the others."""
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())

@@ -1,6 +1,8 @@
-"""The tables of results/methods.md from what the runs wrote: one folder per method with result.json and tuning.json.
+"""The tables of results/methods.md, from a folder with one folder for each method.
 
-python benchmarks/recorded.py results/methods/gowalla
+    python benchmarks/recorded.py results/methods/gowalla
+
+The folder of a method has the files result.json and tuning.json that its runs wrote.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ METRICS = ("ndcg@10", "ndcg@20", "recall@10", "recall@20")
 
 
 def main() -> None:
-    """Parse, read, print."""
+    """Read the folders and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,24 +43,28 @@ def main() -> None:
 
 
 def table(rows: list[list[str]], header: list[str], texts: int = 2) -> str:
-    """Markdown; all but the first columns are numbers."""
+    """A table in Markdown; the first ``texts`` columns are texts, the others numbers."""
     align = ["left"] * texts + ["right"] * (len(header) - texts)
     return tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=align) + "\n"
 
 
 def named(metric: str) -> str:
-    """As papers write it."""
+    """The name of a metric as in papers."""
     name, k = metric.split("@")
     return f"{'NDCG' if name == 'ndcg' else name.capitalize()}@{k}"
 
 
 def called(method: str) -> str:
-    """What a row is called."""
+    """The name of a method in the table."""
     return CALLED.get(method, f"`{method}`")
 
 
 def test_rows(folder: Path, methods: list[str]) -> list[list[str]]:
-    """Best first, below the teacher: mean and deviation over the seeds, and the share of the teacher's advantage."""
+    """Test results, the teacher first and then the methods, best first.
+
+    They are means and deviations over the seeds, and the share of the teacher's advantage over the
+    student alone.
+    """
     results = {name: read(folder / name / "result.json") for name in methods}
     found = {name: result for name, result in results.items() if result}
     if not found:
@@ -85,7 +91,7 @@ def test_rows(folder: Path, methods: list[str]) -> list[list[str]]:
 
 
 def chosen(folder: Path) -> str:
-    """What the search took."""
+    """The settings that the search chose."""
     tuning = read(folder / "tuning.json")
     if not tuning:
         return ""
@@ -98,7 +104,7 @@ def chosen(folder: Path) -> str:
 
 
 def search_rows(folder: Path, methods: list[str]) -> list[list[str]]:
-    """Best first: all trials, by what was tried."""
+    """All trials of each method, best method first."""
     rows = []
     for name in methods:
         tuning = read(folder / name / "tuning.json")
@@ -120,7 +126,7 @@ def search_rows(folder: Path, methods: list[str]) -> list[list[str]]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and deviation; of one value no deviation."""
+    """Mean and deviation; without a deviation for one value."""
     mean = short(sum(values) / len(values))
     return f"{mean} ± {short(stdev(values))}" if len(values) > 1 else mean
 
@@ -131,7 +137,7 @@ def short(value: float) -> str:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A JSON file; nothing if it is not there."""
+    """The content of a JSON file; empty if there is no file."""
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 

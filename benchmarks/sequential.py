@@ -1,12 +1,12 @@
-"""What distillation adds to a step of a sequential student.
+r"""The time that distillation adds to a training step of a sequential student.
 
-    python benchmarks/sequential.py --dataset=amazon-toys --data_path=../shared/data --teacher=SASRec-64-amazon-toys.pth \
-        --model=SASRec --steps=20
+    python benchmarks/sequential.py --dataset=amazon-toys --data_path=../shared/data \
+        --teacher=SASRec-64-amazon-toys.pth --model=SASRec --steps=20
 
-An epoch of a sequential student is its steps: lists are made in them, and nothing is prepared between epochs. So the same
-batches are trained on by plain RecBole's trainer, by the student alone with our update, and distilled, batch by batch in
-turns, in one process; medians of the steps are divided. Apart from the step, the teacher's queries and lists are made
-once, before the first epoch; their time is printed too.
+A sequential student makes its candidates in the training step, and nothing between epochs. So the
+steps are measured: on the same batches, in turn and in one process, by plain RecBole's trainer, by
+the student alone with our update, and with distillation. The ratios are of the medians. The
+teacher's queries and top-K lists are made once, before the first epoch; their time is printed too.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Measure and print the table."""
     parser = options_of(__doc__, model="SASRec")
     parser.add_argument("--losses", default="rce")
     parser.add_argument(
@@ -68,13 +68,13 @@ def main() -> None:
             started = perf_counter()
             distiller = stack.enter_context(trainers[name].distilling(data.train))
             distiller.begin_epoch(0, options.steps)
-            trainers[name].model.calculate_loss(
-                next(iter(data.train))
-            )  # the teacher's lists are made with the first batch
+            # The teacher's lists are made with the first batch.
+            trainers[name].model.calculate_loss(next(iter(data.train)))
             prepared[name] = perf_counter() - started
         for batch in islice(iter(data.train), options.steps + 1):
             for name, trainer in trainers.items():
-                # RecBole leaves anomaly detection on once a sequential model was imported; our trainers turn it off.
+                # RecBole turns anomaly detection on with the import of any sequential model; our
+                # trainers turn it off.
                 with (
                     torch.autograd.set_detect_anomaly(True)
                     if name == PLAIN
@@ -89,9 +89,10 @@ def main() -> None:
         rows[-1].append(f"{prepared[name]:.1f}" if name in prepared else "")
     config = data.config
     print(
-        f"{options.dataset}, {options.model}, {len(data.train._dataset)} rows in {len(data.train)} steps an epoch, batch "
-        f"{config['train_batch_size']}, sequences of {config['MAX_ITEM_LIST_LENGTH']}, teacher {Path(options.teacher).name}; "
-        f"medians of {options.steps} steps; {machine()}"
+        f"{options.dataset}, {options.model}, {len(data.train._dataset)} rows in "
+        f"{len(data.train)} steps an epoch, batch {config['train_batch_size']}, sequences of "
+        f"{config['MAX_ITEM_LIST_LENGTH']}, teacher {Path(options.teacher).name}; medians of "
+        f"{options.steps} steps; {machine()}"
     )
     header = [
         "",
@@ -118,7 +119,7 @@ def _trainer(name: str, options: Any, data: Any, teacher: Any) -> Any:
 
 
 def _step(trainer: Any, batch: Any) -> float:
-    """One step as RecBole's ``_train_epoch`` does it."""
+    """Take one step, as RecBole's ``_train_epoch`` does; return its seconds."""
     trainer.model.train()
     started = perf_counter()
     trainer.optimizer.zero_grad()

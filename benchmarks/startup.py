@@ -1,11 +1,11 @@
-"""How long a distilled run takes to its first batch: with a new teacher, and with one whose scores are in the cache.
+r"""The time before the first batch of a distilled run, with and without cached teacher scores.
 
     python benchmarks/startup.py --dataset=gowalla --data_path=../shared/data \
         --teacher=../shared/teachers/BPR-300-gowalla.pth
 
-Each in a process of its own, after RecBole has read its data: opening the teacher, its scores, its
-lists of the best items, and what distillation prepares. The student's own first lists are made in
-the first epoch and measured by ``epoch.py``.
+Each run is a process of its own. After RecBole has read its data, these are measured: opening the
+teacher, its scores, its top-K lists, and what distillation prepares. The student's first lists are
+made in the first epoch, which ``epoch.py`` measures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Measure and print the table."""
     parser = options_of(__doc__)
     parser.add_argument("--measured", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,11 +67,11 @@ def main() -> None:
 
 
 def seconds(options: argparse.Namespace) -> list[float]:
-    """Teacher and scores; lists; RecBole's own part for comparison."""
+    """The seconds for teacher and scores, for lists, and for RecBole's own start."""
     started = perf_counter()
     data = read_data(config_of(options))
-    # What any RecBole run needs (torch imports its compiler when the first optimizer is built) is
-    # not counted.
+    # What every run of RecBole needs is not counted. (Torch imports its compiler when the first
+    # optimizer is built.)
     make_trainer(PLAIN, options, data, None, data.config)
     read = perf_counter()
     trainer = make_trainer(

@@ -1,1 +1,1 @@
-"""Default settings as yaml files; a package only so that they are installed as `recbole_rcekd.properties`."""
+"""Default settings as yaml files, installed as the package ``recbole_rcekd.properties``."""

@@ -1,7 +1,7 @@
-"""A search for the settings of each method, by RecBole's ``HyperTuning``, on the validation data alone.
+"""Searches the settings of each method with RecBole's ``HyperTuning``, on the validation data.
 
 Every method gets the same number of trials. All trials share one split, one teacher and its stored
-scores. Finished trials are kept and found again, so that an interrupted search goes on.
+scores. Finished trials are kept and found again, so that an interrupted search can go on.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from tabulate import tabulate
 
 from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.files import write_whole
+from recbole_rcekd.experiment import DIVERGED, Experiment
 from recbole_rcekd.losses.methods import Method
-from recbole_rcekd.quick_start import DIVERGED, Experiment
 from recbole_rcekd.training.config import command_config
 
-# The seed of hyperopt's choice of trials.
+# The environment variable with the seed of hyperopt's choice of trials.
 _SEED = "HYPEROPT_FMIN_SEED"
 
 
 class TuningContext:
-    """Where trials take place: a command's data and teacher, read with the first trial (once in each process).
+    """The data and the teacher that all trials share.
+
+    They are read with the first trial, once in each process.
 
     Args:
-        arguments: of :func:`~recbole_rcekd.quick_start.run_recbole_kd`: ``model``, ``dataset``,
-            ``config_file_list``, ``config_dict``, ``teacher``, ``kd_loss``.
+        arguments: arguments of :func:`~recbole_rcekd.quick_start.run_recbole_kd`: ``model``,
+            ``dataset``, ``config_file_list``, ``config_dict``, ``teacher`` and ``kd_loss``.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -46,12 +48,12 @@ class TuningContext:
         self._prepared: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Data and teacher stay behind when it travels to another process."""
+        """The state without data and teacher, for a copy in another process."""
         return {**vars(self), "_experiment": None, "_prepared": None}
 
     @property
     def experiment(self) -> Experiment:
-        """The command behind the trials; its settings are checked, and no data were read."""
+        """The experiment of the trials. Its settings are checked; no data are read for it."""
         if self._experiment is None:
             given = dict(self._arguments)
             model, dataset, files, extra = (
@@ -64,32 +66,35 @@ class TuningContext:
         return self._experiment
 
     def prepared(self) -> tuple[Experiment, Any, Any, Any]:
-        """The command behind the trials, its data, teacher and report."""
+        """The experiment of the trials, its data, its teacher and its report."""
         if self._prepared is None:
             self._prepared = (self.experiment, *self.experiment.prepare())
         prepared: tuple[Experiment, Any, Any, Any] = self._prepared
         return prepared
 
 
-# What a trial scores whose training diverges; JSON has no infinity.
+# The validation score of a trial whose training diverges; JSON has no infinity.
 _WORST = 1e9
 
 
 class Objective:
-    """What a trial is: an objective function for RecBole's ``HyperTuning`` (and others, see docs/tuning.md).
+    """One trial, as an objective function for RecBole's ``HyperTuning``.
 
-    ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and says
-    how it validates; the test data are not looked at.
+    docs/guides/tuning.md shows its use with other tools.
+    ``Objective("rce", config_file_list=[...])({"rce_weight": 10.0})`` trains one student and
+    returns its validation results; the test data are not used.
 
     Args:
         kd_loss: the method that is tuned.
         folder: where finished trials are kept; ``None``: nowhere.
-        context: shared with other objectives; default: one of its own, of ``arguments``.
-        arguments: of :class:`TuningContext`.
+        context: data and teacher, shared with other objectives; default: a new one, made with
+            ``arguments``.
+        arguments: the arguments of :class:`TuningContext`.
 
     Example:
         >>> objective = Objective("rce", config_file_list=["mine.yaml"])  # doctest: +SKIP
-        >>> HyperTuning(objective, params_file="properties/hyper/rce.test", max_evals=8).run()  # doctest: +SKIP
+        >>> ranges = "properties/hyper/rce.test"
+        >>> HyperTuning(objective, params_file=ranges, max_evals=8).run()  # doctest: +SKIP
     """
 
     def __init__(
@@ -109,8 +114,8 @@ class Objective:
         """Train with these settings.
 
         Args:
-            config_dict: the settings that are tried.
-            config_file_list: not needed; ``HyperTuning`` hands it over.
+            config_dict: the settings of this trial.
+            config_file_list: not used; ``HyperTuning`` passes it.
 
         Returns:
             RecBole's keys: ``model``, ``best_valid_score``, ``valid_score_bigger``,
@@ -175,21 +180,20 @@ def tune_recbole_kd(
     """Search the settings of each method of ``kd_loss``, all with the same number of trials.
 
     Args:
-        trials: so many for each method, or as many as its ranges allow.
-        model: the student; this and the next ones as for
-            :func:`~recbole_rcekd.quick_start.run_recbole_kd`.
-        dataset: likewise.
-        config_file_list: likewise.
-        config_dict: likewise.
-        teacher: likewise.
-        kd_loss: the methods, ``scratch`` too.
-        output_dir: where ``tuning/`` goes: the trials, ``tuning.json``, ``tuning.md`` and
-            ``best.yaml``, a property file with the best settings of all methods. Default: nothing
-            is written.
+        trials: the number of trials for each method, or as many as its ranges allow.
+        model: the student, a RecBole model name; a config file may name it instead.
+        dataset: the RecBole dataset name; a config file may name it instead.
+        config_file_list: RecBole property files, which may contain KD keys.
+        config_dict: RecBole parameters and KD keys.
+        teacher: the teacher, as for :func:`~recbole_rcekd.quick_start.run_recbole_kd`.
+        kd_loss: the methods; ``scratch`` may be one.
+        output_dir: where the folder ``tuning/`` is made, with the trials, ``tuning.json``,
+            ``tuning.md`` and ``best.yaml``, a property file with the best settings of all methods.
+            Default: nothing is written.
         params_file: ranges in RecBole's format, for one method; default:
-            ``properties/hyper/<loss>.test``, for a sum those of its losses together.
-        algo: of RecBole's ``HyperTuning``: ``exhaustive`` (the combinations of choices, in a random
-            order), ``random`` or ``bayes``.
+            ``properties/hyper/<loss>.test``, and for a sum of losses the ranges of all of them.
+        algo: the search of RecBole's ``HyperTuning``: ``exhaustive`` (all combinations of choices,
+            in a random order), ``random`` or ``bayes``.
 
     Returns:
         For each method ``{"best": settings, "best_valid_score": …, "trials": [...]}``.
@@ -247,6 +251,12 @@ def tune_recbole_kd(
 class _Search:
     """RecBole's search through the ranges of one method.
 
+    Args:
+        objective: the trials of the method.
+        space: the file with the ranges.
+        trials: the number of trials.
+        algo: the search of RecBole's ``HyperTuning``.
+
     Raises:
         SettingsError: the ranges cannot be read.
     """
@@ -279,7 +289,11 @@ class _Search:
         self._tuning.max_evals = min(trials, int(self._tuning.max_evals))
 
     def run(self) -> dict[str, Any]:
-        """Make the trials, and tell the best."""
+        """Make the trials.
+
+        Returns:
+            The best settings, their validation score, and all trials.
+        """
         getLogger().info(set_color("Tuning", "pink") + f": {self._title}")
         before = os.environ.get(_SEED)
         os.environ[_SEED] = before or "0"
@@ -298,7 +312,7 @@ class _Search:
 
 
 def _ranges(method: Method, files: ExitStack) -> Path:
-    """The shipped ranges; of a sum those of all its losses, in a file that is made now."""
+    """The file of a method's default ranges; for a sum, a new file with those of all its losses."""
     texts = []
     for part in method.losses or [method.name]:
         file = resources.files("recbole_rcekd.properties") / "hyper" / f"{part}.test"
@@ -323,11 +337,11 @@ def _write(folder: Path | None, found: dict[str, Any]) -> None:
     best: dict[str, Any] = {}
     for name, method in found.items():
         if any(best.get(key, value) != value for key, value in method["best"].items()):
-            # Of rce and rce+freqd each may want its own rce_weight.
+            # For example, rce and rce+freqd may have different best values of rce_weight.
             file = folder / f"best-{name.replace(':', '.')}.yaml"
             write_whole(file, note.format(name) + yaml.safe_dump(method["best"], sort_keys=False))
             getLogger().info(
-                f"{name} wants other values than the methods before it: they are in [{file}]."
+                f"{name} has other best values than the methods before it: they are in [{file}]."
             )
         else:
             best |= method["best"]
@@ -362,7 +376,10 @@ def _table(found: dict[str, Any], style: str = "simple_outline") -> str:
 
 
 def _plain_number(value: Any) -> Any:
-    """Hyperopt hands over tuples and numpy's numbers, which no checkpoint and no JSON should hold."""
+    """A value of hyperopt as a plain number or list, for checkpoints and JSON.
+
+    Hyperopt gives tuples and numbers of numpy.
+    """
     return (
         value.item()
         if hasattr(value, "item")

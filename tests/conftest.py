@@ -1,4 +1,4 @@
-"""What all tests share: RecBole mended before it is imported, seeds, and the authors' numbers."""
+"""What all tests share: repairs of RecBole before its import, seeds, and the authors' numbers."""
 
 from __future__ import annotations
 

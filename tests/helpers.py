@@ -1,8 +1,8 @@
-"""What several test files share: a tiny RecBole dataset on disk, the way from it to a model, and a trained teacher.
+"""What several test files share: a tiny RecBole dataset, models on it, and trained teachers.
 
 Everything is written below the folder that is passed in. RecBole's Trainer also writes
-``log_tensorboard/`` where the process stands: the functions here that need one go to the
-checkpoint's folder for that (:func:`inside`), and tests with a trainer of their own call
+``log_tensorboard/`` in the working directory. So the functions here that need a trainer change to
+the folder of the checkpoint (:func:`inside`), and tests with a trainer of their own call
 ``monkeypatch.chdir(tmp_path)``.
 """
 
@@ -45,7 +45,10 @@ class Bundle(NamedTuple):
 
 @contextmanager
 def inside(folder: Path) -> Iterator[None]:
-    """Stand in ``folder``, with a command line that has no arguments; for fixtures of a wider scope than a test."""
+    """Work in ``folder``, with a command line without arguments.
+
+    It is for fixtures with a wider scope than a test.
+    """
     before, argv = Path.cwd(), sys.argv
     os.chdir(folder)
     sys.argv = ["pytest"]
@@ -63,9 +66,10 @@ def block_pairs(
     per_user: int = 12,
     seed: int = 0,
 ) -> list[Pair]:
-    """Interactions with something to learn: user ``u7`` mostly takes items of block 7 mod ``n_blocks``.
+    """Interactions from which a model can learn.
 
-    Every user has ``per_user`` of them, and every item has at least one.
+    User ``u7`` mostly takes items of block 7 mod ``n_blocks``. Every user has ``per_user``
+    interactions, and every item has at least one.
     """
     draw = random.Random(seed)
     pairs: list[Pair] = []
@@ -83,16 +87,17 @@ def block_pairs(
 
 
 def write_atomic_file(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """One of RecBole's atomic files; ``header`` holds ``name:type`` words."""
+    """Write one of RecBole's atomic files; ``header`` has ``name:type`` words."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["\t".join(header), *("\t".join(map(str, row)) for row in rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_dataset(folder: Path, name: str = "tiny", pairs: Sequence[Pair] | None = None) -> Path:
-    """Write ``<folder>/<name>/<name>.inter`` (user, item, rating, time stamp) and return ``folder``, the data path.
+    """Write ``<folder>/<name>/<name>.inter`` and return ``folder``, the data path.
 
-    ``pairs`` are (user token, item token), by default those of :func:`block_pairs`.
+    The columns are user, item, rating and time stamp. ``pairs`` are (user token, item token), by
+    default those of :func:`block_pairs`.
     """
     pairs = block_pairs() if pairs is None else pairs
     write_atomic_file(
@@ -109,9 +114,10 @@ def write_knowledge(
     pairs: Sequence[Pair] | None = None,
     without: Collection[str] = (),
 ) -> None:
-    """Add a knowledge graph to a dataset: every item has an entity, and the entities of a block share a genre.
+    """Add a knowledge graph to a dataset.
 
-    Items in ``without`` have none; a knowledge-aware dataset then drops their interactions.
+    Every item has an entity, and the entities of a block share a genre. Items in ``without`` have
+    no entity; a knowledge-aware dataset then drops their interactions.
     """
     pairs = block_pairs() if pairs is None else pairs
     items = sorted(
@@ -135,12 +141,15 @@ def write_knowledge(
 
 
 def example_data_path() -> Path:
-    """The folder with ml-100k (interactions, user and item features, knowledge graph) inside RecBole's wheel."""
+    """The folder with ml-100k in RecBole's wheel.
+
+    It has interactions, user and item features, and a knowledge graph.
+    """
     return Path(recbole.__file__).parent / "dataset_example"
 
 
 def build_config(folder: Path, model: str = "BPR", dataset: str = "tiny", **overrides: Any) -> Any:
-    """RecBole's Config for a dataset below ``folder``; reads ``sys.argv``, as RecBole always does."""
+    """RecBole's Config for a dataset below ``folder``; it reads ``sys.argv``, as RecBole does."""
     settings: dict[str, Any] = {
         "data_path": str(folder),
         "checkpoint_dir": str(folder / "saved"),
@@ -176,13 +185,13 @@ def build_model(bundle: Bundle, seed: int | None = None) -> Any:
 
 
 def read_kd_settings(config: Any) -> tuple[KDSettings, dict[str, Loss]]:
-    """What the losses of a Config share, and new losses, by their names."""
+    """The settings that the losses of a Config share, and the losses themselves by their names."""
     settings = RunSettings.read(config)
     return settings.common, settings.build_losses()
 
 
 def train_and_save(bundle: Bundle, path: Path, model: Any = None) -> Any:
-    """Train with RecBole's plain trainer, leave the best checkpoint at ``path``, and return the model with it."""
+    """Train with RecBole's trainer; save the best checkpoint at ``path`` and return its model."""
     config = bundle.config
     model = build_model(bundle) if model is None else model
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +207,7 @@ def train_and_save(bundle: Bundle, path: Path, model: Any = None) -> Any:
 
 
 def save_untrained(bundle: Bundle, path: Path, model: Any = None) -> Any:
-    """Write the checkpoint of a model as it stands, through RecBole's trainer; return the model."""
+    """Write the checkpoint of an untrained model with RecBole's trainer; return the model."""
     config = bundle.config
     model = build_model(bundle) if model is None else model
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,7 +221,10 @@ def save_untrained(bundle: Bundle, path: Path, model: Any = None) -> Any:
 def train_teacher(
     folder: Path, model: str = "BPR", dataset: str = "tiny", **overrides: Any
 ) -> Path:
-    """Train a small teacher on the data below ``folder`` and return its checkpoint, ``<folder>/saved/<model>.pth``."""
+    """Train a small teacher on the data below ``folder``.
+
+    Its checkpoint, ``<folder>/saved/<model>.pth``, is returned.
+    """
     bundle = build(folder, model, dataset, **{"epochs": 5, **overrides})
     path = folder / "saved" / f"{model}.pth"
     train_and_save(bundle, path)

@@ -1,4 +1,4 @@
-"""Small teachers and students as tables, without RecBole, for the tests of losses and item sets."""
+"""Small teachers and students as tables, without RecBole, for the tests of losses."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from recbole_rcekd.core.top_k import RowRanking, top_k
 from recbole_rcekd.core.types import ItemSets, Seen, TeacherScores
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.candidates import Candidates
-from recbole_rcekd.teachers.score_cache import FactorScores
+from recbole_rcekd.teachers.score_tables import FactorScores
 
 
 def seen_of(pairs: Iterable[tuple[int, int]], n_contexts: int, n_items: int) -> Seen:
-    """The interactions (context, item) as :class:`Seen`."""
+    """The interactions (user, item) as :class:`Seen`."""
     table = torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2)
     return Seen.from_pairs(table[:, 0], table[:, 1], n_contexts, n_items)
 
 
 class Table(TeacherScores):
-    """A teacher given by its full scores, in their own precision (float64 for exact comparisons)."""
+    """A teacher given by its full scores, in their precision (float64 for exact comparisons)."""
 
     def __init__(self, scores: Tensor, seen: Seen) -> None:
         self.scores = scores.clone()
@@ -52,19 +52,19 @@ class Table(TeacherScores):
 
 
 def ranking_of(scores: Tensor) -> RowRanking:
-    """Ranks by a whole table of scores, ``[n_contexts, n_items]``."""
+    """A ranking by a whole table of scores, ``[n_contexts, n_items]``."""
     return RowRanking(lambda contexts: scores[contexts], scores.shape[1])
 
 
 class World(NamedTuple):
-    """A teacher and a student who disagree, and who has seen what."""
+    """A teacher and a student with different scores, and the training interactions."""
 
     teacher: TeacherScores
     student: Tensor
     seen: Seen
 
     def lists(self, contexts: Tensor | None = None, seed: int = 0) -> Candidates:
-        """The lists of ``contexts`` (all but padding)."""
+        """The candidates of the users ``contexts`` (default: all except padding)."""
         if contexts is None:
             contexts = torch.arange(1, self.teacher.n_contexts)
         return Candidates(
@@ -81,34 +81,34 @@ class World(NamedTuple):
 
     @property
     def earlier(self) -> list[TeacherScores]:
-        """Two earlier states of the teacher, which it agrees with the more the later they are."""
+        """Two earlier states of the teacher; the later one is more like it."""
         full = self.teacher.score_all(torch.arange(self.teacher.n_contexts))
         noise = torch.randn(full.shape, generator=torch.Generator().manual_seed(9))
         listed = full != -torch.inf
         return [Table(full.where(~listed, full + times * noise), self.seen) for times in (2.0, 0.5)]
 
     def user(self, user: int, items: list[int]) -> User:
-        """Plain lists of one user, and the columns selected for it."""
+        """One user as plain lists, with the columns selected for that user."""
         seen = self.seen.cells(torch.tensor([user]))[1].tolist()
         teacher = self.teacher.score_all(torch.tensor([user]))[0].tolist()
         return User(self.student[user].tolist(), teacher, seen, items, self, user)
 
     def transposed(self) -> World:
-        """The same from the items' side."""
+        """The same seen from the items."""
         return World(self.teacher.transposed(), self.student.t(), self.seen.transposed())
 
 
 @dataclass(frozen=True)
 class User:
-    """What a slow formula may look at, of one user of a :class:`World`: plain lists, item 0 is padding.
+    """One user of a :class:`World` as plain lists, for slow formulas; item 0 is padding.
 
     Args:
-        student: scores of all items.
-        teacher: likewise.
+        student: the student's scores of all items.
+        teacher: the teacher's scores of all items.
         seen: training items, ascending.
         items: the columns that were selected, 0 for none.
-        world: all of it, for what concerns other users or items.
-        id: the user's.
+        world: the whole world, for formulas with other users or items.
+        id: the id of the user.
     """
 
     student: list[float]
@@ -124,13 +124,13 @@ class User:
         return [item for item in self.items if item]
 
     def teacher_top(self, k: int, unseen: bool = False) -> list[int]:
-        """The teacher's best, as far as it lists any."""
+        """The teacher's top-K, without items that it does not list."""
         return [
             int(i) for i in self.world.teacher.top_k(torch.tensor([self.id]), k, unseen)[0] if i
         ]
 
     def student_top(self, k: int) -> list[int]:
-        """The student's best."""
+        """The student's top-K."""
         return sorted(range(1, len(self.student)), key=lambda item: -self.student[item])[:k]
 
 
@@ -159,11 +159,11 @@ class Golden:
     meta: dict[str, dict[str, Any]]
 
     def ids(self, name: str) -> Tensor:
-        """Item lists ``[users + 1, T]`` in RecBole's ids: everything moved by one, a padding row on top."""
+        """Item lists ``[users + 1, T]`` in RecBole's ids: ids are one higher, row 0 is padding."""
         return torch.nn.functional.pad(torch.from_numpy(self.arrays[name]) + 1, (0, 0, 1, 0))
 
     def table(self, name: str) -> Tensor:
-        """A factor table with a padding row on top."""
+        """A table of factors with a padding row first."""
         return torch.nn.functional.pad(torch.from_numpy(self.arrays[name]), (0, 0, 1, 0))
 
     def seen(self) -> Seen:
@@ -186,7 +186,7 @@ class Golden:
     def check(
         self, prefix: str, total: str, loss: KDLoss, users: Tensor, sets: ItemSets, tolerance: float
     ) -> None:
-        """Compare the sum over the rows, and its gradients with respect to the student's tables, with the authors'."""
+        """Compare the sum over the rows with the authors', and its gradients by the tables."""
         user_table = self.table("student_user").requires_grad_()
         item_table = self.table("student_item").requires_grad_()
         scores = (user_table[users].unsqueeze(1) * item_table[sets.items]).sum(-1)

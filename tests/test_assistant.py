@@ -1,4 +1,4 @@
-"""The assistant between teacher and student: its size, its training, its place in the results, and going on."""
+"""The assistant between teacher and student: its size, training and results, and resuming."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def run(folder: Path, model: str = "BPR", **settings: Any) -> dict[str, Any]:
 
 
 def trainings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Who was trained, from the log, in order."""
+    """The models that were trained, in order, from the log."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", caplog.text)
     return re.findall(r"(Teacher|Assistant, \S+|\S+, seed \d+): training", text)
 
 
-# --- how large it is ----------------------------------------------------------------------------------------
+# --- how large it is ------------------------------------------------------------------------------
 
 
 def test_sizes(folder: Path) -> None:
@@ -97,7 +97,7 @@ def test_students_without_an_embedding_size_are_refused_before_data_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: int
 ) -> None:
     monkeypatch.setattr(
-        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+        "recbole_rcekd.experiment.create_dataset", lambda config: pytest.fail("data were read")
     )
     with pytest.raises(
         SettingsError, match=r"NeuMF has no \[embedding_size\] .* set tarec_assistant_size: 0"
@@ -128,7 +128,7 @@ def test_no_mean_with_a_teacher_of_no_size(folder: Path, tmp_path: Path) -> None
     assert not list((tmp_path / "saved").glob("*.pth"))  # nor was the student alone trained
 
 
-# --- from end to end ----------------------------------------------------------------------------------------
+# --- from end to end ------------------------------------------------------------------------------
 
 
 def test_it_learns_from_the_teacher_and_teaches_the_student(
@@ -150,7 +150,7 @@ def test_it_learns_from_the_teacher_and_teaches_the_student(
 
         return Watching
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", watch)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", watch)
     with caplog.at_level(logging.INFO):
         result = run(folder, kd_loss="scratch,ce,tarec", seeds=[3, 4], output_dir="out")
     assert taught == [(16, 4, 3), (16, 8, 2020), (8, 4, 3), (16, 4, 4), (8, 4, 4)]
@@ -175,7 +175,7 @@ def test_it_learns_from_the_teacher_and_teaches_the_student(
         == assistant
     )
     assert result["runs"][2]["parameters"] == N_ROWS * 4
-    # Each run has one checkpoint and, with the contrast, what that learned.
+    # Each run has one checkpoint, and with the contrast one of what the contrast learned.
     assert len(list(Path("saved").glob("BPR-tarec-*.kd.pth"))) == 2
     assert len(list(Path("saved").glob("assistant-*.kd.pth"))) == 1
 
@@ -186,7 +186,7 @@ def test_it_is_trained_once_and_found_again(folder: Path, caplog: pytest.LogCapt
         caplog.clear()
         second = run(folder)
         assert trainings(caplog) == ["tarec, seed 2020"]
-        third = run(folder, tarec_assistant_size=8)  # which is what the mean was
+        third = run(folder, tarec_assistant_size=8)  # the same size as by default
         assert trainings(caplog) == ["tarec, seed 2020"] * 2
         caplog.clear()
         for settings in (
@@ -200,12 +200,12 @@ def test_it_is_trained_once_and_found_again(folder: Path, caplog: pytest.LogCapt
             *("Teacher", "Assistant, tarec", "tarec, seed 2020"),
         ]
         caplog.clear()
-        run(folder, ce_top_k=6)  # nothing to it
+        run(folder, ce_top_k=6)  # the setting does not concern the assistant
         assert trainings(caplog) == ["tarec, seed 2020"]
     one, two, three = (each["runs"][0] for each in (first, second, third))
     assert one["test_result"] == two["test_result"] == three["test_result"]
     for each in (one, two, three):
-        del each["assistant"]["ranking_ms_per_1000_users"]  # is measured each time
+        del each["assistant"]["ranking_ms_per_1000_users"]  # measured each time
     assert one["assistant"] == two["assistant"] == three["assistant"]
 
 
@@ -227,18 +227,17 @@ def test_a_stopped_command_goes_on(
 
         return Stopping
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", stop)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         run(folder, kd_loss="scratch,tarec", output_dir="out")
     assert begun == [8, 4][: n_trained + 1]
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", distill_trainer)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", distill_trainer)
     with caplog.at_level(logging.INFO):
         result = run(folder, kd_loss="scratch,tarec", output_dir="out")
         assert trainings(caplog) == ["Assistant, tarec", "tarec, seed 2020"][n_trained:]
         caplog.clear()
-        Path(
-            result["runs"][1]["assistant"]["checkpoint"]
-        ).unlink()  # who has taught is not needed any more
+        # The assistant is not needed after its student has learned.
+        Path(result["runs"][1]["assistant"]["checkpoint"]).unlink()
         assert run(folder, kd_loss="scratch,tarec", output_dir="out")["runs"] == result["runs"]
         assert trainings(caplog) == []
 

@@ -1,4 +1,4 @@
-"""The whole command, from files on disk to result.json, on data so small that a run takes a second."""
+"""The whole command, from files on disk to result.json, with data for runs of a second."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ from recbole_rcekd.teachers.ensemble import TeacherEnsemble
 from recbole_rcekd.teachers.load import load_teacher
 from recbole_rcekd.training.config import command_config
 from recbole_rcekd.training.history import History
-from recbole_rcekd.training.trainer import distill_trainer, recording_trainer
+from recbole_rcekd.training.recording import recording_trainer
+from recbole_rcekd.training.trainer import distill_trainer
 from tests.helpers import (
     block_pairs,
     example_data_path,
@@ -116,7 +117,7 @@ def trainings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return re.findall(r"(?:Teacher: training \w+|\w+, seed \d+: training \w+)", text)
 
 
-# --- what comes back, and what is written -------------------------------------------------------------------
+# --- what comes back, and what is written ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_the_result_has_recboles_keys_and_ours(finished: tuple[dict[str, Any], P
 
 
 def table(heading: str) -> dict[str, str]:
-    """The keys of a table of docs/result.md, each with its meaning; a row may stand for several."""
+    """The keys of a table of docs/result.md with their meanings; a row may have several keys."""
     text = (ROOT / "docs" / "result.md").read_text(encoding="utf-8")
     part = text.split(f"## {heading}\n")[1].split("\n## ")[0]
     rows = [
@@ -206,7 +207,7 @@ def test_files_are_as_documented(finished: tuple[dict[str, Any], Path]) -> None:
                 "ranking_ms_per_1000_users",
             ),
         }
-    # What the description of the teacher names as a key is there.
+    # The keys that the description of the teacher names are in the result.
     assert {word for word in names_in(documented["teacher"]) if "_" in word} <= set(
         content["teacher"]
     )
@@ -264,11 +265,11 @@ def test_the_summary_is_the_table(finished: tuple[dict[str, Any], Path]) -> None
     assert f"{alone['test']['ndcg@10']:.4f} ± {alone['std']['ndcg@10']:.4f}" in lines[3]
 
 
-# --- numbers of the summary ---------------------------------------------------------------------------------
+# --- numbers of the summary -----------------------------------------------------------------------
 
 
 def report(scores: dict[str, list[float]], teacher: float | None = 0.5) -> Report:
-    """A Report of made-up runs: the scores of each method, one per seed."""
+    """A Report of invented runs: the scores of each method, one per seed."""
     config = {
         "valid_metric": "NDCG@10",
         "dataset": "tiny",
@@ -297,9 +298,8 @@ def test_transfer_ratio_deviation_and_means_by_hand() -> None:
     assert alone["transfer_ratio"] is None
     assert rce["transfer_ratio"] == pytest.approx((0.4 - 0.2) / (0.5 - 0.2))
     assert ce["transfer_ratio"] == pytest.approx((0.15 - 0.2) / (0.5 - 0.2))
-    assert alone["std"]["ndcg@10"] == pytest.approx(
-        (2 * 0.1**2) ** 0.5
-    )  # sample: divided by n − 1 = 1
+    # The deviation of a sample, divided by n − 1 = 1
+    assert alone["std"]["ndcg@10"] == pytest.approx((2 * 0.1**2) ** 0.5)
     assert alone["test"] == pytest.approx({"ndcg@10": 0.2, "recall@10": 0.4})
     assert (alone["epochs"], alone["seconds"], alone["seeds"]) == (5.5, 10.0, [0, 1])
     assert (alone["best_other"], rce["best_other"], ce["best_other"]) == ("rce", "scratch", "rce")
@@ -352,7 +352,7 @@ def test_the_table_shows_all(caplog: pytest.LogCaptureFixture) -> None:
     assert report({}).table() == ""
 
 
-# --- the teacher --------------------------------------------------------------------------------------------
+# --- the teacher ----------------------------------------------------------------------------------
 
 
 def test_a_teacher_by_name_is_trained_once(
@@ -382,7 +382,7 @@ def test_an_interrupted_teacher_is_not_taken_for_a_finished_one(
 ) -> None:
     run(folder)
     (checkpoint,) = (tmp_path / "saved").glob("teacher-BPR-tiny-*.pth")
-    checkpoint.unlink()  # as if it had stopped before the last step
+    checkpoint.unlink()  # as if the command had been stopped before its last step
     with caplog.at_level(logging.INFO):
         run(folder)
     assert trainings(caplog)[0] == "Teacher: training BPR"
@@ -410,7 +410,7 @@ def test_another_model_teaches(folder: Path) -> None:
     assert [each["loss"] for each in result["runs"]] == ["ce"]
 
 
-# --- what is refused, before data are read ------------------------------------------------------------------
+# --- what is refused, before data are read --------------------------------------------------------
 
 
 @pytest.fixture
@@ -418,7 +418,7 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(config: Any) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.create_dataset", fail)
+    monkeypatch.setattr("recbole_rcekd.experiment.create_dataset", fail)
 
 
 @pytest.mark.usefixtures("no_data")
@@ -434,7 +434,8 @@ def no_data(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             {},
             {"teacher": "BRP"},
-            r"\[teacher\] is 'BRP', which is neither a RecBole model .written as in BPR, LightGCN. nor a file",
+            r"\[teacher\] is 'BRP', which is neither a RecBole model .written as in BPR, LightGCN. "
+            r"nor a file",
         ),
         ({}, {"teacher": "saved/BPR.pth"}, r"\[teacher_\w+\] has no effect"),
         ({"teacher_embedding_sice": 8}, {}, r"\[teacher_embedding_sice\].*\[embedding_size\]"),
@@ -476,7 +477,7 @@ def test_lists_longer_than_the_catalogue_are_refused_before_a_teacher_is_trained
     assert not list(tmp_path.rglob("*.pth"))
 
 
-# --- seeds and methods --------------------------------------------------------------------------------------
+# --- seeds and methods ----------------------------------------------------------------------------
 
 
 def test_seeds_repeat_on_one_split_with_other_initialisations(
@@ -498,7 +499,7 @@ def test_seeds_repeat_on_one_split_with_other_initialisations(
 
         return Watching
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", watch)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", watch)
     result = run(folder, {"epochs": 1}, seeds="0,1,2")
     assert [each["seed"] for each in result["runs"]] == [0, 1, 2]
     hashes, evaluated, weights, seeds = zip(*seen, strict=True)
@@ -521,7 +522,7 @@ def test_a_teacher_is_trained_on_the_students_split(
 
         return Watching
 
-    for module in ("quick_start", "training.train_teacher"):
+    for module in ("experiment", "training.train_teacher"):
         monkeypatch.setattr(f"recbole_rcekd.{module}.recording_trainer", watch)
     run(folder, {"seed": 5, "epochs": 1}, kd_loss="scratch", seeds=[1])
     run(folder, {"seed": 6, "epochs": 1}, kd_loss="scratch", seeds=[1])
@@ -580,12 +581,12 @@ def test_nothing_is_kept_with_saved_false(folder: Path, tmp_path: Path) -> None:
     assert (result["runs"][0]["checkpoint"], result["runs"][0]["checkpoint_bytes"]) == ("", 0)
 
 
-# --- going on -----------------------------------------------------------------------------------------------
+# --- going on -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def copied(finished: tuple[dict[str, Any], Path], tmp_path: Path) -> tuple[dict[str, Any], Path]:
-    """The finished command's folders again, to be worked on."""
+    """A copy of the finished command's folders, to be changed."""
     for name in ("out", "saved"):
         shutil.copytree(finished[1] / name, tmp_path / name, dirs_exist_ok=True)
     return finished[0], tmp_path
@@ -600,9 +601,8 @@ def test_finished_runs_are_taken_over(
         assert "rce, seed 4: finished before" in re.sub(r"\x1b\[[0-9;]*m", "", caplog.text)
         assert again["runs"][:4] == copied[0]["runs"]
         caplog.clear()
-        run(
-            folder, {"rce_beta": 1.0}, kd_loss="scratch,rce", seeds=[3], output_dir="out"
-        )  # nothing to the other
+        # This setting does not concern the other method.
+        run(folder, {"rce_beta": 1.0}, kd_loss="scratch,rce", seeds=[3], output_dir="out")
         assert trainings(caplog) == ["rce, seed 3: training BPR"]
         caplog.clear()
         run(folder, {"teacher_epochs": 1}, kd_loss="scratch,rce", seeds=[4], output_dir="out")
@@ -639,12 +639,12 @@ def test_a_stopped_command_goes_on(
     def stop(config: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", stop)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", stop)
     with pytest.raises(KeyboardInterrupt):
         run(folder, kd_loss="scratch,rce", output_dir="out")
     content = json.loads(Path("out/result.json").read_text(encoding="utf-8"))
     assert [each["loss"] for each in content["runs"]] == ["scratch"]
-    monkeypatch.setattr("recbole_rcekd.quick_start.distill_trainer", distill_trainer)
+    monkeypatch.setattr("recbole_rcekd.experiment.distill_trainer", distill_trainer)
     with caplog.at_level(logging.INFO):
         run(folder, kd_loss="scratch,rce", output_dir="out")
     assert trainings(caplog) == ["rce, seed 2020: training BPR"]
@@ -652,7 +652,7 @@ def test_a_stopped_command_goes_on(
     assert [each["loss"] for each in content["runs"]] == ["scratch", "rce"]
 
 
-# --- equal to RecBole ---------------------------------------------------------------------------------------
+# --- equal to RecBole -----------------------------------------------------------------------------
 
 
 def test_the_student_alone_is_recboles_own_run_on_ml_100k() -> None:
@@ -682,7 +682,8 @@ def test_distillation_on_ml_100k_with_a_teacher_of_another_kind() -> None:
 PLAIN = """
 import json, sys
 import numpy as np, torch
-for name, value in {"float": float, "int": int, "bool": bool, "object": object, "str": str, "complex": complex}.items():
+kinds = {"float": float, "int": int, "bool": bool, "object": object, "str": str, "complex": complex}
+for name, value in kinds.items():
     setattr(np, name, value)
 load = torch.load
 torch.load = lambda *args, **kwargs: load(*args, **{"weights_only": False, **kwargs})
@@ -708,7 +709,7 @@ def test_plain_recbole_opens_the_checkpoint(finished: tuple[dict[str, Any], Path
     checkpoint = result["runs"][1]["checkpoint"]
     done = plain_python(place, PLAIN, str(place / checkpoint))
     if done.returncode != 0 and int(np.__version__.split(".")[0]) >= 2:
-        # RecBole 1.2.1 itself does not start with numpy 2; if it does, there is no excuse.
+        # RecBole 1.2.1 itself does not start with numpy 2. If it starts, it must open the file.
         probe = plain_python(place, "import recbole.quick_start, numpy; numpy.float_")
         assert probe.returncode != 0, done.stderr
         pytest.skip(
@@ -721,7 +722,7 @@ def test_plain_recbole_opens_the_checkpoint(finished: tuple[dict[str, Any], Path
     assert test == result["runs"][1]["test_result"]
 
 
-# --- the command line ---------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def words(folder: Path, *more: str) -> list[str]:
@@ -743,7 +744,7 @@ def test_the_command(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [(each["loss"], each["seed"]) for each in content["runs"]] == [
         *(("scratch", 3), ("rce", 3), ("scratch", 4), ("rce", 4)),
     ]
-    assert content["runs"][0]["parameters"] == 102 * 4  # --embedding_size=4 arrived
+    assert content["runs"][0]["parameters"] == 102 * 4  # by --embedding_size=4
     assert content["teacher"]["parameters"] == 102 * 16
     assert "--embedding_size=4" in content["command"]
     assert sys.argv is before
@@ -799,7 +800,7 @@ def test_ctrl_c_of_the_command(
     def stop(**arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("recbole_rcekd.cli.run_recbole_kd", stop)
+    monkeypatch.setattr("recbole_rcekd.cli.distil.run_recbole_kd", stop)
     assert main(["--model=BPR"]) == 130
     assert (
         "with --output_dir, the same command would not repeat what is finished"
@@ -812,7 +813,7 @@ def test_ctrl_c_of_the_command(
 def test_without_arguments_the_shipped_example_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "recbole_rcekd.cli.run_recbole_kd", lambda **arguments: asked.append(arguments)
+        "recbole_rcekd.cli.distil.run_recbole_kd", lambda **arguments: asked.append(arguments)
     )
     assert main([]) == 0
     assert main(["-m", "BPR"]) == 0
@@ -829,7 +830,7 @@ def test_errors_of_ours_are_kd_errors() -> None:
 
 
 def test_two_commands_at_once_do_not_disturb_each_other(folder: Path, tmp_path: Path) -> None:
-    """Same second, same folder, same teacher: both finish, with the same numbers and files of their own."""
+    """With the same second, folder and teacher, both finish with the same numbers and own files."""
     code = "import sys; from recbole_rcekd.cli import main; sys.exit(main())"
     processes = [
         subprocess.Popen(
@@ -856,7 +857,7 @@ def test_two_commands_at_once_do_not_disturb_each_other(folder: Path, tmp_path: 
         ]
 
 
-# --- models with loaders, trainers or losses of their own ---------------------------------------------------
+# --- models with loaders, trainers or losses of their own -----------------------------------------
 
 _KNOWLEDGE = {
     "load_col": {
@@ -900,7 +901,7 @@ def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+        "recbole_rcekd.experiment.create_dataset", lambda config: pytest.fail("data were read")
     )
     with pytest.raises(SettingsError, match=r"\[model\] names no RecBole model: 'BRP'"):
         run(folder, model="BRP")
@@ -908,7 +909,7 @@ def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
         run(folder, model="EASE")
 
 
-# --- how it is evaluated, and what is found again -------------------------------------------------------------------
+# --- how it is evaluated, and what is found again -------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -917,7 +918,7 @@ def test_a_misspelt_or_untrainable_student_is_refused_before_data_are_read(
     ids=["all items", "sampled items", "labels", "rows of sequences"],
 )
 def test_a_teacher_is_evaluated_as_students_are(folder: Path, mode: str) -> None:
-    """A student with its teacher's weights has its teacher's results, whatever is measured."""
+    """A student with its teacher's weights has its teacher's results, by any metric."""
     settings: dict[str, Any] = {
         "embedding_size": 4,
         "teacher_embedding_size": 4,
@@ -998,7 +999,7 @@ def test_of_sampled_items_whoever_is_asked_often_is_scored_once() -> None:
 
 
 def test_a_loader_that_recbole_saves(folder: Path) -> None:
-    """It takes the generator away; draws must be those of a run that saves nothing."""
+    """Saving removes the generator; the draws must be those of a run that saves nothing."""
     plain = run(folder, kd_loss="rce", seeds=[1])
     assert metrics(run(folder, {"save_dataloaders": True}, kd_loss="rce", seeds=[1])) == metrics(
         plain
@@ -1076,7 +1077,7 @@ def test_a_validated_metric_that_is_not_measured(folder: Path, metric: str) -> N
 
 
 def test_sampled_items_are_evaluated_in_recboles_batches(folder: Path) -> None:
-    """For these it makes full rows of all users of a batch."""
+    """For sampled items RecBole makes full rows of all users of a batch."""
     for mode, size in (
         ("full", 2**20),
         ("uni20", 4096),
@@ -1095,7 +1096,7 @@ def test_a_teacher_that_is_worse_has_nothing_to_hand_on() -> None:
 
 
 def test_two_commands_in_one_folder(tmp_path: Path) -> None:
-    """Each writes its history whole; neither takes the other's away."""
+    """Each writes its whole history; none removes the other's."""
     one, other = (History(tmp_path / "history.csv") for _ in range(2))
     for number in range(3):
         for history in (one, other):
@@ -1113,7 +1114,7 @@ def test_two_commands_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_all_packages_are_installed() -> None:
-    """An editable install finds those that setup.cfg forgets."""
+    """An editable install would also find packages that are missing in setup.cfg."""
     listed = configparser.ConfigParser()
     listed.read(ROOT / "setup.cfg", encoding="utf-8")
     there = {
@@ -1123,7 +1124,7 @@ def test_all_packages_are_installed() -> None:
     assert {*listed["options"]["packages"].split()} == {*there, "recbole_rcekd.properties"}
 
 
-# --- what a user gets wrong -----------------------------------------------------------------------------------------
+# --- what a user gets wrong -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1195,7 +1196,10 @@ def test_models_are_written_as_recbole_writes_them(folder: Path) -> None:
 
 
 def test_a_teacher_that_measures_no_ranking_by_default(folder: Path) -> None:
-    """What is validated is the student's to say; a context-aware student validates labels, which pairs have not."""
+    """The student's settings decide what is validated.
+
+    A context-aware student is validated with labels, which pairs of a user and an item lack.
+    """
     settings: dict[str, Any] = {
         "threshold": {"rating": 4},
         "load_col": {"inter": ["user_id", "item_id", "rating"]},
@@ -1260,7 +1264,7 @@ def test_what_was_finished_is_shown_before_an_error(
 
 
 def test_a_teacher_of_other_data_than_those_of_the_training(folder: Path) -> None:
-    """``load_teacher(path, dataset)`` instead of ``train_data``: its lists would know the test items."""
+    """``load_teacher(path, dataset)`` instead of ``train_data`` would leak the test items."""
     config = command_config("BPR", "tiny", None, given(folder, kd_loss="rce", rce_epochs=1), {})
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)

@@ -1,4 +1,4 @@
-"""The search for settings: RecBole's own HyperTuning with our objective, on data so small that a trial takes a moment."""
+"""The search for settings: RecBole's HyperTuning with our objective, on small data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from recbole_rcekd import quick_start, tuning
+from recbole_rcekd import experiment, tuning
 from recbole_rcekd.cli import main
 from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.settings import read_settings
@@ -44,14 +44,13 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     """Method and λ of each student that is trained."""
     seen: list[tuple[str, float]] = []
-    trainer = quick_start.Experiment.trainer
+    trainer = experiment.Experiment.trainer
 
-    def noted(self: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        name = config["kd_loss"]
-        seen.append((name, config[f"{name}_weight"] if name == "rce" else 0.0))
-        return trainer(self, config, *args, **kwargs)
+    def noted(self: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append((run.name, run.config["rce_weight"] if run.name == "rce" else 0.0))
+        return trainer(self, run, *args, **kwargs)
 
-    monkeypatch.setattr(quick_start.Experiment, "trainer", noted)
+    monkeypatch.setattr(experiment.Experiment, "trainer", noted)
     return seen
 
 
@@ -79,8 +78,8 @@ def test_recboles_hypertuning_takes_the_objective(
     assert len(tuning.params2result) == 3
     best = max(tuning.params2result.values(), key=lambda result: result["best_valid_score"])
     assert tuning.best_score == best["best_valid_score"]
-    assert best["test_result"] == {}  # nobody looked
-    assert not list(tmp_path.glob("saved/BPR-rce*"))  # nothing is left of a trial
+    assert best["test_result"] == {}  # a search does not test
+    assert not list(tmp_path.glob("saved/BPR-rce*"))  # a trial leaves no files
 
 
 def test_a_trial_is_the_run_that_the_command_would_make(folder: Path) -> None:
@@ -101,7 +100,7 @@ def test_every_method_gets_the_same_number_of_trials_and_one_teacher(
         teachers.append(config["model"])
         return train(config, *args)
 
-    monkeypatch.setattr(quick_start, "train_teacher", noted)
+    monkeypatch.setattr(experiment, "train_teacher", noted)
     given_ = arguments(folder)
     found = tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out")
     assert teachers == ["BPR"]
@@ -116,7 +115,7 @@ def test_every_method_gets_the_same_number_of_trials_and_one_teacher(
     assert json.loads((tmp_path / "out/tuning/tuning.json").read_text()) == found
     assert "scratch" in (tmp_path / "out/tuning/tuning.md").read_text()
     before = len(fits)
-    # The same search again trains nothing; a longer one only what is new.
+    # The same search again trains nothing; a longer one trains only the new trials.
     assert (
         tune_recbole_kd(2, **given_, kd_loss="scratch,rce,rce+ce", output_dir=tmp_path / "out")
         == found
@@ -147,7 +146,7 @@ def test_the_command_searches(
         (2.0, 3),
         (2.0, 4),
     ]
-    # What it found is a property file of the main command.
+    # The result is a property file for the main command.
     assert (
         main([*words[:-1], f"--config_files={settings} out/tuning/best.yaml", "--output_dir=out"])
         == 0
@@ -203,7 +202,7 @@ def test_shipped_ranges_are_valid_and_equally_wide() -> None:
     assert names == {*LOSSES, "scratch"}
     for name in names:
         space = HyperTuning._build_space_from_file(str(HYPER / f"{name}.test"))
-        # λ alone would change nothing in a control that stands for the base loss.
+        # λ alone would change nothing in a control without a KD term.
         assert f"{name}_weight" in space or name == "scratch" or LOSSES[name].replaces_base
         lines = [
             line.split(" ", 2) for line in (HYPER / f"{name}.test").read_text().splitlines() if line

@@ -1,4 +1,4 @@
-"""``analyse``: what a student understood of its teacher; nothing is trained."""
+"""``analyse``: compare a student with its teacher; nothing is trained."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.evaluation.analysis import analyse
 from recbole_rcekd.evaluation.tables import as_text
 
-# Options of the other verbs, refused in a sentence of their own.
+# Options of the other verbs. They are accepted here to be refused with a clear message.
 _WITHOUT_EFFECT = (
     *("model", "kd_loss", "seeds", "config_files", "params_file", "trials"),
     *("nproc", "world_size"),
@@ -29,13 +29,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--analyse_users",
         type=int,
         default=1000,
-        help="training users looked at in full; 0: all (default: 1000)",
+        help="how many training users are compared; 0: all (default: 1000)",
     )
-    looked_at.add_argument("--dataset", "-d", help="need not be given: the student's")
-    courses = parser.add_argument_group("trainings side by side")
+    looked_at.add_argument("--dataset", "-d", help="the student's dataset; need not be given")
+    courses = parser.add_argument_group("histories of several runs")
     courses.add_argument(
         "--history",
-        help="output_dir of a training, or its history.csv; several with commas between",
+        help="output_dir of a command, or a history.csv; several separated by commas",
     )
     parser.add_argument_group("where to").add_argument(
         "--output_dir", help="folder for analysis.json, analysis.md and the curves"
@@ -66,8 +66,8 @@ def _run(options: argparse.Namespace) -> None:
 
 VERB = Verb(
     "analyse",
-    "Compare a student with its teacher, two checkpoints, or lay the courses of several trainings "
-    "side by side. Nothing is trained (docs/guides/analysis.md).",
+    "Compare the checkpoints of a student and its teacher, or the histories of several runs. "
+    "Nothing is trained (docs/guides/analysis.md).",
     _add_options,
     _run,
     trains=False,

@@ -1,4 +1,4 @@
-"""``distil``: train a teacher if it is not there, and students with it and without."""
+"""``distil``: train a teacher, if there is none yet, and students with and without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recbole_rcekd.quick_start import run_recbole_kd
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_training_options(parser)
     out = parser.add_argument_group("how often, and where to")
-    out.add_argument("--seeds", help="0,1,2: repeat with these on one split and one teacher")
+    out.add_argument("--seeds", help="0,1,2: repeat with these seeds, on one split and teacher")
     out.add_argument("--output_dir", help="folder for result.json and the histories")
     several = parser.add_argument_group("several processes")
     several.add_argument(
@@ -59,9 +59,7 @@ def _when_stopped(options: argparse.Namespace) -> str:
 
 VERB = Verb(
     "distil",
-    "Distil a RecBole model into a smaller one. Without arguments: ml-100k, a teacher of 256 "
-    "dimensions, a student of 8, the student alone and with RCE-KD. Other commands: "
-    "run_recbole_kd.py tune, run_recbole_kd.py analyse.",
+    "Distil a RecBole model into a smaller one (the default).",
     _add_options,
     _run,
     _when_stopped,

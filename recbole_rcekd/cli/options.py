@@ -1,32 +1,38 @@
-"""What the verbs share: how their options are read, and the keys of a training."""
+"""The parts that the verbs share: reading their options, and the options of a training."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from recbole_rcekd.losses import LOSSES
 
-PROGRAM = "run_recbole_kd.py"
+
+def program() -> str:
+    """How the command was called: ``run_recbole_kd.py``, or the installed ``run-recbole-kd``."""
+    name = Path(sys.argv[0]).name
+    return name if name.startswith("run") else "run_recbole_kd.py"
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One command.
+    """One verb of the command line.
 
     Args:
-        name: as it is written.
+        name: the verb.
         about: one or two sentences for ``--help``.
-        add_options: gives a parser the options.
-        run: does it.
-        when_stopped: what the user should know after Ctrl-C.
-        trains: whether students are trained.
-        foreign: (option, verb): options that belong to another verb.
+        add_options: a function that adds the verb's options to a parser.
+        run: a function that runs the command.
+        when_stopped: a function that returns the message after Ctrl-C.
+        trains: the command trains students.
+        foreign: options of other verbs, as pairs (option, verb).
     """
 
     name: str
@@ -38,13 +44,13 @@ class Verb:
     foreign: tuple[tuple[str, str], ...] = ()
 
     def read(self, words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The verb's options, and all other words, each of which is ``--key=value``.
+        """Split words into the verb's options and all others, which must be ``--key=value``.
 
-        Ends the process, as argparse does, with a message where a word is neither, and for
-        ``--help``.
+        For another word and for ``--help`` it prints a message and ends the process, as argparse
+        does.
         """
         parser = argparse.ArgumentParser(
-            prog=f"{PROGRAM} {self.name}",
+            prog=f"{program()} {self.name}",
             description=self.about,
             epilog="Anything else as --key=value: RecBole's own keys, ours (properties/*.yaml), "
             "and teacher_ keys.",
@@ -55,7 +61,7 @@ class Verb:
         for other in others:
             for key, verb in self.foreign:
                 if other.split("=")[0] == f"--{key}":
-                    parser.error(f"--{key} is for {verb}: {PROGRAM} {verb} …")
+                    parser.error(f"--{key} is for {verb}: {program()} {verb} …")
             if not re.match(r"--\w+=", other):
                 parser.error(
                     f"{other} is not understood: write RecBole's keys, and ours, as --key=value"
@@ -64,7 +70,7 @@ class Verb:
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """The options of whatever trains students."""
+    """Add the options of the verbs that train students."""
     group = parser.add_argument_group("what is trained")
     group.add_argument("--model", "-m", help="the student, a RecBole model name")
     group.add_argument("--dataset", "-d", help="RecBole dataset name")
@@ -80,18 +86,18 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kd_loss",
         "-l",
-        help=f"one or more of scratch,{','.join(LOSSES)}; sums (rce+freqd); a loss of your own "
+        help=f"one or more of scratch, {', '.join(LOSSES)}, with commas between; sums (rce+freqd); a loss of your own "
         "(my_module:MyLoss)",
     )
 
 
 def training_arguments(options: argparse.Namespace, files: ExitStack) -> dict[str, Any]:
-    """What :func:`~recbole_rcekd.quick_start.run_recbole_kd` is called with.
+    """The arguments of :func:`~recbole_rcekd.quick_start.run_recbole_kd` that the options give.
 
-    Without any of these options: the example on ml-100k.
+    Without model, dataset, teacher and config files, they are those of the example on ml-100k.
 
     Args:
-        options: of :func:`add_training_options`.
+        options: the options of :func:`add_training_options`, and ``output_dir``.
         files: keeps the example's property file while the command runs.
     """
     named = (options.config_files or "").split()

@@ -18,7 +18,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="so many for each method (default: 4)",
+        help="trials of each method (default: 4)",
     )
     search.add_argument(
         "--params_file", help="ranges in RecBole's format (default: properties/hyper/*.test)"
@@ -27,10 +27,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--algo",
         default="exhaustive",
         choices=("exhaustive", "random", "bayes"),
-        help="how RecBole's HyperTuning goes through the ranges",
+        help="the search of RecBole's HyperTuning",
     )
     search.add_argument("--output_dir", help="folder for tuning/best.yaml and the trials")
-    # Known, so that they are refused in a sentence of their own.
+    # Options of another verb. They are accepted here to be refused with a clear message.
     for key in ("--seeds", "--nproc"):
         search.add_argument(key, help=argparse.SUPPRESS)
 

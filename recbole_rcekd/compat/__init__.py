@@ -1,8 +1,8 @@
-"""Every quirk of RecBole 1.2.1, and of what it stands on, one function each; `apply` mends what is broken where it runs.
+"""Repairs of RecBole 1.2.1 and of the libraries that it uses, one function for each fault.
 
-The rules: look for the feature, never compare versions; patch the narrowest thing (RecBole's own
-methods rather than `pandas.Series`); change nothing that works. Places (file:line) are inside the
-installed `recbole` package.
+`apply` makes all repairs that the installed libraries need. The rules: test for a feature, never
+for a version; change as little as possible (RecBole's own methods rather than `pandas.Series`);
+change nothing that works. Line numbers (file:line) refer to the installed `recbole` package.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from recbole_rcekd.compat.habits import add_model, without_anomaly_detection, wi
 
 __all__ = ["add_model", "apply", "without_anomaly_detection", "without_tensorboard"]
 
-# In this order: importing ray needs numpy's old names, and from `pandas_fill_nan` on they import
-# RecBole.
+# The order matters: importing ray needs numpy's old names, and the functions from `pandas_fill_nan`
+# on import RecBole.
 _QUIRKS: tuple[Callable[[], None], ...] = (
     stack.numpy_aliases,
     stack.ray_stub,
@@ -33,9 +33,9 @@ _QUIRKS: tuple[Callable[[], None], ...] = (
 
 
 def apply() -> None:
-    """Make RecBole 1.2.1 work on the libraries that are installed; calling it again changes nothing.
+    """Make RecBole 1.2.1 work with the installed libraries.
 
-    Call it before anything imports `recbole.quick_start`.
+    Call it before anything imports `recbole.quick_start`. Calling it again changes nothing.
     """
     for mend in _QUIRKS:
         mend()

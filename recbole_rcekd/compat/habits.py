@@ -1,4 +1,8 @@
-"""What RecBole 1.2.1 does on every stack and should not, or cannot do: some metrics, no tensorboard, models of others."""
+"""Faults and limits of RecBole 1.2.1 with any version of its libraries.
+
+They concern some metrics, tensorboard, anomaly detection, models from outside RecBole, and the size
+of evaluation batches.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,10 @@ def _on_cpu(value: Any) -> Any:
 
 
 def evaluation_counts() -> None:
-    """Let the metrics of what lists are made of (`ItemCoverage`, `AveragePopularity`, `GiniIndex`, …) be evaluated.
+    """Let metrics such as `ItemCoverage`, `AveragePopularity` and `GiniIndex` be evaluated.
 
-    Breaks: `.cpu()` of the number of items, and of the counters of interactions, which are no
-    tensors (evaluator/collector.py:227). Upstream: none known.
+    Breaks: RecBole calls `.cpu()` on the number of items and on the counters of interactions, which
+    are no tensors (evaluator/collector.py:227). Upstream: none known.
     """
     from recbole.evaluator import Collector
 
@@ -35,18 +39,18 @@ def evaluation_counts() -> None:
 
 
 class NoTensorboard:
-    """A writer that writes nothing."""
+    """A tensorboard writer that writes nothing."""
 
     def add_scalar(self, *args: Any, **kwargs: Any) -> None:
-        """As a writer's."""
+        """Do nothing."""
 
     def add_hparams(self, *args: Any, **kwargs: Any) -> None:
-        """As a writer's."""
+        """Do nothing."""
 
 
 @contextlib.contextmanager
 def without_tensorboard() -> Iterator[None]:
-    """While this lasts, trainers open no tensorboard: those that only evaluate leave no folder behind.
+    """Within the block, trainers open no tensorboard, so an evaluation leaves no folder behind.
 
     Breaks: every trainer opens a writer in the working directory (trainer/trainer.py:116), which
         cannot be turned off.
@@ -62,12 +66,12 @@ def without_tensorboard() -> Iterator[None]:
 
 
 def without_anomaly_detection() -> Any:
-    """A context without torch's anomaly detection, which looks for NaN after every step of every gradient.
+    """A context manager without torch's anomaly detection, which checks all gradients for NaN.
 
-    Breaks: `torch.autograd.set_detect_anomaly(True)` stands in the module of SINE
-    (sequential_recommender/sine.py:25), which is imported with any sequential model, so that the
-    training of all of them, and of whatever comes later, takes a fifth longer. Numbers stay as they
-    are. Upstream: none known.
+    Breaks: the module of SINE calls `torch.autograd.set_detect_anomaly(True)`
+    (sequential_recommender/sine.py:25). It is imported with any sequential model, so all training
+    in the process takes a fifth longer from then on. The results stay the same. Upstream: none
+    known.
     """
     return torch.autograd.set_detect_anomaly(False)
 
@@ -79,21 +83,22 @@ _MODEL_DEFAULTS: dict[str, str] = {}
 def add_model(
     name: str, module: types.ModuleType, kind: str, defaults: str, dataset: type | None = None
 ) -> None:
-    """Let RecBole find a model that lies outside of it; calling it again changes nothing.
+    """Let RecBole find a model that is not one of its own; calling it again changes nothing.
 
-    Breaks: RecBole finds a model's class (utils/utils.py `get_model`), its dataset (data/utils.py
-    `create_dataset`) and its default settings (config/configurator.py `_load_internal_config_dict`)
-    by name in its own folders only, so `run_recbole` and `load_data_and_model` cannot take a model
-    from outside (issues #489, #1544, #1928).
+    Breaks: RecBole looks for a model's class (utils/utils.py `get_model`), its dataset
+    (data/utils.py `create_dataset`) and its default settings (config/configurator.py
+    `_load_internal_config_dict`) by name in its own folders only. So `run_recbole` and
+    `load_data_and_model` cannot use a model from outside (issues #489, #1544, #1928).
 
     Args:
         name: The model's name, which is the name of its class in `module`.
-        module: Put under `recbole.model.<kind>.<name in lower case>`, where `get_model` looks first
-            in `sys.modules`.
+        module: The model's module, entered in `sys.modules` as
+            `recbole.model.<kind>.<name in lower case>`, where `get_model` looks first.
         kind: `general_recommender`, `sequential_recommender`, ...
-        defaults: A yaml file, read where RecBole reads its own: after overall.yaml, before that of
-            the dataset.
-        dataset: What RecBole finds as `<name>Dataset`; otherwise it chooses by the model's type.
+        defaults: A yaml file with default settings. It is read like RecBole's own: after
+            overall.yaml, before the yaml file of the dataset.
+        dataset: The class that RecBole uses as `<name>Dataset`; without it RecBole chooses by the
+            model's type.
     """
     from recbole.config import Config
     from recbole.data import dataset as datasets
@@ -116,16 +121,17 @@ def add_model(
     wrap(Config, "_update_internal_config_dict", with_ours)
 
 
-# RecBole's default of 4096 scores a handful of users at a time in full-sort evaluation; this many
-# fit any machine.
+# With RecBole's default of 4096 scores, full-sort evaluation takes a few users at a time. This many
+# fit in the memory of any machine.
 EVAL_BATCH_SIZE = 2**20
 
 
 def evaluate_more(config: Any) -> None:
-    """Let more be evaluated at a time than RecBole's default, where that is safe.
+    """Evaluate more users at a time than by RecBole's default, where memory allows it.
 
-    RecBole counts scores for models that score users. (Rows, and pairs of rows with features, are
-    larger; and for sampled items it makes full rows of whole batches.)
+    That is full-sort evaluation of models that score users, where the batch size counts scores.
+    (Sequential and context-aware models have larger inputs, and for sampled items RecBole makes
+    full rows for a whole batch.)
     """
     from recbole.utils import ModelType
 

@@ -1,10 +1,10 @@
-"""RecBole's own training batches, the same numbers, sooner.
+"""RecBole's training batches, made faster and with the same content.
 
-A third of a training epoch of a small model goes into loops over the rows of a batch: the rows'
-numbers are shuffled, batched and copied one by one, they become a Python list again before each
-column is indexed, and every drawn negative is looked up in a Python set. :func:`fast_batches`
-replaces just these, while an epoch runs; every draw, and so every batch, stays as it is
-(``tests/test_loading.py`` compares them).
+A third of a training epoch of a small model is spent in loops over the rows of a batch: row numbers
+are shuffled, batched and copied one by one, they become a Python list again before each column is
+indexed, and every drawn negative is looked up in a Python set. :func:`fast_batches` replaces these
+loops while an epoch runs. Every draw, and so every batch, stays the same
+(``tests/compat/test_loading.py`` compares them).
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from recbole.data.interaction import Interaction
 from recbole.sampler.sampler import AbstractSampler
 from torch.utils.data import BatchSampler, RandomSampler
 
+from recbole_rcekd.compat.instances import replaced
+
 _INDEX_ROWS = Interaction.__getitem__
 _SAMPLE = AbstractSampler.sample_by_key_ids
-# Knuth's multiplier: neighbouring keys fall far apart.
+# Knuth's multiplier, which puts neighbouring keys far apart.
 _MULTIPLIER = np.uint64(11400714819323198485)
 
 
 @contextmanager
 def fast_batches(train_data: Any) -> Iterator[None]:
-    """While this lasts, RecBole's training batches are made faster.
+    """Within the block, RecBole's training batches are made faster.
 
     Args:
         train_data: RecBole's training loader.
@@ -42,8 +44,8 @@ def fast_batches(train_data: Any) -> Iterator[None]:
         stack.enter_context(patch.object(Interaction, "__getitem__", _index_rows))
         stack.enter_context(patch.object(AbstractSampler, "sample_by_key_ids", _sample_by_key_ids))
         for loader in loaders:
-            # A loader's own data are the numbers 0 to n, of which it picks some to hand them to
-            # RecBole's collate_fn.
+            # The data of a loader are the row numbers 0 to n − 1; RecBole's collate_fn gets some of
+            # them for each batch.
             numbers = vars(loader).get("dataset") if loader is not None else None
             if (
                 isinstance(numbers, list)
@@ -51,30 +53,20 @@ def fast_batches(train_data: Any) -> Iterator[None]:
                 and numbers[0] == 0
                 and numbers[-1] == len(numbers) - 1
             ):
-                stack.enter_context(_replaced(vars(loader), "dataset", _RowNumbers(numbers)))
+                stack.enter_context(replaced(loader, "dataset", _RowNumbers(numbers)))
                 if (
                     type(loader.sampler) is RandomSampler
                     and type(loader.batch_sampler) is BatchSampler
                 ):
-                    stack.enter_context(
-                        _replaced(vars(loader), "batch_sampler", _ShuffledBatches(loader))
-                    )
+                    stack.enter_context(replaced(loader, "batch_sampler", _ShuffledBatches(loader)))
         yield
-
-
-@contextmanager
-def _replaced(attributes: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """``patch.dict`` would take back whatever else is set meanwhile."""
-    before = attributes[name]
-    attributes[name] = value
-    try:
-        yield
-    finally:
-        attributes[name] = before
 
 
 class _RowNumbers:
-    """The numbers from 0 to n, handed over a batch at a time (torch's loader looks for ``__getitems__``)."""
+    """The row numbers 0 to n − 1, fetched a whole batch at a time.
+
+    Torch's loader uses ``__getitems__`` if there is one.
+    """
 
     def __init__(self, numbers: list[int]) -> None:
         self._numbers = numbers
@@ -90,7 +82,7 @@ class _RowNumbers:
 
 
 class _ShuffledBatches:
-    """The batches of torch's ``RandomSampler`` and ``BatchSampler``, sliced out of the shuffled numbers."""
+    """The batches of torch's ``RandomSampler`` and ``BatchSampler``, as slices of one shuffle."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -108,9 +100,9 @@ class _ShuffledBatches:
         *batches, last = torch.split(torch.randperm(n, generator=generator), size)
         for batch in batches:
             yield batch.numpy()
-        # RandomSampler shuffles once more when it runs out, and takes nothing of that; it runs out
-        # while a last batch is filled, or after one that is full. (Who stops before, as
-        # KnowledgeBasedDataLoader does, would see the difference.)
+        # At its end RandomSampler shuffles once more and uses none of it. It reaches its end while
+        # it fills an incomplete last batch, or after a full one. (The order matters for a loader
+        # that stops earlier, as KnowledgeBasedDataLoader does.)
         if len(last) == size:
             yield last.numpy()
         torch.randperm(n, generator=generator)
@@ -119,7 +111,7 @@ class _ShuffledBatches:
 
 
 def _index_rows(self: Any, index: Any) -> Any:
-    """``Interaction[index]`` without the way through a Python list (data/interaction.py:136)."""
+    """``Interaction[index]`` without making a Python list of it (data/interaction.py:136)."""
     if isinstance(index, np.ndarray) and index.dtype == np.int64:
         index = torch.from_numpy(index)
     if not isinstance(index, torch.Tensor) or index.dtype != torch.int64 or index.dim() != 1:
@@ -130,7 +122,10 @@ def _index_rows(self: Any, index: Any) -> Any:
 
 
 def _sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Any:
-    """``sample_by_key_ids`` that looks into Python's sets only where a drawn id may be used (sampler/sampler.py:176)."""
+    """``sample_by_key_ids`` that looks in Python's sets only for ids that may be used.
+
+    RecBole looks there for every drawn id (sampler/sampler.py:176).
+    """
     key_ids = np.array(key_ids)
     one_key = len(key_ids) and (key_ids == key_ids[0]).all()
     if one_key or len(key_ids) == 0 or key_ids.min() < 0 or key_ids.max() >= len(self.used_ids):
@@ -151,13 +146,16 @@ def _sample_by_key_ids(self: Any, key_ids: Any, num: int) -> Any:
 
 
 def _marks_of(sampler: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Marks at the slots of all used (key, id) pairs: what is not marked is certainly not used. Made once."""
+    """Marks at the slots of all used (key, id) pairs, made once.
+
+    A pair whose slot is not marked is not used.
+    """
     known = vars(sampler).get("_used_marks")
     if known is not None and known[0] is sampler.used_ids:
         return known[1]  # type: ignore[no-any-return]
     counts = np.fromiter(map(len, sampler.used_ids), np.int64, len(sampler.used_ids))
     ids = np.fromiter(chain.from_iterable(sampler.used_ids), np.int64, counts.sum())
-    # Eight to sixteen slots for a pair, so that one in ten, at most, is looked up in vain.
+    # Eight to sixteen slots for a pair, so that at most about one unused pair in eight is marked.
     marks = np.zeros(1 << max(16, int(8 * len(ids)).bit_length()), dtype=bool)
     marks[_slots(np.repeat(np.arange(len(counts)), counts), ids, len(marks))] = True
     sampler._used_marks = (sampler.used_ids, marks)
@@ -167,6 +165,6 @@ def _marks_of(sampler: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
 def _slots(
     keys: np.ndarray[Any, Any], ids: np.ndarray[Any, Any], n_slots: int
 ) -> np.ndarray[Any, Any]:
-    """Where a pair is marked: multiplicative hashing, ``n_slots`` a power of two."""
+    """The slot of each pair, by multiplicative hashing; ``n_slots`` is a power of two."""
     mixed = (keys.astype(np.uint64) * _MULTIPLIER + ids.astype(np.uint64)) * _MULTIPLIER
     return mixed >> np.uint64(64 - n_slots.bit_length() + 1)

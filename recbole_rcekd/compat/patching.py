@@ -1,4 +1,4 @@
-"""How RecBole's own code is changed where it runs: some text of a method, or a function around it."""
+"""Changing RecBole's code at run time: the text of a method, or a function around it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-# Set on what we put in place of a library's own function, so that a second `apply` leaves it alone.
+# Set on a function that replaces one of a library, so that a second `apply` leaves it alone.
 MARK = "__recbole_rcekd__"
-# On what we put around one, which may have been rewritten before.
+# Set on a function around another one, which may be a replacement itself.
 _WRAPPED = "__recbole_rcekd_wrapped__"
 
 
 def rewrite(
     owner: Any, method: str, edits: Mapping[str, str], names: Mapping[str, Any] | None = None
 ) -> None:
-    """Recompile one method of RecBole with some of its text replaced, at its own line numbers.
+    """Recompile one method of RecBole with some of its text replaced, with the same line numbers.
 
-    Narrower than a method of our own: every other line stays RecBole's, and so do tracebacks.
+    So every other line stays RecBole's, and tracebacks stay correct.
 
     Args:
         owner: The class that defines the method itself, or the module that defines a function.
         method: The method's name. It must not use `super()` without arguments.
-        edits: Old text -> new text of as many lines.
-        names: What the new text refers to, if it is nothing that the method's module knows.
+        edits: Old text -> new text with the same number of lines.
+        names: Names in the new text that the method's module does not define.
 
     Raises:
-        RuntimeError: If an old text is not there. Going on would bring a silent fault back.
+        RuntimeError: If an old text is missing: the fault would come back without an error.
     """
     function = vars(owner)[method]
     if hasattr(function, MARK):
@@ -42,7 +42,7 @@ def rewrite(
             )
         source = source.replace(old, new)
     function.__globals__.update(names or {})
-    # dont_inherit: this file's __future__ imports are not RecBole's.
+    # dont_inherit: RecBole's code does not have the __future__ imports of this file.
     code = compile(
         "\n" * (first_line - 1) + source, function.__code__.co_filename, "exec", dont_inherit=True
     )
@@ -56,7 +56,7 @@ def rewrite(
 
 
 def wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a function around one of RecBole's, once."""
+    """Put a function around one of RecBole's; the second time nothing happens."""
     original = vars(owner)[name]
     if hasattr(original, _WRAPPED):
         return

@@ -1,4 +1,7 @@
-"""Several processes without GPUs, each user evaluated once, files written once: what RecBole 1.2.1 does otherwise."""
+"""Repairs of RecBole 1.2.1's training in several processes.
+
+They make it work without GPUs, evaluate each user once, and write tensorboard's files once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ from recbole_rcekd.compat.patching import rewrite, wrap
 
 
 def _gpu_of_each(gpu_id: str, nproc: int) -> bool:
-    """Whether each of several processes has a GPU; if there are GPUs at all, there must be enough of them."""
+    """Whether each of several processes has a GPU.
+
+    If GPUs are used at all, there must be one for each process.
+    """
     if not gpu_id or not torch.cuda.is_available():
         return False
     if len(gpu_id.split(",")) < int(nproc):
@@ -28,10 +34,10 @@ def distributed_without_gpu() -> None:
     """Let several processes train on CPUs, and let a process build a second Config.
 
     Breaks: with `nproc` set, `Config` asserts GPUs (config/configurator.py:496), fixes the backend
-    to nccl (:498) and the device to cuda (:508, :511); the trainer hands GPU numbers to
-    `DistributedDataParallel`, and batch normalisation to a kind that only GPUs have
-    (trainer/trainer.py:60-64). A second Config in a process, a teacher's for example, calls
-    `init_process_group` again (:497), which raises. On GPUs all stays as it is.
+    to nccl (:498) and the device to cuda (:508, :511). The trainer gives GPU numbers to
+    `DistributedDataParallel`, and uses a batch normalisation that only works on GPUs
+    (trainer/trainer.py:60-64). A second Config in a process, for example a teacher's, calls
+    `init_process_group` again (:497), which raises an error. On GPUs nothing changes.
     """
     from recbole.config import Config
     from recbole.trainer.trainer import AbstractTrainer
@@ -58,8 +64,12 @@ def distributed_without_gpu() -> None:
         AbstractTrainer,
         "__init__",
         {
-            "convert_sync_batchnorm(model)": f"convert_sync_batchnorm(model) if {on_gpu} else model",
-            'device_ids=[config["local_rank"]]': f'device_ids=[config["local_rank"]] if {on_gpu} else None',
+            "convert_sync_batchnorm(model)": (
+                f"convert_sync_batchnorm(model) if {on_gpu} else model"
+            ),
+            'device_ids=[config["local_rank"]]': (
+                f'device_ids=[config["local_rank"]] if {on_gpu} else None'
+            ),
         },
     )
 
@@ -67,12 +77,12 @@ def distributed_without_gpu() -> None:
 def distributed_evaluation() -> None:
     """Let several processes evaluate each user once, and compute every metric from all users.
 
-    Breaks, *silently*: evaluation data are dealt out by a `DistributedSampler`
-    (data/dataloader/abstract_dataloader.py:60), which repeats some users so that all processes have
-    as many. Each process then rounds its own metrics, and `Trainer._map_reduce` averages them with
-    weights that count batches, not users (trainer/trainer.py:615; RecBole issue #1872); of metrics
-    that are no mean over users (coverage, Gini index, AUC) that is no average at all. Here the
-    processes put together what they collected, and all compute the same.
+    Breaks, *silently*: a `DistributedSampler` divides the evaluation data
+    (data/dataloader/abstract_dataloader.py:60). It repeats some users so that all processes have
+    the same number. Each process then rounds its own metrics, and `Trainer._map_reduce` averages
+    them with weights that count batches, not users (trainer/trainer.py:615; RecBole issue #1872).
+    For metrics that are no mean over users (coverage, Gini index, AUC) such an average is wrong
+    anyway. Here the processes exchange what they collected, and all compute the metrics from it.
     """
     from recbole.data.dataloader import FullSortEvalDataLoader, NegSampleEvalDataLoader
     from recbole.evaluator import Collector
@@ -115,8 +125,8 @@ def distributed_evaluation() -> None:
 
 
 def _put_together(struct: Any) -> None:
-    """Give every process the rows that all collected, in the order in which one process would have them."""
-    # The rest of what is collected describes the training data and is the same everywhere.
+    """Give every process the rows that all collected, in the order that one process would have."""
+    # All else that is collected describes the training data and is the same in all processes.
     names = [
         name
         for name in ("rec.items", "rec.topk", "rec.meanrank", "rec.score", "data.label")
@@ -132,10 +142,10 @@ def _put_together(struct: Any) -> None:
 
 
 def distributed_tensorboard() -> None:
-    """Let the first of several processes write tensorboard's files, and no other.
+    """Let only the first of several processes write tensorboard's files.
 
-    Breaks: every trainer opens a writer (trainer/trainer.py:116), so the same course is drawn once
-        per process.
+    Breaks: every trainer opens a writer (trainer/trainer.py:116), so tensorboard shows the same
+        curve once per process.
     """
     from recbole.trainer import trainer
 

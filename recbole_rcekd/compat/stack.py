@@ -1,10 +1,10 @@
-"""RecBole 1.2.1 on current numpy, pandas, scipy, torch, ray and hyperopt: what is broken, one function each.
+"""Repairs of RecBole 1.2.1 with current numpy, pandas, scipy, torch, ray and hyperopt.
 
-It sets no upper bound on numpy, pandas, scipy, torch or setuptools, so a plain install takes the
-newest of each and fails at import; on pandas 3 it also goes wrong *silently*.
+RecBole sets no upper bound on numpy, pandas, scipy, torch or setuptools, so a plain install takes
+the newest of each and fails at import; on pandas 3 some results are *silently* wrong.
 
-Upstream threads on RecBole and its dependencies, all about some of what follows: RUCAIBox/RecBole
-issues #2215, #2212, #2219 and #2174, pull requests #2155 and #2203.
+Upstream threads about some of these faults: RUCAIBox/RecBole issues #2215, #2212, #2219 and #2174,
+pull requests #2155 and #2203.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 
 from recbole_rcekd.compat.patching import MARK, rewrite
 
-# Old name -> the name that every numpy has. `Config` later sets most of these itself, to these same
-# types.
+# Old name -> the name in every version of numpy. `Config` later sets most of them itself, to the
+# same types.
 _NUMPY_ALIASES = {
     "float_": "float64",
     "complex_": "complex128",
@@ -44,7 +44,7 @@ _NUMPY_ALIASES = {
 
 
 def numpy_aliases() -> None:
-    """Give numpy its removed type names back, each only where it is missing.
+    """Give numpy its removed type names back if they are missing.
 
     Breaks: numpy 2 has no `float_`, `complex_`, `unicode_`, so every `Config()` fails
     (config/configurator.py:630-635). numpy >= 1.24 has no `float`, `bool`, ...: RecBole sets them
@@ -55,7 +55,7 @@ def numpy_aliases() -> None:
     """
     for alias, target in _NUMPY_ALIASES.items():
         with warnings.catch_warnings():
-            # numpy warns about some of these names when they are merely looked up.
+            # numpy warns about some of these names when they are looked up.
             warnings.simplefilter("ignore")
             missing = not hasattr(np, alias)
         if missing:
@@ -63,7 +63,7 @@ def numpy_aliases() -> None:
 
 
 class _MissingRay(types.ModuleType):
-    """A stand-in for ray: it can be imported, and says on first use what is missing."""
+    """A replacement for ray: it can be imported, and on first use says what is missing."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
@@ -74,7 +74,7 @@ class _MissingRay(types.ModuleType):
         self._reason = reason
 
     def __getattr__(self, name: str) -> Any:
-        # Tools that walk sys.modules ask for dunder names and expect the usual answer.
+        # Tools that go through sys.modules ask for dunder names and expect an AttributeError.
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         raise ImportError(
@@ -85,17 +85,17 @@ class _MissingRay(types.ModuleType):
 
 
 def ray_stub() -> None:
-    """Put a stand-in for `ray` in place where ray, or the `pkg_resources` it needs, is not installed.
+    """Replace `ray` if ray, or the `pkg_resources` that it needs, is not installed.
 
-    Breaks: `from ray import tune` at quick_start/quick_start.py:20, so RecBole's quick start needs
-    ray even to be imported. RecBole caps ray at 2.6.3, which has no wheel for Python >= 3.12 and
-    needs the `pkg_resources` that setuptools >= 82 no longer ships. Only `tune.report` uses it
+    Breaks: `from ray import tune` at quick_start/quick_start.py:20, so RecBole's quick start cannot
+    be imported without ray. RecBole limits ray to 2.6.3, which has no wheel for Python >= 3.12 and
+    needs the `pkg_resources` that setuptools >= 82 no longer has. Only `tune.report` uses ray
     (quick_start.py:223, `objective_function`). Upstream: see the threads at the top of this module.
     """
     if "ray" in sys.modules:
         return
-    # Looked for, not imported: that alone takes two seconds of every start, and only RecBole's
-    # quick start needs it.
+    # Only looked for: importing ray would add two seconds to every start, and only RecBole's quick
+    # start needs it.
     missing = [name for name in ("ray", "pkg_resources") if importlib.util.find_spec(name) is None]
     if missing:
         reason = f"no module named {missing[0]}"
@@ -105,9 +105,11 @@ def ray_stub() -> None:
 
 
 def torch_load() -> None:
-    """Let RecBole's own `torch.load` calls unpickle a whole checkpoint; nobody else's default changes.
+    """Let RecBole's own `torch.load` calls unpickle a whole checkpoint.
 
-    Breaks: torch >= 2.6 loads with `weights_only=True`, and a RecBole checkpoint holds a pickled
+    The default of other callers stays the same.
+
+    Breaks: torch >= 2.6 loads with `weights_only=True`, and a RecBole checkpoint has a pickled
     Config (trainer/trainer.py:323, 583; quick_start/quick_start.py:250; neumf.py:84, convncf.py:82,
     nais.py:127, ract.py:75, s3rec.py:120, kd_dagfm.py:56). As in plain RecBole: open only
     checkpoints that you trust. Upstream: see the threads at the top of this module.
@@ -128,7 +130,7 @@ def torch_load() -> None:
 
 
 def scipy_dok_update() -> None:
-    """Give `dok_matrix` its unchecked bulk update back.
+    """Give `dok_matrix` its update without checks back.
 
     Breaks: scipy >= 1.13 has no `dok_matrix._update`, with which the graph models fill their
     adjacency matrix (lightgcn.py:111, ngcf.py:110, ncl.py:131, gcmc.py:174, spectralcf.py:123,
@@ -138,8 +140,7 @@ def scipy_dok_update() -> None:
         return
 
     def _update(self: Any, data: Mapping[tuple[int, int], Any]) -> None:
-        # Setting the entries through the public interface checks each one: minutes on a large
-        # graph.
+        # The public interface checks each entry, which takes minutes on a large graph.
         self._dict.update(data)
 
     scipy.sparse.dok_matrix._update = _update
@@ -160,8 +161,12 @@ def pandas_fill_nan() -> None:
         Dataset,
         "_fill_nan",
         {
-            "feat[field].fillna(value=0, inplace=True)": "feat[field] = feat[field].fillna(value=0)",
-            f"feat[field].fillna({mean}, inplace=True)": f"feat[field] = feat[field].fillna({mean})",
+            "feat[field].fillna(value=0, inplace=True)": (
+                "feat[field] = feat[field].fillna(value=0)"
+            ),
+            f"feat[field].fillna({mean}, inplace=True)": (
+                f"feat[field] = feat[field].fillna({mean})"
+            ),
         },
     )
     rewrite(
@@ -194,9 +199,9 @@ def pandas_agg_len() -> None:
 def stable_sort() -> None:
     """Keep interactions with equal time stamps in file order when duplicates are removed.
 
-    Breaks, *silently*: data/dataset/dataset.py:853 sorts by time with numpy's unstable default.
-    With ties, `rm_dup_inter` then keeps other rows, gives other item ids and another split on
-    another numpy or CPU. Upstream: see the threads at the top of this module.
+    Breaks, *silently*: data/dataset/dataset.py:853 sorts by time with numpy's default, which is not
+    stable. With equal time stamps, `rm_dup_inter` then keeps other rows with another numpy or CPU,
+    so item ids and split differ. Upstream: see the threads at the top of this module.
     """
     from recbole.data.dataset import Dataset
 
@@ -207,8 +212,8 @@ def stable_sort() -> None:
 def hyperopt_generator() -> None:
     """Draw trials with numpy's new generators, which hyperopt expects since 0.2.6.
 
-    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, hands
-    hyperopt a `RandomState`, which has no `integers`. The order of the trials is another one than
+    Breaks: `exhaustive_search` (trainer/hyper_tuning.py:116), the default of `HyperTuning`, gives
+    hyperopt a `RandomState`, which has no `integers`. The order of the trials differs from that
     with hyperopt 0.2.5. Upstream: none known.
     """
     from recbole.trainer import hyper_tuning

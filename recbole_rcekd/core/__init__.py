@@ -1,5 +1,6 @@
-"""Pure tensors and files: what every other room stands on.
+"""Tensor functions, settings and files, which every other part of the package uses.
 
-Shapes, settings, masked log-softmax, exact top-K, the closure gap, files that are whole or not
-there, and several processes. Nothing here imports RecBole or another room.
+Here are the shared types, settings, the masked log-softmax, exact top-K, the closure gap, files
+that are written whole or not at all, and training in several processes. Nothing here imports
+RecBole or another part of the package.
 """

@@ -1,7 +1,8 @@
-r"""How nearly closed the candidates are: the closure gap Δ, and the blockers that samples cover.
+r"""How nearly closed the candidates are: the closure gap Δ, and the share of blockers in them.
 
-Cross-entropy on a set A bounds NDCG if A is *closed*: whatever the student ranks above a target is
-in A too. The gap Δ says in nats how much is missing (METHODS.md, T3).
+A *blocker* of a target is an item that the student ranks above it. A set A is *closed* if it holds
+all blockers of its targets; the cross-entropy on A then bounds NDCG. The closure gap Δ says in nats
+how far A is from closed (METHODS.md, T3).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def closure_gap(
     support_scores: Tensor,
     support_keep: Tensor | None = None,
 ) -> Tensor:
-    r"""How far an item set A is from closed, in nats: Δ(A) of ``METHODS.md``.
+    r"""How far an item set A is from closed, in nats: Δ(A) of METHODS.md.
 
     .. math:: \Delta(A) = \sum_{i\in J} \tilde q_i \, \ln(1 + p^A_i\, m_i(A))
 
@@ -32,11 +33,11 @@ def closure_gap(
     missing.
 
     Args:
-        target_probs: q̃ ``[n, J]``, the teacher's softmax over J; 0 for entries that do not count.
+        target_probs: q̃ ``[n, J]``, the teacher's softmax over J; 0 for masked entries.
         target_scores: student scores of J, ``[n, J]``; J ⊆ A.
         target_above: how many items of the whole catalogue the student puts above, ``[n, J]``.
         support_scores: student scores of A, ``[n, A]``.
-        support_keep: bool ``[n, A]``.
+        support_keep: bool ``[n, A]``, which entries of A count (``None``: all).
 
     Returns:
         ``[n]``.
@@ -57,13 +58,15 @@ def closure_gap(
 def mean_closure_gaps(
     targets: ItemSets, supports: Sequence[ItemSets], rows: Tensor, temperature: float = 1.0
 ) -> list[float]:
-    """The mean Δ of the targets J in each of several normalisers A, in nats, over the contexts that the teacher speaks of.
+    """The mean closure gap Δ of the targets J, in nats, for each of several sets A.
+
+    The mean is over the users for whom the teacher has targets.
 
     Args:
-        targets: J of n contexts, with the teacher's scores.
-        supports: several A, J in each.
-        rows: the student's scores of every item for the same contexts, ``[n, n_items]``.
-        temperature: τ of both sides' softmax.
+        targets: J of n users (or rows of sequences), with the teacher's scores.
+        supports: the sets A; each contains J.
+        rows: the student's scores of every item for the same users, ``[n, n_items]``.
+        temperature: τ of the teacher's and the student's softmax.
     """
     if targets.teacher_scores is None:
         raise ValueError("A closure gap weighs by the teacher's scores, and the targets have none.")
@@ -82,15 +85,15 @@ def mean_closure_gaps(
 
 
 def blockers_covered(targets: ItemSets, support: ItemSets, rows: Tensor) -> float:
-    """Of all pairs of a target and an item that the student puts above it, the share whose second item is in A.
+    """The share of all pairs of a target and a blocker whose blocker is in A.
 
     Args:
-        targets: J of n contexts.
+        targets: J of n users (or rows of sequences).
         support: A.
-        rows: the student's scores of every item for the same contexts, ``[n, n_items]``.
+        rows: the student's scores of every item for the same users, ``[n, n_items]``.
 
     Returns:
-        From 0 to 1; 1 where nothing is above a target.
+        From 0 to 1; 1 if no target has a blocker.
     """
     scores, listed = (rows.gather(1, sets.items.long()) for sets in (targets, support))
     if support.keep is not None:

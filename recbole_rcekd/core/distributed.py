@@ -1,9 +1,9 @@
-"""Several processes that train one model: what each must know of the others, and how they are started and watched.
+"""Several processes that train one model: how they communicate, and how they are started.
 
 RecBole's distributed training puts ``DistributedDataParallel`` around the model: each process (a
 *rank*) computes the loss of its part of every batch, and the gradients are averaged. Here the users
-are shared out too: user u belongs to rank u mod W, which keeps the lists and sets of its own users
-and computes their KD loss.
+are divided among the ranks too: user u belongs to rank u mod W, which keeps the candidates of its
+own users and computes their KD loss.
 """
 
 from __future__ import annotations
@@ -29,31 +29,32 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from recbole_rcekd.core.errors import KDError, ProcessError, SettingsError
 
 T = TypeVar("T")
-# The keys of RecBole's Config that place a process among the others; none of them changes what is
-# computed.
+# The keys of RecBole's Config that say which process this is and how it reaches the others. None of
+# them changes the results.
 PLACE_KEYS = frozenset({"nproc", "ip", "port", "offset", "group_offset"})
-# These say where it is computed, from what and to where: another place gives the same results, but
-# for roundings.
+# These also say on which machine and device to compute, and where files are. They change the
+# results by rounding at most.
 MACHINE_KEYS = PLACE_KEYS | {"device", "gpu_id", "use_gpu", "worker", "checkpoint_dir", "data_path"}
-# RecBole's default; used where another machine has to know it.
+# RecBole's default port; used if another machine has to know it.
 _PORT = 5678
-# Seeds of ranks lie further apart than the seeds that people try one after the other.
+# The seeds of two ranks differ by more than the seeds that people usually try (2020, 2021, …).
 _SEED_STEP = 1_000_003
 
-# Set in a started process: where its starter looks for what it has to tell.
+# Set in a started process: the folder where the process that started it reads its messages.
 _told: Path | None = None
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that train one model; alone unless told otherwise, and then every method is free.
+    """The rank of this process, and the communication with the other ranks of one training.
 
-    All methods that take part in a communication must be called by every rank, in the same order.
+    By default this is the only process, and no method communicates. With several processes, all
+    ranks must call the methods that communicate, in the same order.
 
     Args:
-        rank: 0 to ``world − 1``; 0 writes the files and the log.
-        world: how many there are.
-        device: where tensors have to be to be sent (NCCL sends from GPUs only).
+        rank: 0 to ``world − 1``; rank 0 writes the files and the log.
+        world: the number of ranks.
+        device: the device of tensors that are sent (NCCL sends from GPUs only).
     """
 
     rank: int = 0
@@ -62,7 +63,7 @@ class Ranks:
 
     @classmethod
     def of(cls, config: Any) -> Ranks:
-        """The place of a process whose RecBole Config was built with ``local_rank``; alone without."""
+        """The rank of this process, by its RecBole Config; without ``local_rank`` it is alone."""
         if config["single_spec"] or not dist.is_initialized():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), torch.device(config["device"]))
@@ -76,14 +77,14 @@ class Ranks:
         """A seed of this rank's own; rank 0 has ``base`` itself."""
         return base + _SEED_STEP * self.rank
 
-    # -- who owns what -------------------------------------------------------------------------------------------
+    # -- which ids belong to which rank ------------------------------------------------------------
 
     def own(self, ids: Tensor) -> Tensor:
         """Those of ``ids`` that belong to this rank, in their order."""
         return ids if self.world == 1 else ids[ids % self.world == self.rank]
 
     def row(self, ids: Tensor) -> Tensor:
-        """Where ids of this rank stand in a table that has a row for each of its ids, from the lowest up."""
+        """The row of each id in a table with one row per id of this rank, in ascending order."""
         return ids if self.world == 1 else ids // self.world
 
     def counts(self, ids: Tensor) -> list[int]:
@@ -92,10 +93,10 @@ class Ranks:
             return [len(ids)]
         return [int(n) for n in torch.bincount(ids % self.world, minlength=self.world)]
 
-    # -- what they tell each other -------------------------------------------------------------------------------
+    # -- communication -----------------------------------------------------------------------------
 
     def barrier(self) -> None:
-        """Wait for all."""
+        """Wait for all ranks."""
         if self.world > 1:
             dist.barrier()
 
@@ -116,7 +117,7 @@ class Ranks:
         return values[0]
 
     def all(self, value: bool) -> bool:
-        """Whether it holds on every rank."""
+        """Whether the value is true on every rank."""
         return all(self.gather(value))
 
     def mean(self, numbers: dict[str, float]) -> dict[str, float]:
@@ -130,7 +131,7 @@ class Ranks:
         }
 
     def joined(self, part: Tensor) -> Tensor:
-        """The parts ``[n]`` of all ranks, equally long, one after the other ``[W·n]``, on all ranks."""
+        """The equally long parts ``[n]`` of all ranks, concatenated ``[W·n]``, on all ranks."""
         if self.world == 1:
             return part
         parts = [torch.empty_like(part) for _ in range(self.world)]
@@ -138,7 +139,10 @@ class Ranks:
         return torch.cat(parts)
 
     def whole(self, share: Tensor, n: int) -> Tensor | None:
-        """The table ``[n, …]`` made of the ranks' own rows (see :meth:`row`), on rank 0; ``None`` on the others."""
+        """The table ``[n, …]`` made of all ranks' rows (see :meth:`row`).
+
+        Only rank 0 gets it; the other ranks get ``None``.
+        """
         if self.world == 1:
             return share
         longest = -(-n // self.world)
@@ -149,7 +153,7 @@ class Ranks:
         return None if parts is None else torch.stack(parts, 1).flatten(0, 1)[:n].to(share.device)
 
 
-# -- starting and watching ---------------------------------------------------------------------------------------
+# -- starting the processes ------------------------------------------------------------------------
 
 
 def run_ranks(
@@ -161,15 +165,17 @@ def run_ranks(
     port: int | None = None,
     offset: int = 0,
 ) -> T:
-    """Call ``work`` in ``nproc`` new processes, each with its place in ``config_dict``; as RecBole's ``run``.
+    """Call ``work`` in ``nproc`` new processes, as RecBole's ``run`` does.
+
+    Each process finds its rank in ``config_dict``.
 
     Args:
-        work: a function of a module, ``run_recbole_kd`` as a rule; each process imports it.
-        arguments: its keyword arguments.
-        nproc: processes on this machine.
-        world_size: processes on all machines; −1: there is no other machine.
+        work: a function of a module, usually ``run_recbole_kd``; each process imports it.
+        arguments: the keyword arguments of ``work``.
+        nproc: the number of processes on this machine.
+        world_size: the number of processes on all machines; −1: there is no other machine.
         ip: the machine of rank 0.
-        port: a port that is free there; default: RecBole's 5678, or any free one if there is no
+        port: a free port on that machine; default: RecBole's 5678, or any free one if there is no
             other machine.
         offset: the rank of this machine's first process.
 
@@ -177,7 +183,7 @@ def run_ranks(
         What ``work`` returned in this machine's first process.
 
     Raises:
-        KDError: what a process raised on purpose, once.
+        KDError: a process raised it.
         ProcessError: a process died or failed; the others were stopped.
     """
     world_size = nproc + offset if world_size <= 0 else world_size
@@ -199,7 +205,7 @@ def run_ranks(
         context: Any = spawn(  # type: ignore[no-untyped-call]
             _in_rank, (work, arguments, place, folder), nprocs=nproc, join=False
         )
-        # It says of each process that it ends the others; which one was the first is said below.
+        # It would log each process that it stops; the error below names the one that failed first.
         getLogger("torch.multiprocessing.spawn").setLevel(ERROR)
         try:
             while not context.join():
@@ -207,19 +213,19 @@ def run_ranks(
         except (ProcessExitedException, ProcessRaisedException) as error:
             raise _cause(context, error, place, Path(folder)) from None
         finally:
-            for process in context.processes:  # none is left but after Ctrl-C
+            for process in context.processes:  # after Ctrl-C some may still run
                 if process.is_alive():
                     process.terminate()
                     process.join()
         if not (Path(folder) / "result").exists():
-            # Which is all that ends a process before its result, and without an error
+            # Only an interrupt ends a process without a result and without an error.
             raise KeyboardInterrupt
         result: T = pickle.loads((Path(folder) / "result").read_bytes())
         return result
 
 
 def note_checkpoint(file: str) -> None:
-    """Tell the starter of this process, if it has one, which checkpoint is the last whole one."""
+    """Tell the process that started this one, if any, which checkpoint was written last."""
     if _told is not None:
         (_told / "checkpoint").write_text(file, encoding="utf-8")
 
@@ -233,13 +239,13 @@ def _in_rank(
 ) -> None:
     global _told
     _told = Path(folder)
-    # torch has a process interrupted when its starter dies; a starter in the background may ignore
-    # interrupts, and a process inherits that and would train on, alone.
+    # torch interrupts a process when the process that started it dies. A command in the background
+    # may ignore interrupts; its processes inherit that, and would go on alone.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if local_rank:
-        basicConfig(level=ERROR)  # as RecBole has it: the first speaks for all
+        basicConfig(level=ERROR)  # as in RecBole, only the first process logs
     if "OMP_NUM_THREADS" not in os.environ:
-        # Each process would take all cores, and all would wait for each other.
+        # By default each process would use all cores, and they would wait for each other.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place["nproc"]))
     given = {**(arguments.get("config_dict") or {}), **place, "local_rank": local_rank}
     try:
@@ -252,7 +258,7 @@ def _in_rank(
 
 
 def _cause(context: Any, error: Exception, place: dict[str, Any], folder: Path) -> KDError:
-    """Of all that went wrong the first thing: when one process ends, the others fail too, or are ended."""
+    """The error of the process that failed first; the others fail because of it, or are stopped."""
     on_purpose = sorted(folder.glob("error-*"), key=lambda file: file.stat().st_mtime_ns)
     if on_purpose:
         raised: KDError = pickle.loads(on_purpose[0].read_bytes())

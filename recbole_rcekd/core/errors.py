@@ -1,6 +1,6 @@
-"""What this package raises when the user has to change something.
+"""The errors that this package raises when the user has to change something.
 
-Every message is one plain sentence or two: what is wrong, where, what would be right, what to do.
+Every message is one or two plain sentences: what is wrong, where, and what to do.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files that are written whole or not at all: beside their place, then renamed into it.
+"""Files that are written whole or not at all: to a temporary name, which is then renamed.
 
-So a reader never meets half a file, and two commands may write into one folder.
+So no process reads half a file, and two commands may write to one folder.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 
 @contextmanager
 def replacing(file: str | os.PathLike[str]) -> Iterator[Path]:
-    """A new file to write to, which takes the place of ``file`` if the block succeeds.
+    """A new file to write to, which replaces ``file`` if the block succeeds.
 
-    Where the block fails, or writes nothing, ``file`` stays as it was.
+    If the block fails, or writes nothing, ``file`` stays as it was.
 
     Args:
-        file: its folder is made if it is not there.
+        file: the file to replace; its folder is made if it does not exist.
 
     Example:
         >>> import tempfile

@@ -1,4 +1,4 @@
-"""Losses over the whole catalogue, of which no more than a block of scores is there at a time. Pure functions of tensors."""
+"""Losses over the whole catalogue that hold only a block of the scores in memory at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from recbole_rcekd.core.functional import at_least_float32
 
-# Scores in a block. On a processor 8 MB of float32, so that all passes over them stay in its cache:
-# four times as fast as blocks of 50 MB. A graphics card wants fewer calls instead: 128 MB.
+# Scores in a block. On a CPU 8 MB of float32, which stay in its cache: four times as fast as blocks
+# of 50 MB. On a GPU 128 MB, because there fewer calls are faster.
 _CELLS = {"cpu": 2_000_000}
 _CELLS_ELSEWHERE = 32_000_000
 
@@ -20,25 +20,30 @@ _CELLS_ELSEWHERE = 32_000_000
 def catalogue_cross_entropy(
     scores: Tensor, items: Tensor, weights: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    r"""Cross-entropy of a few weighted items with a normaliser over all.
+    r"""Cross-entropy of a few weighted items with a normaliser over all items.
 
     .. math:: \ell = \sum_k w_k \Big[\log\sum_{j\ge 1} e^{s_j/\tau} - s_{i_k}/\tau\Big]
 
     Args:
-        scores: ``[B, N]``; column 0 is padding, −∞ where an item is hidden from a row.
-        items: ``[B, K]``; 0 for none, whose weight does not count.
+        scores: ``[B, N]``; column 0 is padding, and the score of a masked item is −∞.
+        items: ``[B, K]``; 0 for no item, whose weight does not count.
         weights: w, ``[B, K]``, without gradient; they need not sum to 1.
         temperature: τ.
 
     Returns:
         ``[B]``; 0 for a row without items.
     """
-    found: Tensor = _CatalogueCrossEntropy.apply(scores, items.long(), weights, temperature)  # type: ignore[no-untyped-call]
+    found: Tensor = _CatalogueCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        scores, items.long(), weights, temperature
+    )
     return found
 
 
 class _CatalogueCrossEntropy(torch.autograd.Function):
-    """One pass forwards and one back; autograd would copy the scores for each slice, division and lookup."""
+    """One pass forwards and one back.
+
+    Autograd would copy the scores for each slice, division and lookup.
+    """
 
     @staticmethod
     def forward(
@@ -70,22 +75,23 @@ def sum_over_blocks(
     losses: Callable[[Tensor, Tensor], Tensor],
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Σ_r weights_r losses_r of rows whose scores are a product, with the gradient taken block by block along with the value.
+    """Σ_r weights_r losses_r, where the scores are the product ``rows @ table.T``.
 
-    Memory: one block of scores and one gradient of the table. Every score is computed once, where
-    recomputing it in the backward pass (checkpointing) would compute it twice.
+    Value and gradient are computed together, block by block. Memory holds one block of scores and
+    one gradient of the table. Every score is computed once; checkpointing would compute it again in
+    the backward pass.
 
     Args:
         rows: ``[B, d]``.
         table: ``[N, d]``; row 0 is padding, whose score is −∞ and whose gradient here is 0.
-        losses: of ``(scores [b, N], places [b])``, the places of the block's rows among the B, to
-            the block's losses ``[b]``.
+        losses: a function of ``(scores [b, N], positions [b])``, the scores of a block and the
+            positions of its rows among the B, which returns the block's losses ``[b]``.
         weights: ``[B]``; default: 1.
 
     Returns:
         A scalar.
     """
-    # In half precision only the model computes.
+    # Only the model computes in half precision.
     with torch.autocast(rows.device.type, enabled=False):
         found: Tensor = _SumOverBlocks.apply(
             at_least_float32(rows), at_least_float32(table), losses, weights

@@ -1,39 +1,36 @@
-"""Pure tensor mathematics shared by the losses and the item sets.
+"""Tensor functions that the losses and their candidates share.
 
-Everything stays in log space, is vectorised over rows, takes its randomness as an argument and
-never builds a users × items or a rows × K × M tensor.
+They work in log space and on all rows at once. Those that draw take a generator. None of them
+builds a users × items or a rows × K × M tensor.
 
 >>> import torch
 >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[5.0, 5.0]])
->>> soft_cross_entropy(student, teacher)  # two items, both sides indifferent: ln 2
+>>> soft_cross_entropy(student, teacher)  # two items with equal scores: ln 2
 tensor([0.6931])
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import numpy as np
-import scipy.sparse
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to so many numbers, a copy of the picked table rows is made once and serves both directions: 8
-# MB of float32.
-_KEPT_CELLS = 2_000_000
-# Cells gathered at a time where there is no product without gathering: 256 MB of float32.
-_GATHERED_CELLS = 64_000_000
-
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision up to float32: a log-softmax over item scores loses its small terms below that."""
+    """Half precision raised to float32; any other dtype unchanged.
+
+    In half precision a log-softmax over item scores loses its small terms.
+    """
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    """The rows of ``x [n, d]`` at length 1, in float32 or better; one shorter than 1e-8 is divided by that, so 0 stays 0."""
+    """The rows of ``x [n, d]`` divided by their lengths, in float32 or better.
+
+    A row shorter than 1e-8 is divided by 1e-8, so a row of zeros stays zero.
+    """
     return torch.nn.functional.normalize(at_least_float32(x), dim=-1, eps=1e-8)
 
 
@@ -42,24 +39,25 @@ def masked_log_softmax(scores: Tensor, keep: Tensor | None = None) -> Tensor:
 
     Args:
         scores: ``[..., K]``.
-        keep: bool ``[..., K]``; entries that do not count return 0, so that a product with a zero
-            weight is 0.
+        keep: bool ``[..., K]``, which entries count (``None``: all). The others return 0, so that
+            their product with a weight of 0 is 0.
 
     Returns:
-        ``[..., K]``; a row that keeps nothing is all 0, and a NaN that was in a kept score stays
-        visible.
+        ``[..., K]``; a row that keeps nothing is all 0. A NaN in a kept score stays a NaN.
     """
     scores = at_least_float32(scores)
     if keep is None:
         return scores.log_softmax(-1)
-    # The dtype's own minimum instead of -inf: a row without any kept entry then has a finite
-    # gradient (0).
+    # The dtype's minimum instead of -inf: so a row that keeps nothing has a finite gradient (0).
     filled = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)
     return filled.log_softmax(-1).masked_fill(~keep, 0.0)
 
 
 def masked_softmax(scores: Tensor, keep: Tensor) -> Tensor:
-    """Probabilities of the kept entries of the last axis, 0 elsewhere; of a row that keeps nothing 0, with a gradient of 0."""
+    """Softmax over the kept entries of the last axis, 0 for the others.
+
+    A row that keeps nothing is all 0, with a gradient of 0.
+    """
     scores = at_least_float32(scores)
     return (
         scores.masked_fill(~keep, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~keep, 0.0)
@@ -72,7 +70,7 @@ def soft_cross_entropy(
     keep: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Cross-entropy between the teacher's and the student's softmax over one item set.
+    r"""Cross-entropy between the teacher's and the student's softmax over one set of items.
 
     .. math:: -\sum_{i\in J} \sigma_J(t/\tau)_i \, \log \sigma_J(s/\tau)_i
 
@@ -80,7 +78,8 @@ def soft_cross_entropy(
         student_scores: ``[..., K]``, with gradient.
         teacher_scores: ``[..., K]``, no gradient is taken.
         keep: bool ``[..., K]``, the set J (``None``: all K).
-        temperature: τ > 0, divides both scores; no τ² factor (authors' code @ 771322a).
+        temperature: τ > 0, divides both scores. There is no factor τ² (as in the authors' code,
+            commit 771322a).
 
     Returns:
         ``[...]``, one loss per row; 0 for a row with an empty set.
@@ -100,7 +99,9 @@ def mixed_cross_entropy(
     keep: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    r"""Two item sets side by side, each with its own softmax: ``(1 − γ)·CE(first columns) + γ·CE(the others)``.
+    r"""Cross-entropy on two sets of items side by side, each with its own softmax.
+
+    The result is ``(1 − γ)·CE(first columns) + γ·CE(other columns)``.
 
     Args:
         student_scores: ``[..., K]``, with gradient.
@@ -120,7 +121,10 @@ def mixed_cross_entropy(
 
 
 class _MixedCrossEntropy(torch.autograd.Function):
-    """The gradient is p − q, a subtraction; autograd would take some thirty steps to it, in every training step."""
+    """Cross-entropy with its gradient p − q written out.
+
+    Autograd would need some thirty operations for it, in every training step.
+    """
 
     @staticmethod
     def forward(
@@ -166,7 +170,7 @@ def _cross_entropy_and_slope(
     if keep is None:
         q = teacher.softmax(-1)
         return -(q * student.log_softmax(-1)).sum(-1), student.softmax(-1).sub_(q)
-    # The dtype's own minimum instead of -inf: a row that keeps nothing stays finite, and gives 0.
+    # The dtype's minimum instead of -inf: so a row that keeps nothing stays finite, and gives 0.
     left_out, kept = ~keep, keep.to(student.dtype)
     student = student.masked_fill(left_out, torch.finfo(student.dtype).min)
     q = teacher.masked_fill(left_out, torch.finfo(teacher.dtype).min).softmax(-1).mul_(kept)
@@ -177,7 +181,7 @@ def _cross_entropy_and_slope(
 def plackett_luce(
     head: Tensor, tail: Tensor, head_keep: Tensor | None = None, tail_keep: Tensor | None = None
 ) -> Tensor:
-    r"""Negative log-likelihood of picking the head in its order before anything of the tail.
+    r"""Negative log-likelihood of picking the head in its order, and before all of the tail.
 
     .. math:: \sum_k \Big[\log\Big(\sum_{k'\ge k} e^{h_{k'}} + \sum_l e^{r_l}\Big) - h_k\Big]
 
@@ -214,15 +218,16 @@ def squared_error(found: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
 
 
 def is_member(query: Tensor, table: Tensor) -> Tensor:
-    """For each row, which entries of ``query [n, q]`` occur in ``table [n, t]``: bool ``[n, q]``."""
-    return places(query, table) >= 0
+    """Whether each entry of ``query [n, q]`` is in its row of ``table [n, t]``: bool ``[n, q]``."""
+    return positions_in(query, table) >= 0
 
 
-def places(query: Tensor, table: Tensor) -> Tensor:
-    """For each row, the column of ``table [n, t]`` where each entry of ``query [n, q]`` stands, −1 where it does not.
+def positions_in(query: Tensor, table: Tensor) -> Tensor:
+    """For each row, the column in ``table [n, t]`` of each entry of ``query [n, q]``, or −1.
 
-    Of an id that stands there twice, one of its columns. One sort and one binary search per row:
-    O((q + t) log t), no q × t comparison.
+    −1 means that the table's row does not have the entry. If it has it twice, the result is one of
+    the two columns. One sort and one binary search per row: O((q + t) log t), without a comparison
+    of all q × t pairs.
     """
     if table.shape[-1] == 0:
         return torch.full_like(query, -1, dtype=torch.int64)
@@ -232,27 +237,27 @@ def places(query: Tensor, table: Tensor) -> Tensor:
 
 
 def votes_from_below(voters: Tensor, inclusive: bool) -> Tensor:
-    """How many voters stand below each position of a ranked list.
+    """How many voters are below each position of a ranked list.
 
     Args:
-        voters: bool ``[n, M]`` along a list with the best item first.
+        voters: bool ``[n, M]``, which positions of a list, best item first, are voters.
         inclusive: count a voter at the position itself too.
 
     Returns:
         int64 ``[n, M]``.
     """
     counts = voters.long()
-    # All of them less those above: one pass, where summing from the end would need two copies.
+    # All voters less those above: one pass. A sum from the end would need two copies.
     below = counts.sum(-1, keepdim=True) - counts.cumsum(-1)
     return below + counts if inclusive else below
 
 
 def draw_without_replacement(log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """Positions ``[rows, n]`` drawn without replacement, each row with probabilities ∝ exp(log_weights).
+    """Positions ``[rows, n]`` drawn without replacement, with probabilities ∝ exp(log_weights).
 
-    Adding Gumbel noise and taking the n largest is the same distribution as drawing one by one
-    (Vieira 2014), for all rows at once. Entries of −inf are drawn only where a row has fewer than
-    ``n`` others.
+    Each row is drawn for itself. Adding Gumbel noise and taking the n largest has the same
+    distribution as drawing one after the other (Vieira 2014). An entry of −inf is drawn only if the
+    row has fewer than ``n`` others.
     """
     uniform = torch.rand(log_weights.shape, generator=generator, device=log_weights.device)
     # An exponential variable E gives the Gumbel -log E; the clamp keeps log(0) out.
@@ -264,8 +269,8 @@ def first_distinct(candidates: Tensor, allowed: Tensor, n: int) -> tuple[Tensor,
     """The first ``n`` distinct allowed candidates of each row, in their order.
 
     Args:
-        candidates: ids ``[rows, R]`` in the order they were drawn.
-        allowed: bool ``[rows, R]``.
+        candidates: ids ``[rows, R]`` in the order in which they were drawn.
+        allowed: bool ``[rows, R]``, which candidates may be taken.
         n: how many to take, at most R.
 
     Returns:
@@ -281,13 +286,13 @@ def first_distinct(candidates: Tensor, allowed: Tensor, n: int) -> tuple[Tensor,
 
 
 def count_above(scores: Tensor, all_scores: Tensor) -> Tensor:
-    """How many of ``all_scores [n, N]`` are strictly above each of ``scores [n, K]``: int64 ``[n, K]``.
+    """How many of ``all_scores [n, N]`` are strictly above each of ``scores [n, K]``.
 
-    One binary search per cell of the smaller side, O(N log K) a row, no argsort of N.
+    The counts are int64 ``[n, K]``. O(N log K) a row: each of the N is looked up among the K, and
+    the N are not sorted.
     """
     ordered, order = scores.sort(-1)
-    # below[j] = how many of the K listed scores lie strictly below cell j; cell j is above exactly
-    # those.
+    # below[j]: how many of the K scores lie strictly below all_scores[j].
     below = torch.searchsorted(ordered, all_scores.contiguous(), right=False)
     k = scores.shape[-1]
     histogram = torch.zeros(*scores.shape[:-1], k + 1, dtype=torch.int64, device=scores.device)
@@ -297,12 +302,12 @@ def count_above(scores: Tensor, all_scores: Tensor) -> Tensor:
 
 
 def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
-    """NDCG of the student's list when the teacher's list is the truth (binary gains): ``[n]``.
+    """NDCG@k of the student's top-k with the teacher's top-k as the relevant items: ``[n]``.
 
     Args:
         student_top: the student's best k items, best first, ``[n, k]``.
-        teacher_top: the teacher's best k items, best first, ``[n, k]``; 0 where it lists fewer, but
-            one at least.
+        teacher_top: the teacher's best k items, best first, ``[n, k]``; 0 where it has fewer than
+            k, but it has at least one.
     """
     k = student_top.shape[-1]
     discount = 1.0 / torch.log2(
@@ -314,124 +319,8 @@ def ndcg_against(student_top: Tensor, teacher_top: Tensor) -> Tensor:
 
 
 def full_precision(device: torch.device) -> torch.autocast:
-    """A context without autocast: a step's half precision is not for the teacher's scores, and must not reach its cached lists."""
+    """A context manager that turns autocast off.
+
+    If the student trains in half precision, the teacher's scores and top-K must not change.
+    """
     return torch.autocast(device.type, enabled=False)
-
-
-def picked_products(
-    rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool = False
-) -> Tensor:
-    """A few cells of a product of two tables: ``out[b, t] = rows[b] · table[items[b, t]]``.
-
-    The same as ``(rows @ table.T).gather(1, items)`` without the other cells, with gradients for
-    both tables. A training step's few cells go through a copy of the picked table rows, more cells
-    through a product sampled at the cells of a sparse matrix, without any copy
-    (``benchmarks/README.md`` has what that saves).
-
-    Args:
-        rows: ``[B, d]``.
-        table: ``[N, d]``.
-        items: ``[B, T]``, integer.
-        sparse_gradient: let the gradient of ``table`` be a sparse tensor where that is less work
-            than a dense one.
-
-    Returns:
-        ``[B, T]``.
-    """
-    if rows.dtype != table.dtype:  # under autocast, where one side comes out of a layer
-        common = torch.promote_types(rows.dtype, table.dtype)
-        rows, table = rows.to(common), table.to(common)
-    # Autocast would change some of the products inside to half precision, and the gradient with
-    # them, but not the tables.
-    with full_precision(rows.device):
-        result: Tensor = _PickedProducts.apply(rows, table, items.long(), sparse_gradient)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _PickedProducts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, table: Tensor, items: Tensor, sparse_gradient: bool
-    ) -> Tensor:
-        # Per number it costs about twice a dense one (docs/design.md).
-        ctx.sparse = sparse_gradient and 2 * items.numel() * table.shape[1] < table.numel()
-        picked = None
-        if items.numel() == 0:
-            products = rows.new_zeros(items.shape)
-        elif items.numel() * table.shape[1] <= _KEPT_CELLS:
-            picked = torch.nn.functional.embedding(items, table)
-            products = torch.bmm(rows.unsqueeze(1), picked.transpose(1, 2)).squeeze(1)
-        elif rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-            starts = torch.arange(0, items.numel() + 1, items.shape[1], device=items.device)
-            products = scores_at(starts, items.flatten(), rows, table).view(items.shape)
-        else:
-            step = max(1, _GATHERED_CELLS // (items.shape[1] * table.shape[1]))
-            parts = zip(torch.split(rows, step), torch.split(items, step), strict=True)
-            products = torch.cat([torch.bmm(table[i], r.unsqueeze(2)).squeeze(2) for r, i in parts])
-        ctx.save_for_backward(rows, table, items, picked)
-        return products
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, table, items, picked = ctx.saved_tensors
-        if items.numel() == 0:
-            return torch.zeros_like(rows), torch.zeros_like(table), None, None
-        grad_rows = grad_table = None
-        if ctx.needs_input_grad[0] and picked is not None:
-            grad_rows = torch.bmm(grad.unsqueeze(1), picked).squeeze(1)
-        elif ctx.needs_input_grad[0]:
-            grad_rows = torch.nn.functional.embedding_bag(
-                items, table, mode="sum", per_sample_weights=grad.contiguous()
-            )
-        if ctx.needs_input_grad[1] and ctx.sparse:
-            spread = (grad.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
-            grad_table = torch.sparse_coo_tensor(
-                items.view(1, -1), spread, table.shape, check_invariants=False
-            )
-        elif ctx.needs_input_grad[1]:
-            grad_table = _transposed_product(grad, items, rows, len(table))
-        return grad_rows, grad_table, None, None
-
-
-def _transposed_product(values: Tensor, items: Tensor, rows: Tensor, n_items: int) -> Tensor:
-    """``out[items[b, t]] += values[b, t] · rows[b]`` over all cells, ``[n_items, d]``."""
-    if rows.device.type == "cpu" and rows.dtype in (torch.float32, torch.float64):
-        starts = np.arange(0, items.numel() + 1, items.shape[1], dtype=np.int32)
-        cells = (
-            values.contiguous().numpy().ravel(),
-            items.numpy().ravel().astype(np.int32),
-            starts,
-        )
-        # A column for each row b: its product with the rows is written without another copy of
-        # them.
-        columns = scipy.sparse.csc_matrix(cells, shape=(n_items, len(rows)), copy=False)
-        return torch.from_numpy(columns @ rows.contiguous().numpy())
-    spread = (values.unsqueeze(2) * rows.unsqueeze(1)).flatten(0, 1)
-    return rows.new_zeros((n_items, rows.shape[1])).index_add_(0, items.flatten(), spread)
-
-
-def scores_at(starts: Tensor, items: Tensor, rows: Tensor, table: Tensor) -> Tensor:
-    """FactoredBatchScores of ragged lists: row b with its own ``items[starts[b]:starts[b + 1]]``, all in one ``[n]``.
-
-    Args:
-        starts: ``[B + 1]``.
-        items: ``[n]``, in any order, repeats allowed.
-        rows: ``[B, d]``.
-        table: ``[N, d]``.
-    """
-    cells = torch.sparse_csr_tensor(
-        starts, items, table.new_zeros(len(items)), (len(rows), len(table)), check_invariants=False
-    )
-    sampled: Tensor = torch.sparse.sampled_addmm(cells, rows, table.t(), beta=0.0)
-    return sampled.values()
-
-
-def _hear_csr_warning() -> None:
-    """Torch says once per process that compressed sparse tensors are young; no user can act on that."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        scores_at(torch.tensor([0, 1]), torch.tensor([0]), torch.zeros((1, 1)), torch.zeros((1, 1)))
-
-
-_hear_csr_warning()

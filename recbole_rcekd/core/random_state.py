@@ -1,4 +1,4 @@
-"""The global random streams, which are RecBole's: what is drawn beside its training must not shift them."""
+"""Drawing without changing the global random state, which RecBole's training uses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn or seeded inside leaves the global random streams, and RecBole's switches of cuDNN, as they were."""
+    """After the block, restore the global random state and the cuDNN switches that RecBole sets."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     cudnn = torch.backends.cudnn
     switches = cudnn.deterministic, cudnn.benchmark

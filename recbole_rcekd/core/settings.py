@@ -1,8 +1,8 @@
-"""Settings: RecBole's loose key–value Config, read once into frozen dataclasses that refuse what they do not know.
+"""Settings: keys of RecBole's Config, read once into frozen dataclasses that check them.
 
-Each loss names its own keys with its own prefix (``rce_beta``); the keys common to all start with
-``kd_``. The defaults that a run starts from are the yaml files in ``properties/``, which a RecBole
-user can read and copy.
+The keys of a loss start with the prefix of the loss (``rce_beta``), those common to all losses with
+``kd_``. The defaults are in the yaml files in ``properties/``, which a RecBole user can read and
+copy.
 """
 
 from __future__ import annotations
@@ -27,12 +27,19 @@ S = TypeVar("S", bound="Settings")
 def setting(
     default: Any, *, low: float | None = None, above: float | None = None, high: float | None = None
 ) -> Any:
-    """A dataclass field with a default and the range that is allowed (``low`` and ``high`` included)."""
+    """A dataclass field with a default and a range of allowed values.
+
+    Args:
+        default: the default.
+        low: the least allowed value.
+        above: allowed values are greater than this.
+        high: the greatest allowed value.
+    """
     return field(default=default, metadata={"low": low, "above": above, "high": high})
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """`` Did you mean [x]?``, or the list of what exists when nothing is near."""
+    """``Did you mean [x]?``, or a list of all known keys if none is similar."""
     known = sorted(known)
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f"Did you mean [{close[0]}]?" if close else f"Known: {', '.join(known)}."
@@ -40,14 +47,14 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Base of all settings: checks types and ranges when it is built, so that no run starts with a bad one.
+    """Base of all settings, which checks types and ranges when it is built.
 
     Raises:
-        SettingsError: a value has the wrong type, is out of range, or does not fit another one.
+        SettingsError: a value has the wrong type, is out of range, or contradicts another one.
     """
 
     def __post_init__(self) -> None:
-        """Check every field, then the relations between fields."""
+        """Check every field, then the fields against each other."""
         hints = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             self._check_type(spec.name, hints[spec.name])
@@ -68,7 +75,7 @@ class Settings:
                 )
             return
         kind = getattr(hint, "__name__", "")
-        if typing.get_origin(hint) is typing.Union:  # a number, or one of a few words
+        if typing.get_origin(hint) is typing.Union:  # a number or one of a few words
             hint, words = typing.get_args(hint)
             if value in typing.get_args(words):
                 return
@@ -84,7 +91,7 @@ class Settings:
 
     def _check_range(self, spec: dataclasses.Field[Any]) -> None:
         value, meta = getattr(self, spec.name), spec.metadata
-        if isinstance(value, str):  # a word in the place of a number
+        if isinstance(value, str):  # a word instead of a number
             return
         for kind, fits, words in (
             ("low", operator.ge, "at least"),
@@ -92,22 +99,22 @@ class Settings:
             ("high", operator.le, "at most"),
         ):
             bound = meta.get(kind)
-            # Written so that NaN fails too.
+            # In this form NaN fails too.
             if bound is not None and not fits(value, bound):
                 raise SettingsError(f"[{spec.name}] is {value!r}, but must be {words} {bound}.")
 
     @classmethod
     def keys(cls) -> list[str]:
-        """The names of the settings, in their order."""
+        """The names of the settings, in the order of the fields."""
         return [spec.name for spec in dataclasses.fields(cls)]
 
     @classmethod
     def from_mapping(cls: type[S], values: Mapping[str, Any]) -> S:
-        """Build from a mapping that holds nothing but settings of this class.
+        """Build from a mapping that has only keys of this class.
 
         Raises:
-            SettingsError: a key is unknown (the nearest known one is named), or a value does not
-                fit.
+            SettingsError: a key is unknown (the message names a similar one), or a value is
+                refused.
         """
         known = cls.keys()
         for key in values:
@@ -118,32 +125,34 @@ class Settings:
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain key–value pairs, as they stand in a yaml file."""
+        """The settings as a dict, as in a yaml file."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class KDSettings(Settings):
-    """What is common to all losses; ``properties/kd.yaml`` documents each line.
+    """The settings common to all losses; ``properties/kd.yaml`` documents each line.
 
     Attributes:
-        kd_base_weight: of the model's own loss; 0 learns from the teacher alone.
+        kd_base_weight: the weight of the model's own loss; with 0 the student learns from the
+            teacher alone.
         kd_schedule: ``users`` visits every user once per epoch (mean over users, as in the paper);
-            ``interactions`` visits the users of each batch's rows, once per row (as the authors'
+            ``interactions`` visits the users of each batch's rows, once per row (as in the authors'
             code).
-        kd_refresh_epochs: every user's lists are renewed once in so many epochs, a rotating share
-            each epoch.
-        kd_teacher_scores: ``standardised`` brings each context's teacher scores to mean 0 and
-            deviation 1 over the catalogue.
-        kd_teacher_temperature: teacher scores are divided by it (the losses' own temperatures
-            divide both sides).
-        kd_cache_dir: folder of the teacher-score cache.
-        kd_cache_dtype: precision of cached scores of teachers that are not a product of two tables.
-        kd_diagnostic_users: so many users are looked at in full every epoch for the closure gap; 0
-            turns it off.
-        kd_sequence_split: what a sequential model's split divides: ``rows``, a prefix of a sequence
-            and its next item each, as RecBole; ``interactions``, as a general model's split does,
-            so that the two kinds learn from the same.
+        kd_refresh_epochs: every user's candidates are renewed once in so many epochs, an equal
+            share of the users in each epoch.
+        kd_teacher_scores: ``standardised`` brings each user's teacher scores to mean 0 and standard
+            deviation 1 over the catalogue; ``raw`` leaves them as they are.
+        kd_teacher_temperature: teacher scores are divided by it. (The temperature of a loss divides
+            the scores of both teacher and student.)
+        kd_cache_dir: the folder of cached teacher scores.
+        kd_cache_dtype: the precision of cached scores, for teachers whose scores are not a product
+            of two tables.
+        kd_diagnostic_users: the closure gap is measured on so many users every epoch; 0 turns it
+            off.
+        kd_sequence_split: what the split of a sequential model's data divides. ``rows``: the rows,
+            each a prefix of a sequence and its next item, as in RecBole. ``interactions``: the
+            interactions, as for a general model, so that both kinds learn from the same data.
     """
 
     kd_base_weight: float = setting(1.0, low=0.0)
@@ -159,19 +168,21 @@ class KDSettings(Settings):
 
 @dataclass(frozen=True)
 class TeacherSettings(Settings):
-    """What a training here keeps, teachers from outside RecBole, and several at once; ``properties/teacher.yaml`` documents each.
+    """Settings of teachers: earlier checkpoints, score files, and several teachers at once.
+
+    ``properties/teacher.yaml`` documents each line.
 
     Attributes:
-        teacher_checkpoints: so many earlier states of a teacher that is trained here are kept
-            beside it.
-        teacher_weights: of each teacher, in their order; empty: all count the same.
-        teacher_ensemble: ``standardised`` averages scores that were brought to mean 0 and deviation
-            1 for each user; ``reciprocal_rank`` sums 1 / (60 + rank).
-        teacher_floor: an item that a score file does not list lies so many deviations of the user's
-            scores below the lowest listed one.
-        teacher_unknown: what happens to rows of a score file whose user or item the student's data
+        teacher_checkpoints: how many earlier checkpoints of a teacher are kept if it is trained
+            here.
+        teacher_weights: one weight for each teacher, in their order; empty: all count the same.
+        teacher_ensemble: ``standardised`` averages scores that were brought to mean 0 and standard
+            deviation 1 for each user; ``reciprocal_rank`` sums 1 / (60 + rank).
+        teacher_floor: an item that a score file does not list gets the user's lowest listed score
+            less so many standard deviations of the user's scores.
+        teacher_unknown: what to do with rows of a score file whose user or item the student's data
             does not have.
-        teacher_missing_users: what happens to training users of whom a score file says nothing.
+        teacher_missing_users: what to do if a score file has no rows of some training users.
     """
 
     teacher_checkpoints: int = setting(0, low=0)
@@ -204,7 +215,7 @@ class TeacherSettings(Settings):
         """The weight of each of ``teachers``.
 
         Raises:
-            SettingsError: there are not as many weights as teachers.
+            SettingsError: the number of weights is not the number of teachers.
         """
         if not self.teacher_weights:
             return [1.0] * len(teachers)
@@ -222,17 +233,20 @@ class LossSettings(Settings):
     """Base of a loss's settings.
 
     Attributes:
-        prefix: with what all keys begin. One of them is ``<prefix>_weight``, the λ of
+        prefix: all keys begin with it. One of them is ``<prefix>_weight``, the λ of
             ``base + λ · KD``.
+        retired: keys that this loss had in earlier versions, with their defaults. An old file may
+            still have them with these values, and old finished runs are still found.
 
     Raises:
         SettingsError: a key has another prefix, or there is no weight.
     """
 
     prefix: ClassVar[str] = ""
+    retired: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        """Check the names of the keys, then as ever."""
+        """Check the names of the keys, then the fields."""
         prefix = type(self).prefix
         stray = [key for key in self.keys() if not key.startswith(f"{prefix}_")]
         if not prefix or stray or f"{prefix}_weight" not in self.keys():
@@ -244,14 +258,20 @@ class LossSettings(Settings):
         super().__post_init__()
 
     def longest_list(self) -> tuple[str, ...]:
-        """The keys whose sum is how many items the catalogue must have; override where lists are cut to a length."""
+        """The keys whose sum is the number of items that the catalogue must have at least.
+
+        Override it if the loss uses top-K lists of a fixed length.
+        """
         return ()
 
     def check_catalogue(self, n_items: int) -> None:
-        """Refuse lists that are longer than the catalogue (``n_items`` without the padding item).
+        """Refuse top-K lists that are longer than the catalogue.
+
+        Args:
+            n_items: the number of items, without the padding item.
 
         Raises:
-            SettingsError: the lists do not fit.
+            SettingsError: the catalogue has too few items.
         """
         keys = self.longest_list()
         needed = sum(getattr(self, key) for key in keys)
@@ -265,7 +285,7 @@ class LossSettings(Settings):
 
 
 def shipped_defaults(name: str) -> dict[str, Any]:
-    """The defaults in ``properties/<name>.yaml``, as shipped (or as the user edited them in a clone)."""
+    """The defaults in ``properties/<name>.yaml`` of the installed package (or of the clone)."""
     text = (
         resources.files("recbole_rcekd.properties")
         .joinpath(f"{name}.yaml")
@@ -276,12 +296,12 @@ def shipped_defaults(name: str) -> dict[str, Any]:
 
 
 def read_settings(cls: type[S], yaml_name: str, given: Mapping[str, Any]) -> S:
-    """The shipped yaml, overlaid by the keys that the user gave (file, dict or command line).
+    """The defaults, replaced by what the user gave (in a file, a dict or on the command line).
 
     Args:
-        cls: the settings.
-        yaml_name: of the shipped yaml; empty: the defaults of the class.
-        given: all that the user gave.
+        cls: the class of settings to build.
+        yaml_name: the name of the yaml file with the defaults; empty: the defaults of the class.
+        given: all keys that the user gave.
     """
     values = shipped_defaults(yaml_name) if yaml_name else {}
     values.update({key: given[key] for key in cls.keys() if key in given})

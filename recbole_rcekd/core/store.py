@@ -1,9 +1,9 @@
-"""Arrays on disk that are either whole or not there.
+"""Arrays on disk that are written whole or not at all.
 
 An entry is a folder of plain ``.npy`` files with a JSON manifest of their checksums. It is written
-beside its place and renamed into it when complete, so a reader never meets half of one, and two
-writers never meet each other. Nothing is pickled. What is damaged, partial or of another format is
-reported and rebuilt, never read.
+to a temporary folder, which is renamed when complete. So no process reads half an entry, and two
+processes may write at the same time. Nothing is pickled. A damaged or partial entry, or one of
+another format, is never read: it is reported and made again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _ATTEMPTS = 100
-# What reading an entry raises if it is damaged, partial or foreign.
+# The errors of reading an entry that is damaged, partial or of another format.
 _UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +34,7 @@ class Store:
     """A folder of entries.
 
     Args:
-        root: the folder; made on the first write. Its name should say what made the entries (a
+        root: the folder; made on the first write. Its name should identify what made the entries (a
             content hash).
     """
 
@@ -42,11 +42,13 @@ class Store:
         self.root = Path(root)
 
     def read(self, name: str, mmap: bool = False) -> dict[str, Array] | None:
-        """The arrays of an entry, or ``None`` if there is none that can be trusted (a warning says why).
+        """The arrays of an entry, or ``None`` if there is no entry or it is not usable.
+
+        A warning says why an entry is not usable.
 
         Args:
-            name: of the entry.
-            mmap: map the arrays instead of loading them.
+            name: the name of the entry.
+            mmap: map the arrays into memory instead of loading them.
         """
         folder = self.root / name
         if not folder.exists():
@@ -66,7 +68,10 @@ class Store:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A scratch folder for the ``.npy`` files of an entry, which becomes the entry if the block succeeds."""
+        """A temporary folder for the ``.npy`` files of an entry.
+
+        It becomes the entry if the block succeeds.
+        """
         scratch = self.root / f".{name}-{uuid.uuid4().hex}"
         scratch.mkdir(parents=True)
         try:
@@ -82,15 +87,15 @@ class Store:
         """Write an entry of arrays that are in memory.
 
         Raises:
-            OSError: it cannot be written, because the disk is full for example; no part of it is
-                left.
+            OSError: it cannot be written, for example because the disk is full; no part of it
+                remains.
         """
         with self.writing(name) as folder:
             for key, array in arrays.items():
                 np.save(folder / f"{key}.npy", array, allow_pickle=False)
 
     def _checked_files(self, folder: Path) -> list[str]:
-        """The names of the files of an entry; one of ``_UNUSABLE`` if anything about it is wrong."""
+        """The names of the files of an entry; raises one of ``_UNUSABLE`` if it is not usable."""
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise ValueError(
@@ -108,8 +113,8 @@ class Store:
             with contextlib.suppress(OSError):
                 os.rename(scratch, place)
                 return
-            # There is an entry already. If it is whole, another process was faster: it holds what
-            # ours does, and may be in use. If not, ours takes its place.
+            # There is an entry already. If it is whole, another process was faster: it has the same
+            # content, and may be in use. If not, ours replaces it.
             with contextlib.suppress(*_UNUSABLE):
                 self._checked_files(place)
                 return

@@ -1,22 +1,22 @@
-r"""The best items of many contexts, exactly, without sorting whole rows of scores.
+r"""The exact top-K of many users, without sorting whole rows of scores.
 
-Where scores are inner products, even the product is mostly done in half precision
+If scores are inner products, most of the product is computed in half precision
 (:class:`ProductRanking`):
 
 1. **Upper bounds.** Rounding the rows to bfloat16, :math:`u' = u - \delta u` and
    :math:`v' = v - \delta v`, moves a score by at most
    :math:`\lVert\delta u\rVert\lVert v\rVert + \lVert u\rVert\lVert\delta v\rVert` and a term of
-   second order. A product with two more columns adds that, so it gives
+   second order. Two more columns add this to the product, so it gives
    :math:`a_{ui} \ge s_{ui} = u\cdot v_i`.
-2. **A threshold** per context, guessed from every 16th item so that somewhat more than k items
-  reach it.
-3. **Candidates** are the items whose bound reaches it. They alone are scored exactly, and sorted.
-4. **A certificate.** What is no candidate has :math:`s_{ui} \le a_{ui} < t`. (The product's own
-   rounding to bfloat16 changes nothing: t is such a number, and rounding keeps the order.) So if
-   the k-th best candidate scores at least t, nothing better was missed; if not, the context is
-   tried again with more candidates, at last from its full row.
+2. **A threshold** t for each user, guessed from every 16th item so that somewhat more than k items
+   reach it.
+3. **Candidates** are the items whose bound reaches t. Only they are scored exactly, and sorted.
+4. **A certificate.** An item that is no candidate has :math:`s_{ui} \le a_{ui} < t`. (The product
+   itself is rounded to bfloat16, which does not matter: t is a bfloat16 number, and rounding keeps
+   the order.) So if the k-th best candidate scores at least t, no better item was missed. If not,
+   the user is tried again with more candidates, and in the end from the full row of scores.
 
-What that saves: ``benchmarks/README.md``.
+``benchmarks/README.md`` says what that saves.
 """
 
 from __future__ import annotations
@@ -29,42 +29,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recbole_rcekd.core.functional import full_precision, scores_at
+from recbole_rcekd.core.functional import full_precision
+from recbole_rcekd.core.products import scores_at
 from recbole_rcekd.core.types import Seen
 
-# Full rows are scored and ranked so many cells at a time: 4 MB of float32, which stay in a
-# processor's cache between the product and the selection (three times faster than 16 MB blocks
-# here, see benchmarks/README.md).
+# Full rows are scored and ranked in blocks of so many scores: 4 MB of float32, which stay in a
+# CPU's cache between the product and the selection (three times faster than blocks of 16 MB, see
+# benchmarks/README.md).
 CELLS_AT_A_TIME = 1_000_000
 _GROUP_SIZE = 8
-# Share of the norms' product that makes up for sums in float32 (of up to 1,700 terms, each rounded
-# the wrong way) and for the term of second order; and the factor that makes up for rounding the two
-# columns themselves.
+# _SUMS is a share of the product of the norms. It covers sums in float32 (of up to 1,700 terms,
+# each rounded the wrong way) and the term of second order. The factor _COLUMNS covers the rounding
+# of the two columns.
 _SUMS, _COLUMNS = 2.0**-14, 1.0 + 2.0**-7
-# Beyond these, squares of a norm's terms, or products, may underflow or overflow: smaller norms are
-# taken for larger than they are, and with larger ones, or none, in the table everything is ranked
-# in full. (A context's own never get a certificate, as its bounds are infinite or NaN.)
+# Outside this range the squares and products of norms may underflow or overflow. A smaller norm is
+# raised to the smallest. If the table has a larger norm, or NaN, all users are ranked from full
+# rows. (A user whose row has one never gets a certificate: its bounds are infinite or NaN.)
 _SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
-# The guess looks at every 16th item, and aims at this many times k candidates: more cost more,
-# fewer fail more often. Those who failed are tried again with more.
+# The threshold is guessed from every 16th item, for this many times k candidates. More candidates
+# take more time; with fewer, the certificate fails more often. Users without a certificate are
+# tried again with more.
 _SAMPLED = 16
 _SPARE = (1.6, 3.2, 12.8)
-# With fewer items than this per list entry, looking at full rows is as cheap.
+# With fewer than k times this many items, ranking full rows is as fast.
 _WORTHWHILE = 32
-# So many contexts' bounds stay in the cache; so many contexts' rows are gathered at once.
+# The bounds of so many users stay in the cache; the rows of so many users are gathered at once.
 _CONTEXTS_AT_A_TIME, _ROWS_AT_A_TIME = 32, 1024
-# One number of 63 bits per candidate: its context (5 bits), its score (31), its position (27).
+# One number of 63 bits per candidate: its user (5 bits), its score (31), its position (27).
 _SCORE_AT, _CONTEXT_AT = 27, 58
 _MOST_ITEMS = (1 << _SCORE_AT) // _CONTEXTS_AT_A_TIME
 _WITHOUT_SIGN = 0x7FFFFFFF
 
 
 def top_k(rows: Tensor, k: int) -> Tensor:
-    """Ids of the best ``k`` of each row of full scores, best first; 0 for those of score −inf.
+    """Ids of the ``k`` best items of each row of full scores, best first; 0 for a score of −inf.
 
-    Exact, in two steps: the k best items lie in the k groups with the best maxima, so the full
-    selection runs over groups and then over k groups' members. Groups are strided (item i is in
-    group i mod G), which makes the maxima one vectorised pass.
+    Exact, in two steps: the k best items are in the k groups with the best maxima. So the k best
+    groups are selected first, and then the k best items in them. Item i is in group i mod G, so
+    that all maxima take one vectorised pass.
     """
     n, width = rows.shape
     k = min(k, width)
@@ -87,25 +89,25 @@ def _ids(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 class Ranking(ABC):
-    """Who ranks what how high, as things stand now; of no use after the scores changed."""
+    """Top-K lists by the scores as they are now; not valid after the scores change."""
 
     @abstractmethod
     def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
         """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``.
 
         Args:
-            contexts: ids ``[n]``.
+            contexts: ids of users (or of rows of sequences), ``[n]``.
             k: length of the lists.
-            without: leave out what the contexts have there.
+            without: leave out the items that the users have there.
         """
 
 
 class RowRanking(Ranking):
-    """Ranks from full rows of scores, a few contexts at a time.
+    """Top-K lists from full rows of scores, a few users at a time.
 
     Args:
-        score_all: ids ``[n]`` → scores of every item ``[n, n_items]``, a tensor of its own; −inf at
-            the padding item.
+        score_all: a function of ids of users ``[n]``, which returns the scores of every item
+            ``[n, n_items]``, −inf at the padding item. The tensor is overwritten.
         n_items: how many items there are, padding included.
     """
 
@@ -125,11 +127,11 @@ class RowRanking(Ranking):
 
 
 class ProductRanking(Ranking):
-    """Ranks from a product of two tables; on a processor with bfloat16 arithmetic, the fast way.
+    """Top-K lists from a product of two tables; fast on a CPU with bfloat16 arithmetic.
 
     Args:
-        rows_of: ids ``[n]`` → their rows ``[n, d]``.
-        table: ``[n_items, d]``; row 0 is padding and never listed.
+        rows_of: a function of ids of users ``[n]``, which returns their rows ``[n, d]``.
+        table: ``[n_items, d]``; row 0 is padding and never in a list.
     """
 
     def __init__(self, rows_of: Callable[[Tensor], Tensor], table: Tensor) -> None:
@@ -154,7 +156,7 @@ class ProductRanking(Ranking):
         for spare in _SPARE:
             for part in torch.split(left, _ROWS_AT_A_TIME):
                 lists[part] = self._by_candidates(contexts[part], k, without, spare)
-            # An uncertain list begins with 0, which no list does.
+            # A list without a certificate begins with 0, as no other does.
             left = left[lists[left, 0] == 0]
         if len(left):
             lists[left] = self._from_rows.top_k(contexts[left], k, without)
@@ -163,7 +165,7 @@ class ProductRanking(Ranking):
     def _by_candidates(
         self, contexts: Tensor, k: int, without: Seen | None, spare: float
     ) -> Tensor:
-        """Candidates ``[n, k]``; all 0 for those without a certificate."""
+        """The lists ``[n, k]`` by candidates; all 0 for users without a certificate."""
         if self._half is None:
             self._half = _with_norms(self._table, of_contexts=False).t()
         all_rows, n_items = self._rows_of(contexts), len(self._table)
@@ -187,7 +189,7 @@ class ProductRanking(Ranking):
                 .values
             )
             threshold = sample.amin(1, keepdim=True).clamp_(min=torch.finfo(torch.bfloat16).tiny)
-            # Positive bfloat16 numbers are ordered as their bits are, and numpy compares integers
+            # Positive bfloat16 numbers have the order of their bits, and numpy compares integers
             # fast.
             reached = np.greater_equal(_bits(bounds), _bits(threshold), out=all_reached[:n])
             hits = np.flatnonzero(reached)
@@ -198,8 +200,8 @@ class ProductRanking(Ranking):
             context = torch.repeat_interleave(torch.arange(n), starts.diff())
             items = torch.from_numpy(hits).sub_(context, alpha=n_items)
             scores = scores_at(starts, items, rows, self._table).clamp_(min=0.0)
-            # One sort for all, by context and then by score, whose bits are in order too (−0
-            # without its sign).
+            # One sort for all, by user and then by score. The bits of scores have their order too
+            # (−0 without its sign).
             bits = (scores.view(torch.int32) & _WITHOUT_SIGN).long()
             keys = (context << _CONTEXT_AT) | (bits << _SCORE_AT) | torch.arange(len(items))
             order = torch.from_numpy(np.sort(keys.numpy())) & ((1 << _SCORE_AT) - 1)
@@ -216,13 +218,13 @@ class ProductRanking(Ranking):
 
 
 def has_bfloat16_arithmetic() -> bool:
-    """Whether this processor multiplies bfloat16 numbers itself; where it does not, float32 is faster."""
+    """Whether this CPU has instructions for bfloat16; without them float32 is faster."""
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return bool(supported and supported())
 
 
 def _with_norms(rows: Tensor, of_contexts: bool) -> Tensor:
-    """Half-precision rows with two more columns, whose products bound what rounding takes from a product."""
+    """Rows in bfloat16 with two more columns, whose products bound the error of rounding."""
     half = rows.bfloat16()
     norms = rows.norm(dim=1).clamp_(min=_SMALLEST_NORM)
     lost = (rows - half).norm(dim=1) + _SUMS * norms

@@ -1,8 +1,8 @@
-"""Who is scored: users, or rows of sequential training data, as the Interactions that RecBole's models take.
+"""Users, or rows of sequential training data, as the Interactions that RecBole's models score.
 
-Scores, lists and item sets know contexts by number only; here a number becomes a model's input. A
-general model scores a user, a sequential one a *row*: a sequence of items (a prefix of what the
-user took) and what goes with it.
+A general model scores a user. A sequential model scores a *row*: a prefix of the user's sequence of
+items, with its other columns. The rest of the package knows both by their numbers only, and calls
+them *contexts*; here a number becomes a model's input.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from recbole.data.transform import construct_transform
 from recbole.utils import ModelType
 from torch import Tensor
 
-from recbole_rcekd.data.sequence_dataset import training_pairs, whole_sequences
+from recbole_rcekd.data.sequences import training_pairs, whole_sequences
 
-# The column in which a training row carries its number through RecBole's loader.
+# The column with the number of a training row, so that batches of RecBole's loader have it.
 ROW_FIELD = "kd_row"
-# What RecBole adds to rows for training only, at some cost.
+# Transformations of RecBole for training only; they take time.
 _NOT_FOR_SCORING = ("mask_itemseq",)
 
 
 class Contexts(Protocol):
-    """Numbers 0 to n − 1, each a model's input."""
+    """The inputs of a model, numbered 0 to n − 1."""
 
     n: int
 
     def inputs(self, ids: Tensor) -> Interaction:
-        """One row per id."""
+        """The inputs with these numbers, one row each."""
         ...
 
 
@@ -40,9 +40,9 @@ class Users:
     """Users by their ids; 0 is padding.
 
     Args:
-        dataset: names the id fields and holds the users' features.
-        user_ids: for each context the model's own id; ``None``: the same.
-        config: of the model that is asked; default: the dataset's.
+        dataset: the dataset with the names of the id fields and the users' features.
+        user_ids: for each user the id in the model's own data; ``None``: the same id.
+        config: the Config of the model; default: the dataset's.
     """
 
     def __init__(self, dataset: Any, user_ids: Tensor | None = None, config: Any = None) -> None:
@@ -50,11 +50,11 @@ class Users:
         self._dataset = dataset
         self._user_ids = user_ids
         config = getattr(dataset, "config", None) if config is None else config
-        # Only context-aware models read more of a user than the id.
+        # Only context-aware models read features of a user.
         self._with_features = config is not None and config["MODEL_TYPE"] == ModelType.CONTEXT
 
     def inputs(self, ids: Tensor) -> Interaction:
-        """User ids, and features where the model reads them."""
+        """The ids of the users, and their features if the model reads them."""
         users = ids.long() if self._user_ids is None else self._user_ids.to(ids.device)[ids.long()]
         users_only = Interaction({self._dataset.uid_field: users})
         return (
@@ -67,7 +67,7 @@ class Rows:
 
     Args:
         dataset: the training set.
-        config: of the model that reads them; default: the dataset's.
+        config: the Config of the model that reads the rows; default: the dataset's.
     """
 
     def __init__(self, dataset: Any, config: Any = None) -> None:
@@ -76,23 +76,26 @@ class Rows:
         self._prepare = as_loaded(dataset.config if config is None else config)
 
     def inputs(self, ids: Tensor) -> Interaction:
-        """Rows ``ids``, joined with features."""
+        """The rows ``ids``, joined with features."""
         return self.translated(self._dataset.join(_taken(self._dataset, ids))).to(ids.device)
 
     def translated(self, rows: Interaction) -> Interaction:
-        """Joined rows of the same data, also of its validation and test data, as the model's loader would give them."""
+        """Joined rows, as the model's loader would give them.
+
+        They may also come from the validation and test data of the same dataset.
+        """
         return self._prepare(self._dataset, rows)
 
 
 class TranslatedRows:
-    """The rows of a student's sequential training set, in the ids and the list length of another model.
+    """The rows of a student's sequential training set, with the ids and list length of a teacher.
 
-    Columns that the other model's data lack stay as they are. A list that is too long keeps its
-    end.
+    Columns that the teacher's data do not have stay the same. Of a list that is too long, the last
+    entries are kept.
 
     Args:
         dataset: the student's training set.
-        other: the training set of the model that is to read the rows.
+        other: the training set of the model that will read the rows, usually a teacher.
     """
 
     def __init__(self, dataset: Any, other: Any) -> None:
@@ -107,11 +110,11 @@ class TranslatedRows:
         }
 
     def inputs(self, ids: Tensor) -> Interaction:
-        """Rows ``ids``, as the other model's loader would give them."""
+        """The rows ``ids``, as the teacher's loader would give them."""
         return self.translated(_taken(self._dataset, ids)).to(ids.device)
 
     def translated(self, rows: Interaction) -> Interaction:
-        """Rows of the student's data, also of its validation and test data."""
+        """Rows of the student's data (also of its validation and test data), for the teacher."""
         suffix, other = self._dataset.config["LIST_SUFFIX"], self._other
         length_field, width = self._dataset.item_list_length_field, other.max_item_list_len
         lengths = rows[length_field]
@@ -124,9 +127,8 @@ class TranslatedRows:
             columns[name] = _ends(column, lengths, width) if name != field else column
         columns[other.item_list_length_field] = lengths.clamp(max=width)
         for name in other.inter_feat:
-            if name.startswith(
-                other.config["NEG_PREFIX"]
-            ):  # drawn for DIEN's loss; its scores do not depend on them
+            # Negatives for DIEN's loss, on which its scores do not depend
+            if name.startswith(other.config["NEG_PREFIX"]):
                 like = other.inter_feat[name]
                 columns[name] = like.new_zeros(len(lengths), *like.shape[1:], device=lengths.device)
         return self._prepare(other, other.join(Interaction(columns)))
@@ -137,7 +139,7 @@ class WholeSequences:
 
     Args:
         dataset: the model's training set.
-        user_ids: for each context the model's own user id; ``None``: the same.
+        user_ids: for each user the id in the model's own data; ``None``: the same id.
     """
 
     def __init__(self, dataset: Any, user_ids: Tensor | None = None) -> None:
@@ -151,32 +153,32 @@ class WholeSequences:
         pairs = training_pairs(self._dataset)
         known = torch.zeros(int(self._dataset.user_num), dtype=torch.bool)
         known[pairs[0]] = True
-        # Padding, and users without training data, whom nothing is asked about: any sequence does.
+        # Padding and users without training data are never scored: they get any sequence.
         users = torch.where(known[self._users], self._users, pairs[0][0])
         return whole_sequences(self._dataset, users, fallback=pairs)
 
     def inputs(self, ids: Tensor) -> Interaction:
-        """The sequences of ``ids``."""
+        """The sequences of the users ``ids``."""
         sequences = self._sequences
         rows = Interaction({name: sequences[name][ids.long().cpu()] for name in sequences})
         return self._prepare(self._dataset, self._dataset.join(rows)).to(ids.device)
 
 
 def of_training(dataset: Any) -> Contexts:
-    """What a student learns on: the rows of a sequential training set, the users of any other."""
+    """The rows of a sequential training set, or the users of any other."""
     return Rows(dataset) if is_sequential(dataset) else Users(dataset)
 
 
 def is_sequential(dataset: Any) -> bool:
-    """Whether its rows are sequences."""
+    """Whether the rows of a dataset are sequences."""
     return hasattr(dataset, "item_list_length_field")
 
 
 @contextmanager
 def row_ids_in_batches(dataset: Any) -> Iterator[None]:
-    """While this lasts, the rows of a training set carry their numbers in the column ``kd_row``, also out of the loader."""
+    """Within the block, a training set and its batches have the numbers of rows as ``kd_row``."""
     features = dataset.inter_feat
-    if ROW_FIELD in features:  # two trainers may take turns on the same data
+    if ROW_FIELD in features:  # two trainers may use the same data in turn
         yield
         return
     features.update(Interaction({ROW_FIELD: torch.arange(len(features))}))
@@ -187,19 +189,25 @@ def row_ids_in_batches(dataset: Any) -> Iterator[None]:
 
 
 def as_loaded(config: Any) -> Any:
-    """``(dataset, rows) -> rows``: RecBole's transformation of batches, apart from what is for training alone."""
+    """RecBole's transformation of batches as a function ``(dataset, rows) -> rows``.
+
+    A transformation for training only is left out.
+    """
     if config["transform"] in _NOT_FOR_SCORING:
         return lambda dataset, rows: rows
     return construct_transform(config)
 
 
 def ids_of_tokens(tokens: Any, ids: Any) -> Tensor:
-    """For each token its id in another dataset; 0 where that does not know it."""
+    """For each token its id in another dataset, or 0 if that dataset does not have it."""
     return torch.tensor([ids.get(token, 0) for token in tokens], dtype=torch.int64)
 
 
 def _taken(dataset: Any, ids: Tensor) -> Interaction:
-    """Rows of a training set, without joined features; not through a Python list, as ``dataset[ids]`` goes."""
+    """Rows of a training set without joined features.
+
+    ``dataset[ids]`` would make a Python list of the ids.
+    """
     features = dataset.inter_feat
     return Interaction(
         {name: features[name][ids.long().to(features[name].device)] for name in features}
@@ -207,7 +215,7 @@ def _taken(dataset: Any, ids: Tensor) -> Interaction:
 
 
 def _ends(lists: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """``lists [n, w, …]`` cut, or padded, to ``width``; of what is too long the last entries are kept."""
+    """``lists [n, w, …]`` padded to ``width``, or cut to their last entries."""
     start = (lengths - width).clamp(min=0).unsqueeze(1)
     place = torch.arange(width, device=lists.device)
     inside = (place < lengths.unsqueeze(1)).view(len(lists), width, *[1] * (lists.dim() - 2))

@@ -1,8 +1,8 @@
-"""The training data of teacher and student: what they are known by, and whether they are the same.
+"""Hashes of training data, by which those of teacher and student are compared.
 
-A teacher is refused unless its *training interactions* are the student's. In RecBole the random
-seed is part of the split, so a teacher of another seed has most likely seen the student's test set,
-and its knowledge would leak.
+A teacher is refused unless its *training interactions* are the student's. In RecBole the split
+depends on the random seed, so a teacher with another seed has most likely learned from items of the
+student's test set, and would leak them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 from recbole_rcekd.core.store import file_checksum
 from recbole_rcekd.core.types import Seen
 from recbole_rcekd.data.contexts import ROW_FIELD, is_sequential
-from recbole_rcekd.data.sequence_dataset import training_pairs
+from recbole_rcekd.data.sequences import training_pairs
 
 
 def training_interactions(dataset: Any) -> Seen:
-    """Which items each user has in the training data."""
+    """The items of each user in the training data."""
     users, items = training_pairs(dataset)
     return Seen.from_pairs(users, items, int(dataset.user_num), int(dataset.item_num))
 
 
 def split_hash(dataset: Any) -> str:
-    """A hash of the training interactions and of the names behind the ids."""
+    """A hash of the training interactions and of the tokens of the ids."""
     seen = training_interactions(dataset)
     digest = hashlib.sha256(seen.starts.numpy().tobytes())
     digest.update(seen.ids.numpy().tobytes())
@@ -40,7 +40,10 @@ def split_hash(dataset: Any) -> str:
 
 
 def feature_hash(dataset: Any) -> str:
-    """A hash of all that models read beside the ids: features of users and items; of sequences also those of the rows, in order."""
+    """A hash of all that models read except the ids.
+
+    These are the features of users and items, and for sequential data also the rows in their order.
+    """
     digest = hashlib.sha256()
     tables = [dataset.user_feat, dataset.item_feat]
     if is_sequential(dataset):
@@ -54,7 +57,7 @@ def feature_hash(dataset: Any) -> str:
 
 
 def hash_value(digest: Any, value: Any) -> None:
-    """Feed whatever weights are made of to a digest of hashlib: tensors, numpy arrays, scipy matrices, dicts of them."""
+    """Add a value to a hashlib digest: a tensor, numpy array, scipy matrix, or a dict of them."""
     if isinstance(value, Mapping):
         for key in sorted(value):
             digest.update(f"{key}=".encode())
@@ -73,10 +76,10 @@ def hash_value(digest: Any, value: Any) -> None:
 
 
 def data_files_hash(config: Any) -> str:
-    """A hash of RecBole's files of a dataset: of whatever a training or a test could read from them.
+    """A hash of the files of a dataset, of all that a training or a test could read.
 
     Args:
-        config: names the folder and the dataset.
+        config: RecBole's Config with the names of the folder and the dataset.
     """
     files = sorted(Path(config["data_path"]).glob(f"{config['dataset']}.*"))
     return hashlib.sha256(

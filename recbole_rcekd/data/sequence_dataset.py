@@ -1,8 +1,8 @@
-"""Sequential data on the same interactions as general models, and whole training sequences.
+"""Sequential data with the same split as for general models, and whole training sequences.
 
-RecBole turns each user's sequence into one row per prefix and then splits the *rows*, while the
-data of general models are split by *interactions*: a sequential teacher and a general student would
-learn from different interactions. Here an interaction is given to a part (training, validation,
+RecBole makes one row of each prefix of a user's sequence and splits the *rows*, but it splits the
+data of general models by *interactions*. So a sequential teacher and a general student would learn
+from different interactions. Here each interaction is assigned to a part (training, validation or
 test) first, and each row then goes to the part of its target.
 """
 
@@ -24,41 +24,40 @@ from recbole.utils import ModelType, get_model, set_color
 from recbole.utils.argument_list import dataset_arguments
 from torch import Tensor
 
-from recbole_rcekd.core.errors import SettingsError, TeacherError
+from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.settings import KDSettings
+from recbole_rcekd.data.sequences import take, windows
 
-# Rows that are worked on at once: 50 items of each, in int64, take 26 MB.
-_BLOCK = 2**16
-# What a saved dataset must agree in: what RecBole compares, and what decides the split, which it
-# reads from its own Config.
+# A saved dataset is used only if these settings are the same: those that RecBole compares, and
+# those that decide the split.
 _SAVED_KEYS = (*dataset_arguments, "seed", "repeatable", "eval_args", "kd_sequence_split")
 _ROW, _PART = "kd_row", "kd_part"
 
 
 class SequenceDataset(SequentialDataset):  # type: ignore[misc]
-    """RecBole's SequentialDataset, whose split may be one of interactions.
+    """RecBole's SequentialDataset, which can also split by interactions.
 
-    * ``benchmark_filename`` is set and the files hold plain interactions (no ``item_id_list``): an
-      interaction belongs to the part whose file holds it. A user's sequence is training, then
-      validation, then test, whatever the time stamps; within a part by time, or as in the file if
-      the data have no time stamps.
-    * ``kd_sequence_split: interactions``: an interaction belongs to the part to which RecBole's
-      split gives it for a general model with the same ``eval_args`` (order ``TO``).
-    * else: RecBole's way, which splits the rows (or reads the lists from the files).
+    * If ``benchmark_filename`` is set and the files have plain interactions (no ``item_id_list``),
+      an interaction belongs to the part of its file. A user's sequence has the training items
+      first, then validation, then test, whatever their time stamps. Within a part they are ordered
+      by time, or as in the file if the data have no time stamps.
+    * With ``kd_sequence_split: interactions``, an interaction belongs to the part that RecBole's
+      split would give it for a general model with the same ``eval_args`` (order ``TO``).
+    * Otherwise the split is RecBole's, by rows (or by the lists in the files).
 
     In the first two cases a row goes to the part of its target. The history of a validation row is
-    the training sequence and earlier validation items, that of a test row all those and earlier
-    test items. As in RecBole, a user's first interaction has no row. The training split gets an
-    attribute ``training_pairs``: users and items, ``[n]`` each, of all training interactions, also
-    of those without a row. Rows of a ready split are ordered by user and place in the sequence,
-    others as RecBole's split orders them: by time, then grouped by user.
+    the training sequence and the earlier validation items; a test row also has the earlier test
+    items. As in RecBole, a user's first interaction has no row. The training split has an attribute
+    ``training_pairs``: users and items, ``[n]`` each, of all training interactions, including those
+    without a row. In the first case rows are ordered by user and position in the sequence, in the
+    second as by RecBole's split: by time, then grouped by user.
 
     Args:
         config: RecBole's Config.
 
     Raises:
-        SettingsError: ``kd_sequence_split`` is no known way, or asks for interactions in another
-            order than ``TO``; or, when the rows are made, the data have no time stamps.
+        SettingsError: ``kd_sequence_split`` is unknown, or is ``interactions`` while the order is
+            not ``TO``; or the data have no time stamps (found when the rows are made).
     """
 
     training_pairs: tuple[Tensor, Tensor]
@@ -70,8 +69,7 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
                 f"[eval_args] has order {config['eval_args']['order']!r}, but "
                 "[kd_sequence_split]=interactions needs the order of time: set order: TO."
             )
-        # Between _change_feat_format and build: the part of every row, and the training
-        # interactions.
+        # The part of each row, and the training interactions; from _change_feat_format to build.
         self._parts: Any = None
         self._pairs: Any = None
         super().__init__(config)
@@ -88,7 +86,7 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
             super()._benchmark_presets()
 
     def _change_feat_format(self) -> None:
-        file_rows = self.inter_feat.index.to_numpy()  # which survive whatever filters drop
+        file_rows = self.inter_feat.index.to_numpy()  # unchanged by filters
         super(SequentialDataset, self)._change_feat_format()
         if self._lists_are_given():
             return
@@ -106,10 +104,10 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
         self.data_augmentation()
 
     def data_augmentation(self) -> None:
-        """Replace the interactions by one row per prefix of a user's sequence; all fields equal RecBole's own."""
+        """Replace the interactions by one row per prefix of a sequence, with RecBole's fields."""
         self._aug_presets()
         order = self._sequence_order()
-        features = _take(self.inter_feat, order)
+        features = take(self.inter_feat, order)
         users = features[self.uid_field]
         position = torch.arange(len(users))
         first = torch.ones(len(users), dtype=torch.bool)
@@ -118,13 +116,11 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
         targets = position[~first]
         lengths = place[targets].clamp(max=self.max_item_list_len)
 
-        rows = _take(features, targets)
+        rows = take(features, targets)
         rows.update(Interaction({self.item_list_length_field: lengths}))
         for field in features:
             if field != self.uid_field:
-                lists = _windows(
-                    features[field], targets - lengths, lengths, self.max_item_list_len
-                )
+                lists = windows(features[field], targets - lengths, lengths, self.max_item_list_len)
                 rows.update(Interaction({getattr(self, f"{field}_list_field"): lists}))
         self.inter_feat = rows
         if self._parts is not None:
@@ -134,7 +130,7 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
             self._parts = parts[targets]
 
     def _sequence_order(self) -> Tensor:
-        """The interactions by user, part and time; equal ones stay in their order."""
+        """The interactions sorted by user, part and time; equal ones keep their order."""
         keys = {self.uid_field: self.inter_feat[self.uid_field]}
         if self._parts is not None:
             keys[_PART] = self._parts
@@ -151,26 +147,31 @@ class SequenceDataset(SequentialDataset):  # type: ignore[misc]
             return built
         self._change_feat_format()
         parts, pairs = self._parts, self._pairs
-        self._parts = self._pairs = None  # no weight on the copies
+        self._parts = self._pairs = None  # the copies below do not need them
         rows = torch.arange(len(self.inter_feat))
         if self._ready_split:
             n_parts = len(self.file_size_list)
         else:
             n_parts = 3
             rows = _stable_order({self.time_field: self.inter_feat[self.time_field]})
-            # Numbered as they appear, which is how RecBole groups.
+            # Users are numbered in the order in which they appear, as in RecBole's grouping.
             users = torch.from_numpy(pd.factorize(self.inter_feat[self.uid_field][rows].numpy())[0])
             rows = rows[users.argsort(stable=True)]
         self._drop_unused_col()
         built = [
-            self.copy(_take(self.inter_feat, rows[parts[rows] == part])) for part in range(n_parts)
+            self.copy(take(self.inter_feat, rows[parts[rows] == part])) for part in range(n_parts)
         ]
         built[0].training_pairs = pairs
+        if type(self) is SequenceDataset:
+            # A built split is RecBole's class: GRU4RecF, FDSA, DIN and DIEN put it in their
+            # checkpoints, which must open without this package.
+            for part in built:
+                part.__class__ = SequentialDataset
         return built
 
 
 class _Interactions(Dataset):  # type: ignore[misc]
-    """The interactions of a sequential dataset, as the dataset of a general model would split them: by RecBole's code."""
+    """The interactions of a sequential dataset, split by RecBole's code for general models."""
 
     def __init__(self, of: SequenceDataset) -> None:
         self.config, self.logger = of.config, of.logger
@@ -184,10 +185,10 @@ class _Interactions(Dataset):  # type: ignore[misc]
         self.inter_feat = Interaction({**columns, _ROW: torch.arange(len(of.inter_feat))})
 
     def _change_feat_format(self) -> None:
-        """They are tensors already."""
+        """Do nothing: the columns are tensors already."""
 
     def _drop_unused_col(self) -> None:
-        """There are none; those of the dataset are dropped with its rows."""
+        """Do nothing: unused columns are dropped from the rows of the dataset."""
 
     def parts(self) -> Tensor:
         """The number of the part of each interaction, ``[n]``."""
@@ -198,11 +199,11 @@ class _Interactions(Dataset):  # type: ignore[misc]
 
 
 def create_dataset(config: Any) -> Any:
-    """RecBole's ``create_dataset``, with a :class:`SequenceDataset` for sequential models whose data ask for one.
+    """RecBole's ``create_dataset``, which makes a :class:`SequenceDataset` if it is needed.
 
-    They do if ``benchmark_filename`` names plain interactions, or ``kd_sequence_split`` is
-    ``interactions``. A model's own ``<Model>Dataset``, in ``recbole.data.dataset`` or beside the
-    model, is used if it is a SequenceDataset.
+    A sequential model needs it if ``benchmark_filename`` names plain interactions, or if
+    ``kd_sequence_split`` is ``interactions``. A model's own ``<Model>Dataset``, in
+    ``recbole.data.dataset`` or in the module of the model, is used if it is a SequenceDataset.
 
     Args:
         config: RecBole's Config; ``dataset_save_path`` and ``save_dataset`` work as in RecBole.
@@ -211,8 +212,8 @@ def create_dataset(config: Any) -> Any:
         The dataset, not built yet.
 
     Raises:
-        SettingsError: a setting does not fit (see :class:`SequenceDataset`), or the model has a
-            dataset of its own that cannot split so.
+        SettingsError: a setting is refused (see :class:`SequenceDataset`), or the model has a
+            dataset of its own that cannot split by interactions.
     """
     dataset_class = _dataset_class(config)
     if dataset_class is None:
@@ -233,171 +234,24 @@ def create_dataset(config: Any) -> Any:
     return dataset
 
 
-def training_pairs(dataset: Any) -> tuple[Tensor, Tensor]:
-    """All training interactions behind a built training split, in no particular order.
+def is_split_by_interactions(dataset: Any) -> bool:
+    """Whether a sequential dataset is split by interactions.
 
     Args:
-        dataset: the training split. Of a sequential one without the attribute ``training_pairs``,
-            the interactions are the targets and the listed items of all rows, each (user, item)
-            once.
-
-    Returns:
-        users and items, ``[n]`` each.
+        dataset: a dataset from :func:`create_dataset` that is not built yet, or a training split.
     """
-    known: tuple[Tensor, Tensor] | None = getattr(dataset, "training_pairs", None)
-    if known is not None:
-        return known
-    features = dataset.inter_feat
-    users, items = (
-        torch.as_tensor(np.asarray(features[field]))
-        for field in (dataset.uid_field, dataset.iid_field)
-    )
-    lists = _list_fields(dataset).get(dataset.iid_field)
-    if lists is None:
-        return users, items
-    n_items = int(dataset.item_num)
-    keys = [torch.empty(0, dtype=torch.int64)]
-    for start in range(0, len(users), _BLOCK):
-        rows = slice(start, start + _BLOCK)
-        listed = torch.cat([items[rows, None], features[lists][rows]], dim=1)
-        # Padding is item 0 and cannot be mistaken: no item has that id.
-        keys.append(torch.unique((users[rows, None] * n_items + listed)[listed > 0]))
-    pairs = torch.unique(torch.cat(keys))
-    return pairs // n_items, pairs % n_items
-
-
-def whole_sequences(
-    dataset: Any, users: Tensor, fallback: tuple[Tensor, Tensor] | None = None
-) -> Any:
-    """Each user's whole training sequence, as a model reads it to say what comes next.
-
-    The lists of the user's last training row, with the values of its target appended; the oldest
-    entry is dropped where that is longer than ``MAX_ITEM_LIST_LENGTH``. A list whose plain column
-    is gone (``unused_col``) is left out.
-
-    Args:
-        dataset: the built training split of a sequential dataset.
-        users: user ids, ``[n]``.
-        fallback: users and items, ``[m]`` each, in order of time: the sequences of users without a
-            training row (who have one training interaction). Their other columns and lists are 0.
-
-    Returns:
-        An Interaction with one row per entry of ``users``: the user, every ``<field>_list``, their
-        length, and the plain columns of the last row.
-
-    Raises:
-        TeacherError: some users have neither a training row nor a fallback.
-    """
-    users, features, width = users.cpu(), dataset.inter_feat, dataset.max_item_list_len
-    row_users = features[dataset.uid_field]
-    last = torch.full((int(dataset.user_num),), -1)
-    last.scatter_reduce_(0, row_users, torch.arange(len(row_users)), "amax")
-    has_row = last[users] >= 0
-
-    rows = _take(features, last[users[has_row]])
-    lengths = rows[dataset.item_list_length_field]
-    for field, list_field in _list_fields(dataset).items():
-        if field in rows:
-            rows[list_field] = _appended(rows[list_field], rows[field], lengths, width)
-        else:
-            rows.drop(list_field)
-    rows[dataset.item_list_length_field] = (lengths + 1).clamp(max=width)
-
-    columns = {}
-    for name in rows:
-        columns[name] = rows[name].new_zeros(len(users), *rows[name].shape[1:])
-        columns[name][has_row] = rows[name]
-    columns[dataset.uid_field] = users
-    if not has_row.all():
-        others = users[~has_row]
-        ends, lengths, items = _last_places(dataset, others, fallback)
-        columns[dataset.iid_field][~has_row] = items[ends - 1]
-        columns[dataset.item_list_length_field][~has_row] = lengths
-        columns[_list_fields(dataset)[dataset.iid_field]][~has_row] = _windows(
-            items, ends - lengths, lengths, width
-        )
-    return Interaction(columns)
-
-
-def _last_places(
-    dataset: Any, users: Tensor, pairs: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Items grouped by user; where each user's group ends, and how many of its last items fit a list."""
-    owners, items = (
-        (torch.empty(0, dtype=torch.int64),) * 2
-        if pairs is None
-        else (pairs[0].cpu(), pairs[1].cpu())
-    )
-    counts = torch.bincount(owners, minlength=int(dataset.user_num))
-    absent = torch.unique(users[counts[users] == 0])
-    if len(absent):
-        tokens = [
-            str(dataset.field2id_token[dataset.uid_field][user]) for user in absent[:5].tolist()
-        ]
-        raise TeacherError(
-            f"{len(absent)} users have no training sequence: "
-            f"{', '.join(tokens)}{', …' if len(absent) > 5 else ''}. Ask for users with training "
-            "interactions only, and give the pairs of those with a single one as [fallback]."
-        )
-    return (
-        counts.cumsum(0)[users],
-        counts[users].clamp(max=dataset.max_item_list_len),
-        items[owners.argsort(stable=True)],
-    )
-
-
-def _appended(lists: Tensor, values: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """``lists [n, w, …]`` with one more of ``values [n, …]`` at each end; the oldest goes where there is no place."""
-    grown = lists.new_zeros(len(lists), width + 1, *lists.shape[2:])
-    grown[:, : lists.shape[1]] = lists
-    grown[torch.arange(len(lists)), lengths] = values.to(lists.dtype)
-    full = lengths == width
-    grown[full, :-1] = grown[full, 1:]
-    return grown[:, :width]
-
-
-def _windows(values: Tensor, starts: Tensor, lengths: Tensor, width: int) -> Tensor:
-    """``[n, width, …]``: ``lengths [n]`` rows of ``values [m, …]`` from ``starts [n]`` on, then zeros."""
-    windows = values.new_zeros(len(starts), width, *values.shape[1:])
-    for begin in range(0, len(starts), _BLOCK):
-        block = torch.arange(begin, min(begin + _BLOCK, len(starts)))
-        counts = lengths[block]
-        row = torch.repeat_interleave(block, counts)
-        column = torch.arange(len(row)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-        windows[row, column] = values[starts[row] + column]
-    return windows
-
-
-def _take(features: Any, rows: Tensor) -> Any:
-    """As ``features[rows]``, which would make a Python list of the row numbers."""
-    return Interaction({name: features[name][rows] for name in features})
+    if "training_pairs" in vars(dataset):
+        return True
+    unbuilt = isinstance(dataset, SequenceDataset) and not dataset._lists_are_given()
+    return unbuilt and (dataset._ready_split or _split_by_interactions(dataset.config))
 
 
 def _stable_order(keys: dict[str, Tensor]) -> Tensor:
-    """Where each row of the table sorted by ``keys`` came from, by the sort of RecBole's own augmentation and split."""
+    """The order of rows sorted by ``keys``, with the sort of RecBole's augmentation and split."""
     table = Interaction({**keys, _ROW: torch.arange(len(next(iter(keys.values()))))})
     table.sort(by=list(keys))
     order: Tensor = table[_ROW]
     return order
-
-
-def _list_fields(dataset: Any) -> dict[str, str]:
-    """``{"item_id": "item_id_list", …}`` of a sequential dataset that has its lists; empty for others.
-
-    Without lists of negatives (DIEN), to which no column belongs.
-    """
-    end = "_list_field"
-    found = {
-        name.removesuffix(end): value for name, value in vars(dataset).items() if name.endswith(end)
-    }
-    if not found:
-        return {}
-    negative = dataset.config["NEG_PREFIX"]
-    return {
-        field: list_field
-        for field, list_field in found.items()
-        if list_field in dataset.inter_feat and not list_field.startswith(negative)
-    }
 
 
 def _split_by_interactions(config: Any) -> bool:
@@ -406,7 +260,7 @@ def _split_by_interactions(config: Any) -> bool:
 
 
 def _dataset_class(config: Any) -> type[SequenceDataset] | None:
-    """The SequenceDataset, or kind of it, that the data of this Config need; ``None``: RecBole's choice."""
+    """The SequenceDataset (or a subclass) that this Config needs; ``None``: RecBole's choice."""
     name = f"{config['model']}Dataset"
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
         return None
@@ -428,7 +282,7 @@ def _dataset_class(config: Any) -> type[SequenceDataset] | None:
 
 
 def _names_plain_files(config: Any) -> bool:
-    """Whether the parts are files without lists; missing ones are left to RecBole's message."""
+    """Whether the parts are files without lists; a missing file is left to RecBole's message."""
     if config["benchmark_filename"] is None:
         return False
     file = (

@@ -1,4 +1,4 @@
-"""What came out: metrics, reports, and how far a student is from its teacher.
+"""Evaluation: metrics, reports, and how far a student is from its teacher.
 
-Teacher and students are measured alike, on the student's data. Nothing here trains.
+Teacher and students are measured in the same way, on the student's data. Nothing is trained here.
 """

@@ -1,7 +1,7 @@
-"""What a student understood of its teacher: two checkpoints, or more, compared on one dataset, without training.
+"""Compares the checkpoints of a student and its teacher on the student's data; nothing is trained.
 
-Data and split come from the student's checkpoint. Teacher, student and (``baseline``) a student
-that was trained alone answer in the student's ids, so the same code asks all of them.
+Data and split come from the student's checkpoint. Teacher, student and ``baseline`` (a student that
+was trained alone) all give scores in the student's ids.
 """
 
 from __future__ import annotations
@@ -9,68 +9,18 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
-import torch
-from recbole.config import Config
-from recbole.data import data_preparation
-from recbole.evaluator.register import metrics_dict
-from recbole.trainer import Trainer
-from recbole.utils import EvaluatorType, ModelType, init_seed
-from torch import Tensor
-
-from recbole_rcekd.compat import without_tensorboard
-from recbole_rcekd.compat.habits import EVAL_BATCH_SIZE
-from recbole_rcekd.core.errors import SettingsError, TeacherError
+from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.files import write_json, write_whole
-from recbole_rcekd.core.functional import is_member
-from recbole_rcekd.core.settings import KDSettings, TeacherSettings, read_settings
-from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, RowRanking, top_k
-from recbole_rcekd.core.types import TeacherScores
-from recbole_rcekd.data.contexts import Rows, is_sequential
-from recbole_rcekd.data.fingerprint import split_hash
-from recbole_rcekd.data.sequence_dataset import create_dataset
 from recbole_rcekd.evaluation import curves
-from recbole_rcekd.evaluation.comparison import Comparison, quartile_groups, transfer_ratio
-from recbole_rcekd.evaluation.evaluate import TeacherAsModel, evaluated
-from recbole_rcekd.evaluation.tables import OF_LISTS, as_text
-from recbole_rcekd.losses import CELoss, RCELoss
-from recbole_rcekd.losses.base import KDLoss
-from recbole_rcekd.losses.candidates import Candidates
-from recbole_rcekd.losses.ce import CESettings
-from recbole_rcekd.losses.methods import prefix_of
-from recbole_rcekd.losses.rce import RCESettings
-from recbole_rcekd.teachers.base import Teacher
-from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, own_config, read_teacher
-from recbole_rcekd.teachers.load import load_teacher, source_list
-from recbole_rcekd.teachers.rescale import rescaled
-from recbole_rcekd.teachers.safe_load import read_checkpoint
-from recbole_rcekd.training.diagnostics import NDCG_AT
-from recbole_rcekd.training.run_settings import RUN_KEYS, check_keys, read_trust
-from recbole_rcekd.training.sequence_candidates import SequenceCandidates, row_teacher_of
+from recbole_rcekd.evaluation.model_analysis import ModelAnalysis
+from recbole_rcekd.evaluation.tables import as_text
+from recbole_rcekd.teachers.load import source_list
 
 ANALYSIS_FORMAT = 1
-# What may be given beside the checkpoints. All else is the student's own.
-_MACHINE_KEYS = ("data_path", "use_gpu", "gpu_id", "device", "show_progress")
-_EVALUATION_KEYS = ("metrics", "topk")
-_OWN_KEYS = (
-    "teacher",
-    "student",
-    "baseline",
-    "history",
-    "dataset",
-    "output_dir",
-    "analyse_users",
-    "teacher_trust",
-)
-_TEACHER_KEYS = ("kd_teacher_scores", "kd_teacher_temperature", *TeacherSettings.keys())
-_USED = {
-    *(*_MACHINE_KEYS, *_EVALUATION_KEYS, *_OWN_KEYS, *_TEACHER_KEYS),
-    *(*CESettings.keys(), *RCESettings.keys()),
-}
 
 
 def analyse(
@@ -83,34 +33,35 @@ def analyse(
     dataset: str | None = None,
     config_dict: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare a student with its teacher, or the courses of several trainings; nothing is trained.
+    """Compare a student with its teacher, or the histories of several runs; nothing is trained.
 
     Args:
         teacher: what :func:`~recbole_rcekd.teachers.load.load_teacher` takes: a RecBole checkpoint,
             a file of scores, or several.
         student: a RecBole checkpoint; data and split are those of its Config.
-        baseline: a RecBole checkpoint of the same student trained alone, to know which share of the
-            teacher's advantage arrived.
-        history: ``history.csv`` files, or folders with some (the ``output_dir`` of a training);
-            without teacher and student, by default ``output_dir``.
-        users: so many training users (rows of a sequential student) are looked at in full; 0: all.
-        output_dir: where ``analysis.json`` and ``analysis.md`` are written, and of histories
+        baseline: a RecBole checkpoint of the same student trained alone. It shows which share of
+            the teacher's advantage the student has gained.
+        history: ``history.csv`` files, or folders that contain some (the ``output_dir`` of a
+            command); without teacher and student, by default ``output_dir``.
+        users: for how many training users (rows of a sequential student) all items are scored; 0:
+            all.
+        output_dir: where ``analysis.json`` and ``analysis.md`` are written, and for histories
             ``curves.csv`` and (with matplotlib) ``curves.svg``.
-        dataset: name of the dataset; need not be given.
-        config_dict: ``data_path``, RecBole's device keys, ``metrics`` and ``topk``; settings of the
-            teacher (``teacher_…``, ``kd_teacher_…``) and of the item sets whose closure gap is
+        dataset: the name of the dataset; it need not be given.
+        config_dict: ``data_path``, RecBole's device keys, ``metrics`` and ``topk``; the settings of
+            the teacher (``teacher_…``, ``kd_teacher_…``) and of the candidates whose closure gap is
             measured (``ce_…``, ``rce_…``).
 
     Returns:
-        The content of ``analysis.json``, which docs/analysis.md describes;
+        The content of ``analysis.json``, which docs/guides/analysis.md describes;
         :func:`~recbole_rcekd.evaluation.tables.as_text` makes tables of it.
 
     Raises:
         SettingsError: there is nothing to analyse, a setting is unknown or has no effect, or a file
             is missing.
-        TeacherError: a checkpoint is not usable, or of other data.
+        TeacherError: a checkpoint is not usable, or was trained on other data.
     """
-    history = history or None  # --history= names none
+    history = history or None  # `--history=` is an empty text
     if teacher is None and student is None and history is None:
         history = output_dir
     if history is None and (teacher is None or student is None):
@@ -129,11 +80,11 @@ def analyse(
         )
     result: dict[str, Any] = {"format": ANALYSIS_FORMAT}
     if teacher is not None and student is not None:
-        # RecBole unpickles what lies in the folder of a checkpoint under names of its own: it gets
-        # an empty one.
+        # RecBole unpickles saved datasets that it finds in the folder of checkpoints, so it gets an
+        # empty folder.
         with tempfile.TemporaryDirectory() as empty:
             given = dict(config_dict or {})
-            result |= _Analysis(
+            result |= ModelAnalysis(
                 teacher, os.fspath(student), baseline, users, dataset, given, empty
             ).run()
     folder = Path(output_dir) if output_dir else None
@@ -157,361 +108,3 @@ def analyse(
 
 def _only(row: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
     return {name: row[name] for name in names if name in row}
-
-
-class _Asked(TeacherScores):
-    """A teacher asked about a block of contexts at a time; nothing is kept but the last block.
-
-    What losses ask of a :class:`~recbole_rcekd.core.types.TeacherScores`. (In training, everybody
-    is asked, and the answers are kept on disk: ``open_scores``.)
-    """
-
-    def __init__(self, teacher: Teacher, n_contexts: int, n_items: int) -> None:
-        self.n_contexts, self.n_items = n_contexts, n_items
-        self._teacher = teacher
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
-
-    def score_all(self, contexts: Tensor) -> Tensor:
-        return self._rows(contexts)[0]
-
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        return self._rows(contexts)[0].gather(1, items.long())
-
-    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        listed = self._rows(contexts)[1]
-        if unseen:
-            listed = listed.clone()
-            listed[self._teacher.seen.to(listed.device).cells(contexts)] = -torch.inf
-        lists = top_k(listed, k)
-        return torch.nn.functional.pad(lists, (0, k - lists.shape[1]))
-
-    def transposed(self) -> TeacherScores:
-        raise ValueError("An analysis asks for scores of users, or rows, alone.")
-
-    def _rows(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        if self._last is None or not torch.equal(self._last[0], contexts):
-            self._last = contexts, *self._teacher.scores_and_listed(contexts)
-        return self._last[1:]
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """The evaluation of one model on the test set: RecBole's numbers, and those of each user (or row)."""
-
-    result: dict[str, float]
-    users: Tensor
-    ndcg: Tensor
-    lists: Tensor
-
-
-class _Analysis:
-    """One comparison: student, teacher, perhaps a baseline, on the student's data."""
-
-    def __init__(
-        self,
-        teacher: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-        student: str,
-        baseline: str | os.PathLike[str] | None,
-        users: int,
-        dataset: str | None,
-        given: dict[str, Any],
-        empty_folder: str,
-    ) -> None:
-        trust = read_trust(_here(dataset or "", given))
-        content = read_checkpoint(student, trust)
-        self.config = config = own_config(content, student)
-        here = _here(config["dataset"], given)
-        check_keys(here)
-        _require_used(here, config)
-        if dataset is not None and dataset != config["dataset"]:
-            raise SettingsError(
-                f"[dataset] is {dataset!r}, but the student in [{student}] was trained on "
-                f"[{config['dataset']}]: leave it out, or give a student of that dataset."
-            )
-        self.n_looked_at = users
-        self._empty = empty_folder
-        self.losses = _losses(here)
-        kd = read_settings(KDSettings, "kd", here.final_config_dict)
-        self._prepare_config(here, student)
-
-        init_seed(config["seed"], config["reproducibility"])
-        self.train, _, self.test = data_preparation(config, create_dataset(config))
-        self.dataset = data = self.train._dataset
-        for loss in self.losses.values():
-            loss.settings.check_catalogue(int(data.item_num) - 1)
-        self.learners: dict[str, Teacher] = {
-            "student": CheckpointTeacher(content, data, data, config["device"], student, trust)
-        }
-        if baseline is not None:
-            self.learners["baseline"] = _read_baseline(baseline, self.train, trust)
-        settings = read_settings(TeacherSettings, "teacher", here.final_config_dict)
-        self.teacher = load_teacher(teacher, self.train, trust, settings)
-        by_rows = is_sequential(data)
-        n_contexts = len(data) if by_rows and self.teacher.scores_rows else int(data.user_num)
-        asked = _Asked(self.teacher, n_contexts, int(data.item_num))
-        self.scores = rescaled(
-            asked, kd.kd_teacher_scores, kd.kd_teacher_temperature, config["device"]
-        )
-        self.teaching = (
-            row_teacher_of(data, self.scores, self.teacher.scores_rows) if by_rows else None
-        )
-
-    def _prepare_config(self, here: Any, student: str) -> None:
-        config = self.config
-        own = config["data_path"]
-        config["data_path"] = here["data_path"] if "data_path" in here.external_config_dict else own
-        if not _data_are_at(config):
-            config["data_path"] = here[
-                "data_path"
-            ]  # ml-100k lies in RecBole, which may be elsewhere now
-        if not _data_are_at(config):
-            tried = dict.fromkeys([own, here["data_path"]])
-            raise SettingsError(
-                f"[data_path]: the student was trained on [{config['dataset']}], which is not in "
-                f"{' or '.join(f'[{path}]' for path in tried)}: give --data_path, the folder above "
-                f"[{config['dataset']}]."
-            )
-        if config["eval_type"] != EvaluatorType.RANKING:
-            raise SettingsError(
-                f"[metrics] of the student in [{student}] are {config['metrics']}, which say "
-                "nothing of rankings: analyse a student that was trained with ranking metrics."
-            )
-        for key in ("device", "use_gpu", "gpu_id"):
-            config[key] = here[key]
-        for key in _EVALUATION_KEYS:
-            if key in here.external_config_dict:
-                config[key] = here[key]
-        self.metrics = [
-            metric.lower() for metric in config["metrics"] if metric.lower() not in OF_LISTS
-        ]
-        config["metrics"] = [*dict.fromkeys([*self.metrics, "ndcg", *OF_LISTS])]
-        config["topk"] = sorted({*config["topk"], NDCG_AT})
-        # Candidates are compared over the whole catalogue, however the student was validated.
-        config["eval_args"]["mode"] = {"valid": "full", "test": "full"}
-        for phase in ("valid", "test"):
-            config[f"{phase}_neg_sample_args"] = {"distribution": "uniform", "sample_num": "none"}
-        config["log_wandb"] = False
-        config["checkpoint_dir"] = self._empty
-        if config["MODEL_TYPE"] in (ModelType.GENERAL, ModelType.KNOWLEDGE, ModelType.TRADITIONAL):
-            config["eval_batch_size"] = EVAL_BATCH_SIZE
-
-    def run(self) -> dict[str, Any]:
-        """The content of ``analysis.json``."""
-        data = self.dataset
-        told = {
-            "teacher": self.teacher,
-            "baseline": self.learners.get("baseline"),
-            "student": self.learners["student"],
-        }
-        models = {name: model for name, model in told.items() if model is not None}
-        tested = {name: self._tested(model) for name, model in models.items()}
-        results = {name: test.result for name, test in tested.items()}
-        learned = [name for name in tested if name != "teacher"]
-        return {
-            "dataset": {
-                "name": self.config["dataset"],
-                "users": int(data.user_num) - 1,
-                "items": int(data.item_num) - 1,
-                "split": split_hash(data),
-            },
-            "metric": str(self.config["valid_metric"]).lower(),
-            "models": {
-                name: {"model": model.name, "source": model.source}
-                for name, model in models.items()
-            },
-            "test": {
-                "n": len(tested["teacher"].users),
-                "result": results,
-                f"overlap@{NDCG_AT}": {
-                    name: float(_shared(tested, name).mean()) for name in learned
-                },
-                "transfer_ratio": self._transfer_ratios(results),
-            },
-            "distance": self._distances(),
-            "groups": self._groups(tested, learned),
-        }
-
-    # -- on training contexts ------------------------------------------------------------------------------------
-
-    def _distances(self) -> dict[str, Any]:
-        """Overlap, ranks, closure gap of each learner, on the same contexts and the same draws."""
-        config, n_items = self.config, int(self.dataset.item_num)
-        seen = self.learners["student"].taken.to(config["device"])
-        every = (
-            seen.contexts()
-            if self.teaching is None
-            else torch.arange(len(self.dataset), device=config["device"])
-        )
-        generator = torch.Generator().manual_seed(int(config["seed"]))
-        n = min(self.n_looked_at or len(every), len(every))
-        # In ascending order, which is how `_lists` finds them again.
-        some = every[
-            torch.randperm(len(every), generator=generator)[:n].sort().values.to(every.device)
-        ]
-        found: dict[str, Any] = {
-            "of": "users" if self.teaching is None else "rows",
-            "n": n,
-            "of_all": len(every),
-        }
-        comparisons = {name: Comparison(self.losses, n_items) for name in self.learners}
-        draws = {
-            name: torch.Generator(config["device"]).manual_seed(int(config["seed"]))
-            for name in self.learners
-        }
-        for ids in torch.split(some, max(1, CELLS_AT_A_TIME // n_items)):
-            for name, learner in self.learners.items():
-                rows = self._rows(learner, ids)
-                lists = self._lists(ids, rows, draws[name])
-                comparisons[name].add(lists, lists.mask_rows(rows))
-        found["n_told"] = comparisons["student"].n
-        return found | {name: comparison.metrics() for name, comparison in comparisons.items()}
-
-    def _rows(self, learner: Teacher, ids: Tensor) -> Tensor:
-        """Its scores of every item for training users, or rows, ``[n, n_items]``."""
-        if self.teaching is not None and not learner.scores_rows:
-            ids = self.dataset.inter_feat[self.dataset.uid_field].to(ids.device)[ids]
-        return learner.score_all(ids)
-
-    def _lists(self, ids: Tensor, rows: Tensor, generator: torch.Generator) -> Candidates:
-        by_rows = self.teaching is not None
-
-        def rows_of(contexts: Tensor) -> Tensor:
-            return rows[contexts if by_rows else torch.searchsorted(ids, contexts)]
-
-        def score(contexts: Tensor, items: Tensor) -> Tensor:
-            return rows_of(contexts).gather(1, items)
-
-        more: dict[str, Any] = {"score": score, "score_all": rows_of}
-        ranking = RowRanking(rows_of, rows.shape[1])
-        if self.teaching is None:
-            return Candidates(
-                ids,
-                self.scores,
-                ranking,
-                self.learners["student"].taken.to(ids.device),
-                generator,
-                **more,
-            )
-        return SequenceCandidates(
-            ids, self.teaching, Rows(self.dataset).inputs(ids), ranking, generator, **more
-        )
-
-    # -- on the test set -----------------------------------------------------------------------------------------
-
-    def _tested(self, model: Teacher) -> _Tested:
-        """RecBole's evaluation; what each user gets comes from RecBole's own metric, too."""
-        noting = _Noting(model, self.dataset.uid_field)
-        with without_tensorboard():
-            trainer = Trainer(self.config, TeacherAsModel(noting, self.config))
-        trainer.eval_collector.data_collect(self.train)
-        evaluator = trainer.evaluator = _Keeping(trainer.evaluator)
-        result = evaluated(trainer, self.test)
-        ndcg = metrics_dict["ndcg"](self.config)
-        each = ndcg.metric_info(*ndcg.used_info(evaluator.collected))[:, NDCG_AT - 1]
-        lists = evaluator.collected.get("rec.items")[:, :NDCG_AT]
-        return _Tested(result, torch.cat(noting.users), torch.from_numpy(each), lists)
-
-    def _transfer_ratios(
-        self, results: Mapping[str, Mapping[str, float]]
-    ) -> dict[str, float | None]:
-        if "baseline" not in results:
-            return {}
-        student, alone, teacher = (results[name] for name in ("student", "baseline", "teacher"))
-        ratios = {k: transfer_ratio(student[k], alone[k], teacher[k]) for k in student}
-        return {k: ratio for k, ratio in ratios.items() if not k.startswith(OF_LISTS)}
-
-    def _groups(
-        self, tested: Mapping[str, _Tested], learned: Sequence[str]
-    ) -> list[dict[str, Any]]:
-        """By length of the training history."""
-        histories = self.learners["student"].taken.counts()[tested["teacher"].users]
-        groups = []
-        for low, high, members in quartile_groups(histories):
-            ndcg = {name: float(test.ndcg[members].mean()) for name, test in tested.items()}
-            group: dict[str, Any] = {
-                "history": [low, high],
-                "n": int(members.sum()),
-                f"ndcg@{NDCG_AT}": ndcg,
-            }
-            group[f"overlap@{NDCG_AT}"] = {
-                name: float(_shared(tested, name)[members].mean()) for name in learned
-            }
-            if "baseline" in ndcg:
-                group["transfer_ratio"] = transfer_ratio(
-                    ndcg["student"], ndcg["baseline"], ndcg["teacher"]
-                )
-            groups.append(group)
-        return groups
-
-
-class _Noting:
-    """A model that notes whom it was asked about."""
-
-    def __init__(self, model: Teacher, user_field: str) -> None:
-        self.users: list[Tensor] = []
-        self._model, self._user_field = model, user_field
-
-    def score_rows(self, rows: Any) -> Tensor:
-        self.users.append(rows[self._user_field].cpu())
-        return self._model.score_rows(rows)
-
-
-class _Keeping:
-    """RecBole's evaluator, which keeps what it was given."""
-
-    collected: Any = None
-
-    def __init__(self, evaluator: Any) -> None:
-        self._evaluator = evaluator
-
-    def evaluate(self, collected: Any) -> Any:
-        self.collected = collected
-        return self._evaluator.evaluate(collected)
-
-
-def _shared(tested: Mapping[str, _Tested], name: str) -> Tensor:
-    """The share of the teacher's test list in another's, ``[n]``."""
-    return is_member(tested["teacher"].lists, tested[name].lists).double().mean(1)
-
-
-def _here(dataset: str, given: dict[str, Any]) -> Any:
-    """What is given on the command line and in ``config_dict``, as RecBole reads it; the model does not matter."""
-    return Config("BPR", dataset, config_dict=dict(given))
-
-
-def _require_used(here: Any, student: Any) -> None:
-    """A key that RecBole or this package knows must have an effect."""
-    known = {*student.final_config_dict, *here.internal_config_dict}
-    for key in here.external_config_dict:
-        if key not in _USED and (
-            key in known or key in RUN_KEYS or key.startswith(("kd_", "teacher_")) or prefix_of(key)
-        ):
-            raise SettingsError(
-                f"[{key}] has no effect on an analysis, in which data, split and models are as the "
-                "checkpoints say: leave it out."
-            )
-
-
-def _losses(here: Any) -> dict[str, KDLoss]:
-    """Whose item sets the closure gap is measured of."""
-    given = here.final_config_dict
-    losses: dict[str, KDLoss] = {
-        which: CELoss(read_settings(CESettings, "loss/ce", {**given, "ce_items": which}))
-        for which in ("teacher", "student", "union")
-    }
-    return {**losses, "rce": RCELoss(read_settings(RCESettings, "loss/rce", given))}
-
-
-def _data_are_at(config: Any) -> bool:
-    name = config["dataset"]
-    files = [f"{name}.{part}.inter" for part in config["benchmark_filename"] or []] or [
-        f"{name}.inter"
-    ]
-    return all((Path(config["data_path"]) / file).is_file() for file in files)
-
-
-def _read_baseline(source: str | os.PathLike[str], train: Any, trust: bool) -> Teacher:
-    try:
-        return read_teacher(os.fspath(source), train, trust)
-    except TeacherError as error:
-        raise TeacherError(f"[baseline] cannot be compared with this student. {error}") from error

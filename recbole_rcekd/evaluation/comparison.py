@@ -1,4 +1,4 @@
-"""A student and its teacher compared in full: overlap, ranks, closure gaps, groups of users."""
+"""Compares the full rankings of a student and its teacher: overlap, ranks and closure gaps."""
 
 from __future__ import annotations
 
@@ -8,25 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_rcekd.core.functional import count_above, ndcg_against, places
+from recbole_rcekd.core.functional import count_above, ndcg_against, positions_in
 from recbole_rcekd.core.top_k import top_k
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.training.diagnostics import NDCG_AT, mean_closure_gap
 
-# What an analysis lays side by side: lengths of lists, and places in the teacher's.
+# The lengths of top-K lists whose overlap is measured, and the positions in the teacher's list
+# whose ranks are.
 OVERLAPS_AT = (1, 5, 10, 20, 50, 100, 200)
-
-
 RANKS_OF = (1, 2, 5, 10, 20, 50, 100)
 
 
 class Comparison:
-    """A student and its teacher in full, gathered over blocks of contexts.
+    """Compares a student with its teacher, over several blocks of users (or rows of sequences).
 
     Args:
-        losses: whose item sets the closure gap is measured of, by name.
-        n_items: padding included.
+        losses: the losses of whose candidates the closure gap is measured, by name.
+        n_items: how many items there are, padding included.
+
+    Attributes:
+        n: how many users were compared.
     """
 
     def __init__(self, losses: Mapping[str, KDLoss], n_items: int) -> None:
@@ -40,21 +42,23 @@ class Comparison:
         self._ranks: list[Tensor] = []
         self.n = 0
 
-    def add(self, lists: Candidates, rows: Tensor) -> None:
-        """Take in a block.
+    def add(self, candidates: Candidates, rows: Tensor) -> None:
+        """Add a block of users.
 
         Args:
-            lists: of n contexts. Those of whom the teacher says nothing are left out.
-            rows: the student's scores of every item for the same contexts, ``[n, n_items]``, −inf
-                at the padding item.
+            candidates: the candidates of n users. Users whom the teacher does not cover are left
+                out.
+            rows: the student's scores of all items for the same users, ``[n, n_items]``, −inf at
+                the padding item.
         """
         longest = self._lengths[-1]
-        teacher_top = lists.teacher_top(longest)
-        said = (teacher_top != 0).any(1).nonzero().squeeze(1)
-        if len(said) == 0:
+        teacher_top = candidates.teacher_top(longest)
+        covered = (teacher_top != 0).any(1).nonzero().squeeze(1)
+        if len(covered) == 0:
             return
-        if len(said) < len(rows):
-            lists, rows, teacher_top = lists.part(said), rows[said], teacher_top[said]
+        if len(covered) < len(rows):
+            candidates, rows = candidates.part(covered), rows[covered]
+            teacher_top = teacher_top[covered]
         student_top = top_k(rows, longest)
         shared, listed = shared_items(student_top, teacher_top, self._lengths)
         self._shared += shared.cpu()
@@ -64,19 +68,20 @@ class Comparison:
         self._ranks.append(ranks_of(teacher_top[:, columns], rows).cpu())
         for name, loss in self._losses.items():
             if loss.tuned:
-                loss.tune(lists)
+                loss.tune(candidates)
             self._gaps[name] += len(rows) * (
-                mean_closure_gap(loss, loss.select(lists), rows) or 0.0
+                mean_closure_gap(loss, loss.select(candidates), rows) or 0.0
             )
         self.n += len(rows)
 
     def metrics(self) -> dict[str, Any]:
-        """What was found, with plain numbers; empty if the teacher said nothing of anybody.
+        """The results over all users; empty if the teacher covers none of them.
 
-        ``overlap``: by length K, the share of the teacher's top-K in the student's.
-        ``ndcg@10_to_teacher``: NDCG of the student's top-10 with the teacher's as truth. ``rank``:
-        by k, mean and quartiles of the student's rank of the teacher's k-th item, 1 the best.
-        ``closure_gap``: by loss, Δ in nats.
+        Returns:
+            ``overlap``: by length K, the share of the teacher's top-K that is in the student's.
+            ``ndcg@10_to_teacher``: NDCG@10 of the student's top-10 with the teacher's as truth.
+            ``rank``: by k, mean and quartiles of the student's rank of the teacher's k-th item; 1
+            is the best. ``closure_gap``: by loss, Δ in nats.
         """
         if self.n == 0:
             return {}
@@ -108,36 +113,48 @@ def _spread(values: Tensor) -> dict[str, float]:
 def shared_items(
     student_top: Tensor, teacher_top: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """For each length K: how many of the teacher's top-K are in the student's, and how many the teacher lists, over all rows.
+    """How many items of the teacher's top-K lists are in the student's, for several lengths K.
 
     Args:
-        student_top: the student's best items, best first, ``[n, k]``.
-        teacher_top: the teacher's, ``[n, k]``; 0 in short lists.
-        lengths: at most k each.
+        student_top: the student's top-k, best first, ``[n, k]``.
+        teacher_top: the teacher's top-k, best first, ``[n, k]``; short lists end in zeros.
+        lengths: the lengths K, at most k each.
 
     Returns:
-        ``[len(lengths)]`` each.
+        For each length, over all rows: how many items of the teacher's top-K are in the student's,
+        and how many items the teacher's top-K lists have; ``[len(lengths)]`` each.
     """
-    place = places(teacher_top, student_top).masked_fill(teacher_top == 0, -1)
-    shared = [((place[:, :k] >= 0) & (place[:, :k] < k)).sum() for k in lengths]
+    position = positions_in(teacher_top, student_top).masked_fill(teacher_top == 0, -1)
+    shared = [((position[:, :k] >= 0) & (position[:, :k] < k)).sum() for k in lengths]
     listed = [(teacher_top[:, :k] != 0).sum() for k in lengths]
     return torch.stack(shared), torch.stack(listed)
 
 
 def ranks_of(items: Tensor, rows: Tensor) -> Tensor:
-    """The rank of ``items [n, k]`` by full scores ``rows [n, n_items]``, 1 the best; NaN for item 0. ``[n, k]``, float32."""
+    """The ranks of items by full rows of scores; 1 is the best.
+
+    Args:
+        items: the items, ``[n, k]``.
+        rows: the scores of all items, ``[n, n_items]``.
+
+    Returns:
+        ``[n, k]``, float32; NaN for item 0.
+    """
     ranks = 1.0 + count_above(rows.gather(1, items), rows)
     return ranks.masked_fill(items == 0, torch.nan)
 
 
 def quartile_groups(values: Tensor) -> list[tuple[int, int, Tensor]]:
-    """Four groups of about the same size, by value; fewer where many values are equal, which stay together.
+    """Split values into four groups of about the same size, from small to large values.
+
+    Equal values stay together, so there may be fewer groups.
 
     Args:
         values: whole numbers, ``[n]``.
 
     Returns:
-        For each group its smallest and its largest value, and who is in it, bool ``[n]``.
+        For each group its smallest value, its largest value, and which values are in it, bool
+        ``[n]``.
     """
     edges = values.double().quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64))
     group = torch.bucketize(values.double(), edges)  # an edge belongs to the group below it
@@ -148,16 +165,20 @@ def quartile_groups(values: Tensor) -> list[tuple[int, int, Tensor]]:
 def transfer_ratio(
     distilled: float, alone: float, teacher: float, bigger: bool = True
 ) -> float | None:
-    """(distilled − alone) / (teacher − alone): the share of the teacher's advantage that arrived; ``None`` if it has none.
+    """The share of the teacher's advantage that the student has gained by distillation.
+
+    It is (distilled − alone) / (teacher − alone), or ``None`` if the teacher has no advantage over
+    the student alone.
 
     Args:
         distilled: a metric of the distilled student.
-        alone: of the student alone.
-        teacher: of the teacher.
-        bigger: whether more of it is better.
+        alone: the same metric of the student alone.
+        teacher: the same metric of the teacher.
+        bigger: a bigger value of the metric is better.
 
-    >>> transfer_ratio(0.25, alone=0.125, teacher=0.375)
-    0.5
+    Example:
+        >>> transfer_ratio(0.25, alone=0.125, teacher=0.375)
+        0.5
     """
     gap = teacher - alone
     return (distilled - alone) / gap if (gap > 0 if bigger else gap < 0) else None

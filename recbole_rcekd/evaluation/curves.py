@@ -1,4 +1,4 @@
-"""The course of several runs side by side, from their ``history.csv``: a table, a file, and a picture where matplotlib is."""
+"""The histories of several runs side by side: tables, a file, and (with matplotlib) a picture."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Table = tuple[str, list[str], list[list[str]]]
 _NOTES = {
     "ndcg": "NDCG@10 of the student's list with the teacher's as truth",
     "over": "share of the teacher's list in the student's",
-    "clos": "Δ of the item sets in nats, 0: closed",
+    "clos": "Δ of the candidates in nats; 0 is closed",
     "vali": "RecBole's validation",
 }
-# Told apart by people who see few colours (Okabe and Ito), and by their dashes.
+# Colours that colour-blind people can tell apart (Okabe and Ito); dashes help too.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _DASHES = ("-", "--", "-.", ":")
 
 
 def read_histories(sources: Sequence[str]) -> dict[str, History]:
-    """The histories below some folders, or in some files, by the name of their run (``rce-seed0``).
+    """Read histories, by the names of their runs (``rce-seed0``).
 
     Args:
-        sources: files, or folders such as an ``output_dir``.
+        sources: files, or folders such as an ``output_dir``, whose subfolders are searched too.
 
     Raises:
-        SettingsError: there is none, or a file is no history.
+        SettingsError: a source has no history, or a file is no history.
     """
     files = [file for source in sources for file in _files_of(Path(source))]
     files = list({file.resolve(): file for file in files}.values())
@@ -59,7 +59,11 @@ def _files_of(source: Path) -> list[Path]:
 
 
 def _name(file: Path, depth: int) -> str:
-    """``out/rce-seed0/history.csv`` → ``rce-seed0``; ``saved/BPR-rce-….history.csv`` → ``BPR-rce-…``."""
+    """The name of a run: the last ``depth`` parts of its path.
+
+    With depth 1, ``out/rce-seed0/history.csv`` is ``rce-seed0``, and
+    ``saved/BPR-rce-….history.csv`` is ``BPR-rce-…``.
+    """
     own = file.name.removesuffix(".csv").removesuffix(".history")
     parts = [*file.resolve().parts[:-1], *([] if own == "history" else [own])]
     return "/".join(parts[-depth:])
@@ -71,7 +75,7 @@ def _read(file: Path) -> History:
             rows = [
                 {k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(stream)
             ]
-    except (ValueError, TypeError) as error:  # bytes that are no text, cells that are no numbers
+    except (ValueError, TypeError) as error:  # the file is no text, or a value no number
         raise SettingsError(f"[history] {file} is no history: {error}.") from error
     if not rows or any("epoch" not in row for row in rows):
         raise SettingsError(
@@ -81,14 +85,14 @@ def _read(file: Path) -> History:
 
 
 def quantities(histories: Mapping[str, History], metric: str | None = None) -> list[str]:
-    """The columns that are compared: what the paper's figure 5 shows, as far as some run has it.
+    """The columns that are compared: those of figure 5 in the paper, if some run has them.
 
     Args:
-        histories: by run.
-        metric: whose validation is shown; default: NDCG@10, or what comes first.
+        histories: the histories, by run.
+        metric: the metric whose validation is shown; default: NDCG@10, or the first one.
 
     Raises:
-        SettingsError: there is nothing to compare.
+        SettingsError: no run has any of the columns.
     """
     columns = list(
         dict.fromkeys(name for rows in histories.values() for row in rows for name in row)
@@ -110,10 +114,15 @@ def quantities(histories: Mapping[str, History], metric: str | None = None) -> l
 
 
 def tables(histories: Mapping[str, History], columns: Sequence[str]) -> list[Table]:
-    """A table for each quantity: runs side by side, at epochs 0, 1, 2, 5, 10, … and where each ended.
+    """A table for each column: runs side by side at the epochs 0, 1, 2, 5, 10, … and the last one.
 
-    A number is the last one known at that epoch (validation has fewer); "–": none yet, or the run
-    had ended. Runs that never have a number are left out of its table.
+    A number is the last one known at that epoch (not every epoch is validated). "–" means that
+    there is none yet, or that the run has ended. A run without numbers in a column is left out of
+    its table.
+
+    Args:
+        histories: the histories, by run.
+        columns: the columns that are shown.
     """
     last = {name: int(rows[-1]["epoch"]) for name, rows in histories.items()}
     found: list[Table] = []
@@ -144,7 +153,13 @@ def _cell(rows: History, column: str, epoch: int, last: int) -> str:
 
 
 def write_curves(file: Path, histories: Mapping[str, History], columns: Sequence[str]) -> None:
-    """All epochs of all runs in one file: run, epoch, and the quantities, empty where there is none."""
+    """Write all epochs of all runs to one CSV file; a value that a run does not have is empty.
+
+    Args:
+        file: the file.
+        histories: the histories, by run.
+        columns: the columns after run and epoch.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(
@@ -156,7 +171,16 @@ def write_curves(file: Path, histories: Mapping[str, History], columns: Sequence
 
 
 def draw_curves(file: Path, histories: Mapping[str, History], columns: Sequence[str]) -> bool:
-    """A picture with a panel for each quantity; ``False``, and no file, where matplotlib is not installed."""
+    """Draw a picture with a panel for each column.
+
+    Args:
+        file: the file of the picture.
+        histories: the histories, by run.
+        columns: the columns that are drawn.
+
+    Returns:
+        ``False`` if matplotlib is not installed, and so no file was written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:

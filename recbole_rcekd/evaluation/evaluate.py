@@ -1,4 +1,4 @@
-"""Teacher and students measured alike: RecBole's metrics of a teacher in the student's ids, and the time that ranking takes."""
+"""RecBole's metrics of a teacher on the student's data, and the time that ranking takes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from recbole_rcekd.compat import without_tensorboard
 from recbole_rcekd.evaluation.report import TeacherResult
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
-from recbole_rcekd.teachers.score_cache import blocks
+from recbole_rcekd.teachers.score_tables import blocks
 
-# Of a teacher that is asked for some items only, full rows of so many users or sequences are made
-# together.
+# If a teacher's scores of some items are needed, full rows are computed for so many users or
+# sequences at a time.
 _PREDICTED_AT_A_TIME = 64
 
 
@@ -32,12 +32,12 @@ def measure_teacher(
     """Measure a teacher with RecBole's evaluation on the student's data.
 
     Args:
-        teacher: who.
-        config: the student's.
-        train_data: the student's.
-        valid_data: likewise.
-        test_data: likewise.
-        course: of the teacher's training, if it was trained here (epochs, seconds).
+        teacher: the teacher.
+        config: the student's Config.
+        train_data: the loader of the student's training data.
+        valid_data: the loader of the student's validation data.
+        test_data: the loader of the student's test data.
+        course: the epochs and seconds of the teacher's training, if the command trained it.
     """
     scorers = teacher.scorers()
     with without_tensorboard():
@@ -58,7 +58,7 @@ def measure_teacher(
 
 
 class ScoresRows(Protocol):
-    """Whatever can be asked for scores of rows: a teacher, as a rule."""
+    """An object with scores for rows; usually a teacher."""
 
     def score_rows(self, rows: Any) -> torch.Tensor:
         """See :meth:`Teacher.score_rows <recbole_rcekd.teachers.base.Teacher.score_rows>`."""
@@ -66,7 +66,12 @@ class ScoresRows(Protocol):
 
 
 class TeacherAsModel(torch.nn.Module):
-    """The teacher in the student's ids, as much of a RecBole model as evaluation needs."""
+    """A teacher as a RecBole model, with the methods that RecBole's evaluation calls.
+
+    Args:
+        teacher: the teacher.
+        config: the student's Config.
+    """
 
     def __init__(self, teacher: ScoresRows, config: Any) -> None:
         super().__init__()
@@ -74,25 +79,28 @@ class TeacherAsModel(torch.nn.Module):
         self._teacher = teacher
         self._user, self._item = config["USER_ID_FIELD"], config["ITEM_ID_FIELD"]
         self._sequence = f"{self._item}{config['LIST_SUFFIX']}"
-        self.unused = torch.nn.Parameter(
-            torch.zeros(1, device=self.device)
-        )  # the trainer builds an optimiser
+        # The trainer's optimizer needs a parameter.
+        self.unused = torch.nn.Parameter(torch.zeros(1, device=self.device))
 
     def full_sort_predict(self, interaction: Any) -> torch.Tensor:
-        """Called by RecBole's evaluation of all items."""
+        """The scores of all items; RecBole calls this if it evaluates with all items."""
         return self._teacher.score_rows(interaction)
 
     def predict(self, interaction: Any) -> torch.Tensor:
-        """Called by RecBole's evaluation of sampled or labelled items, ``[n]``; whoever stands in many rows is scored once."""
+        """The scores ``[n]`` of the items in n rows.
+
+        RecBole calls this if it evaluates with sampled or labelled items. A user (or sequence) in
+        several rows is scored once.
+        """
         asked = interaction[self._user].unsqueeze(1)
         if self._sequence in interaction.columns:
             asked = torch.cat([asked, interaction[self._sequence]], dim=1)
-        distinct, place = torch.unique(asked, dim=0, return_inverse=True)
-        rows = torch.arange(len(place), device=place.device)
-        first = place.new_zeros(len(distinct)).scatter_(0, place, rows)
-        order = place.argsort()
-        counts = torch.bincount(place)
-        found = torch.empty(len(place), device=self.device)
+        distinct, index = torch.unique(asked, dim=0, return_inverse=True)
+        rows = torch.arange(len(index), device=index.device)
+        first = index.new_zeros(len(distinct)).scatter_(0, index, rows)
+        order = index.argsort()
+        counts = torch.bincount(index)
+        found = torch.empty(len(index), device=self.device)
         ends = torch.split(counts, _PREDICTED_AT_A_TIME)
         for some, own in zip(
             torch.split(first, _PREDICTED_AT_A_TIME),
@@ -100,12 +108,19 @@ class TeacherAsModel(torch.nn.Module):
             strict=True,
         ):
             scores = self._teacher.score_rows(interaction[some]).to(self.device)
-            found[own] = scores[place[own] - place[own[0]], interaction[self._item][own]]
+            found[own] = scores[index[own] - index[own[0]], interaction[self._item][own]]
         return found
 
 
 def evaluated(trainer: Any, data: Any) -> dict[str, float]:
-    """RecBole's metrics on rows as they are: the transformation that the student's model wants is not the teacher's."""
+    """RecBole's metrics on rows without the transformation of the student's model.
+
+    That transformation is not the teacher's.
+
+    Args:
+        trainer: a trainer with the model that is measured.
+        data: the loader of validation or test data.
+    """
     transform, data.transform = data.transform, lambda dataset, rows: rows
     try:
         return {k: float(v) for k, v in trainer.evaluate(data, load_best_model=False).items()}
@@ -114,9 +129,12 @@ def evaluated(trainer: Any, data: Any) -> dict[str, float]:
 
 
 def ranking_time(model: Any, dataset: Any) -> float:
-    """Milliseconds to score and rank the whole catalogue for 1,000 users (or sequences), in evaluation mode; median of
-    three.
-    """  # noqa: D205
+    """Milliseconds to score and rank all items for 1,000 users (or sequences); median of three.
+
+    Args:
+        model: a RecBole model; it is in evaluation mode meanwhile.
+        dataset: the dataset it was built for.
+    """
     return _time_ranking(ModelScorer(model, dataset))
 
 

@@ -1,4 +1,4 @@
-"""Results of a command: one record per run, ``result.json``, and the table that compares teacher and students."""
+"""The results of a command: a record of each run, ``result.json``, and the table that is shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tabulate import tabulate
 
 from recbole_rcekd.core.distributed import MACHINE_KEYS
 from recbole_rcekd.core.files import write_json, write_whole
-from recbole_rcekd.data.sequence_dataset import training_pairs
+from recbole_rcekd.data.sequences import training_pairs
 from recbole_rcekd.evaluation.comparison import transfer_ratio
 from recbole_rcekd.losses.methods import SCRATCH, prefix_of
 from recbole_rcekd.teachers.base import Teacher
@@ -33,7 +33,7 @@ from recbole_rcekd.teachers.trajectory import state_files
 from recbole_rcekd.training.run_settings import Run
 
 RESULT_FORMAT = 1
-# None changes what a run computes. (`world_size` does: the draws are other ones.)
+# Keys that do not change the result of a run. (`world_size` does, because the draws differ.)
 _UNIMPORTANT = frozenset(
     {
         *MACHINE_KEYS,
@@ -52,7 +52,10 @@ _UNIMPORTANT = frozenset(
 
 @dataclass(frozen=True)
 class RunResult:
-    """One training of one student; a row of ``runs`` in ``result.json``."""
+    """The result of one training run of a student: an entry of ``runs`` in ``result.json``.
+
+    docs/result.md describes the fields.
+    """
 
     loss: str
     seed: int
@@ -73,11 +76,11 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """The teacher (or an assistant), measured on the same data; ``teacher`` in ``result.json``.
+    """The results of the teacher (or an assistant): ``teacher`` in ``result.json``.
 
-    ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that was trained
-    elsewhere. Of several teachers parameters, bytes and times are added up; a file of scores has no
-    parameters, and ranks in no time.
+    ``epochs``, ``seconds`` and ``seconds_per_epoch`` are 0 for a teacher that the command did not
+    train. For several teachers, parameters, bytes and times are added up. For a file of scores,
+    parameters and the time to rank are 0.
     """
 
     model: str
@@ -95,14 +98,16 @@ class TeacherResult:
 
 @dataclass
 class Report:
-    """Gathers the runs of one command, keeps them on disk as they come, and shows them side by side.
+    """The results of one command: written to disk after each run, and shown in a table.
 
     Args:
         config: the command's Config.
-        folder: ``output_dir``; ``None``: nothing is written.
-        split: hash of the training interactions.
+        folder: the key ``output_dir``; ``None``: nothing is written.
+        split: a hash of the training interactions.
         dataset: the training dataset.
-        data: hash of the data files, which hold features, validation and test data too.
+        data: a hash of the data files, which also contain features, validation and test data.
+        teacher: the results of the teacher, if there is one.
+        runs: the results of the finished runs.
     """
 
     config: Any
@@ -114,7 +119,7 @@ class Report:
     runs: list[RunResult] = field(default_factory=list)
 
     def add(self, run: RunResult) -> None:
-        """Take in a run and write it, its folder's ``run.json`` first."""
+        """Add a run and write the files, ``run.json`` in the run's folder first."""
         self.runs.append(run)
         folder = self.run_folder(run.loss, run.seed)
         if folder is not None and self.folder is not None:
@@ -123,7 +128,12 @@ class Report:
             write_whole(self.folder / "summary.md", self.table("github") + "\n")
 
     def make_room(self, loss: str, seed: int) -> None:
-        """Put what an earlier command of other settings finished in a run's folder aside, under a name of its own."""
+        """Rename the folder of a run, if an earlier command has finished another run in it.
+
+        Args:
+            loss: the method of the run that is about to start.
+            seed: the seed of that run.
+        """
         folder = self.run_folder(loss, seed)
         if folder is None or not (folder / "run.json").exists():
             return
@@ -141,7 +151,12 @@ class Report:
         return None if self.folder is None else self.folder / f"{loss.replace(':', '.')}-seed{seed}"
 
     def fingerprint(self, run: Run, teacher: Teacher | None) -> str:
-        """A hash of what decides a run's result, apart from its seed."""
+        """A hash of everything that a run's result depends on, except its seed.
+
+        Args:
+            run: the run.
+            teacher: the teacher of the command, if there is one.
+        """
         own = run.method.prefixes
         foreign: tuple[str, ...] = ("kd_",) if run.method.alone else ()
         if not run.method.needs_teacher:
@@ -153,27 +168,37 @@ class Report:
             and not k.startswith(foreign)
             and prefix_of(k, own) in (None, *own)
         }
+        for loss_type in run.method.losses.values():
+            # A run from before these keys were removed is the same run.
+            settings |= {key: repr(value) for key, value in loss_type.settings_type.retired.items()}
         parts: list[Any] = [
             run.name,
-            settings,
+            dict(sorted(settings.items())),
             self.split,
             self.data,
             teacher.fingerprint if teacher else "",
         ]
         if teacher is not None:
-            # Of one teacher's training: the numbers of the epochs say which states they are.
+            # The states are from the training of one teacher, so the numbers of their epochs
+            # identify them.
             for loss in run.losses_of_earlier_states():
                 files = state_files(loss, teacher.files())
                 parts.append([[file.name for file in states] for states in files])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def finished(self, run: Run, seed: int, teacher: Teacher | None) -> RunResult | None:
-        """The same run, if an earlier command finished it in this folder."""
+        """The result of the same run, if an earlier command has finished it in this folder.
+
+        Args:
+            run: the run.
+            seed: the seed of the run.
+            teacher: the teacher of the command, if there is one.
+        """
         folder = self.run_folder(run.name, seed)
         if folder is None or not (folder / "run.json").exists():
             return None
         try:
-            # Files written before there were assistants know none.
+            # Files from before there were assistants do not have this field.
             known = {
                 "assistant": None,
                 **json.loads((folder / "run.json").read_text(encoding="utf-8")),
@@ -208,11 +233,11 @@ class Report:
 
     @property
     def metric(self) -> str:
-        """RecBole's ``valid_metric``, on which the transfer ratio and the test stand."""
+        """RecBole's ``valid_metric``, which the transfer ratio and the t-test use."""
         return str(self.config["valid_metric"]).lower()
 
     def summary(self) -> list[dict[str, Any]]:
-        """Per method: mean and standard deviation over the seeds, transfer ratio, paired t-test."""
+        """For each method: mean and deviation over the seeds, transfer ratio, paired t-test."""
         by_loss = {
             loss: [r for r in self.runs if r.loss == loss]
             for loss in dict.fromkeys(r.loss for r in self.runs)
@@ -255,7 +280,7 @@ class Report:
     def _p_value(
         self, by_loss: dict[str, list[RunResult]], loss: str, other: str | None
     ) -> float | None:
-        """Two-sided paired t-test over common seeds against the best other method."""
+        """The p-value of a two-sided paired t-test against another method, over common seeds."""
         if other is None:
             return None
         mine, theirs = (
@@ -325,7 +350,10 @@ class Report:
     def show(self) -> None:
         """Log the table."""
         seeds = len({run.seed for run in self.runs})
-        note = f"{self.config['dataset']}, {self.config['model']}, test results, {seeds} seed{'s' * (seeds > 1)}; "
+        note = (
+            f"{self.config['dataset']}, {self.config['model']}, test results, "
+            f"{seeds} seed{'s' * (seeds > 1)}; "
+        )
         note += f"transfer = (distilled − alone) / (teacher − alone) in {self.metric}"
         if seeds > 1:
             note += (
@@ -334,7 +362,11 @@ class Report:
         getLogger().info(f"{note}\n{self.table()}")
 
     def result(self, bigger: bool) -> dict[str, Any]:
-        """What ``run_recbole_kd`` returns: RecBole's keys, and ours."""
+        """The value that ``run_recbole_kd`` returns: RecBole's keys, and more.
+
+        Args:
+            bigger: a bigger value of ``valid_metric`` is better.
+        """
         last = next(run for run in self.runs if run.loss == self.runs[-1].loss)
         return {
             "best_valid_score": last.best_valid_score,

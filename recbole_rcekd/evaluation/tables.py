@@ -1,4 +1,4 @@
-"""An analysis as tables, for the terminal and for ``analysis.md``."""
+"""The tables of an analysis, for the terminal and for ``analysis.md``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tabulate import tabulate
 from recbole_rcekd.evaluation import curves
 from recbole_rcekd.training.diagnostics import NDCG_AT
 
-# RecBole's metrics that say what lists are made of, and no better or worse.
+# RecBole's metrics that describe the items in top-K lists. A higher value is not better or worse.
 OF_LISTS = ("averagepopularity", "itemcoverage")
 _CALLED = {"teacher": "teacher", "baseline": "student alone", "student": "student"}
 _SETS = {"teacher": "teacher's top", "student": "student's top", "union": "both", "rce": "RCE-KD's"}
@@ -41,9 +41,8 @@ def as_text(result: Mapping[str, Any], style: str = "simple_outline") -> str:
     parts = []
     for title, header, rows in tables:
         align = ["left"] + ["right"] * (len(header) - 1)
-        parts.append(
-            f"{title}\n\n{tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=align)}"
-        )
+        body = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=align)
+        parts.append(f"{title}\n\n{body}")
     return "\n\n".join(
         [head.replace("\n", "  \n" if style == "github" else "\n") for head in heads] + parts
     )
@@ -79,16 +78,16 @@ def _distance_tables(distance: Mapping[str, Any]) -> list[curves.Table]:
         return []
     whom = f"{distance['n_told']:,} of {distance['of_all']:,} training {distance['of']}"
     of = {name: distance[name] for name in learners}
-    lengths, places = of[learners[0]]["overlap"], of[learners[0]]["rank"]
+    lengths, positions = of[learners[0]]["overlap"], of[learners[0]]["rank"]
     overlap = [
         [_CALLED[name], *(_number(value) for value in found["overlap"].values())]
         for name, found in of.items()
     ]
-    header, ranks = ["k"], [[str(place)] for place in places]
+    header, ranks = ["k"], [[str(position)] for position in positions]
     for name, found in of.items():
         header += [f"{_CALLED[name]}: median", "quartiles", "mean"]
-        for row, place in zip(ranks, places, strict=True):
-            spread = found["rank"][place]
+        for row, position in zip(ranks, positions, strict=True):
+            spread = found["rank"][position]
             row += [
                 f"{spread['median']:,.0f}",
                 f"{spread['q1']:,.0f} – {spread['q3']:,.0f}",
@@ -123,7 +122,7 @@ def _group_table(groups: Sequence[Mapping[str, Any]]) -> curves.Table:
     ndcg, overlap = f"ndcg@{NDCG_AT}", f"overlap@{NDCG_AT}"
     ratio = "transfer_ratio" in groups[0]
     header = ["history", "lists"]
-    for quantity in (ndcg, overlap):  # which is named once
+    for quantity in (ndcg, overlap):  # the quantity is named in its first column only
         names = [_CALLED[name].removeprefix("student ") for name in groups[0][quantity]]
         header += [f"{quantity}: {names[0]}", *names[1:]]
     header += ["transferred"] if ratio else []

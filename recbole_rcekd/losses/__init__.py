@@ -1,4 +1,7 @@
-"""The distillation losses. To add one, see ``CONTRIBUTING.md``: a file here, a line in ``LOSSES``, a yaml, a test."""
+"""The distillation losses.
+
+To add one, see ``CONTRIBUTING.md``: a file here, a line in ``LOSSES``, a yaml file, a test.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,16 @@ from recbole_rcekd.losses.rd import RDLoss
 from recbole_rcekd.losses.rrd import RRDLoss
 from recbole_rcekd.losses.slk import SLKLoss
 from recbole_rcekd.losses.softmax import SoftmaxLoss
+from recbole_rcekd.losses.srce import SRCELoss
 from recbole_rcekd.losses.tarec import TARecLoss
 from recbole_rcekd.losses.unkd import UnKDLoss
 from recbole_rcekd.losses.vkd import VkDLoss
 
-# In the order of the README: of scores on closed sets, on lists, of vectors, and a control.
+# In the order of the README: on scores with closed item sets, on scores with other item sets, on
+# embeddings, and a control.
 LOSSES: dict[str, type[Loss]] = {
     "rce": RCELoss,
+    "srce": SRCELoss,
     "fce": FCELoss,
     "slk": SLKLoss,
     "ce": CELoss,
@@ -72,6 +78,7 @@ __all__ = [
     "RDLoss",
     "RRDLoss",
     "SLKLoss",
+    "SRCELoss",
     "SoftmaxLoss",
     "TARecLoss",
     "UnKDLoss",

@@ -1,16 +1,16 @@
-"""What a distillation loss is: settings, perhaps weights of its own, and a pure function.
+"""What a distillation loss is: settings, parameters if it learns any, and a pure function.
 
-* :class:`KDLoss`: of *scores*. A recipe for item sets, and a formula on the student's scores of
-  them.
-* :class:`EmbeddingLoss`: of *vectors*. A formula on the student's and the teacher's rows of some
-  users and items.
+* :class:`KDLoss` distils *scores*. It chooses item sets, and its formula takes the student's scores
+  of these items.
+* :class:`EmbeddingLoss` distils *embeddings*. Its formula takes the student's and the teacher's
+  embeddings of some users and items.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +19,20 @@ from recbole_rcekd.core.settings import LossSettings
 from recbole_rcekd.core.types import ItemSets, Seen, Vectors
 from recbole_rcekd.losses.candidates import Candidates
 
-# So many contexts are looked at in full where a loss tunes itself.
+# For how many users a loss asks for the scores of all items when it tunes itself.
 TUNED_ON = 64
 
 
 class Loss(nn.Module):
     """What every method has.
 
-    Parameters of a loss (projectors, gates) are learned with the student's and kept in a file of
-    their own beside its checkpoint.
+    The parameters of a loss (projectors, gates) are trained together with the student's. They are
+    saved in a file of their own, beside the student's checkpoint.
 
     Attributes:
-        settings_type: the settings class; its keys are those of ``properties/loss/<name>.yaml``,
+        settings_type: the settings class. Its keys are those of ``properties/loss/<name>.yaml``,
             the weight first.
-        needs_teacher: ``False`` for controls that learn from the training interactions alone.
+        needs_teacher: ``False`` for controls, which learn from the training interactions alone.
         replaces_base: the model's own loss is left out, whatever ``kd_base_weight`` says.
     """
 
@@ -46,37 +46,43 @@ class Loss(nn.Module):
 
     @classmethod
     def prefix(cls) -> str:
-        """With what its settings' keys begin."""
+        """The prefix of all its keys."""
         return cls.settings_type.prefix
+
+    def _setting(self, name: str) -> Any:
+        """The value of the key ``<prefix>_<name>``."""
+        return getattr(self.settings, f"{self.prefix()}_{name}")
 
     @property
     def weight(self) -> float:
         """λ of ``base + λ · KD``: the setting ``<prefix>_weight``."""
-        value: float = getattr(self.settings, f"{self.prefix()}_weight")
+        value: float = self._setting("weight")
         return value
 
 
 class KDLoss(Loss, ABC):
     """A method that distils scores.
 
-    A subclass binds its settings to two things that can be tested apart: :meth:`select` says what
-    each user is scored on (here, and only here, things are drawn) and :meth:`forward` is the
-    formula.
+    A subclass has two parts that can be tested apart. :meth:`select` chooses the items that each
+    user learns from; all random draws are made here. :meth:`forward` is the formula.
+
+    For a sequential model, read *row of the training data* (a sequence and its next item) where
+    this package says *user*.
 
     Attributes:
-        renewed: whether :meth:`select` chooses anew each time (it looks at the student, or draws);
-            if not, it is called once.
-        scores_all_items: ``forward`` takes the student's scores of the whole catalogue, ``[B, N]``.
-        teaches_all_items: ``forward`` takes the teacher's scores of the whole catalogue too.
-        masks_seen: ``forward`` is told in ``sets.seen`` what the B contexts have in the training
-            data (their places 0 to B − 1 as contexts).
-        tuned: :meth:`tune` wants to be called.
-        temperature: τ, by which both sides' scores are divided before their softmax; read by the
-            closure gap.
-        uses_trajectory: lists are taken from the teacher's earlier checkpoints too
-            (``lists.trajectories``).
-        checkpoints: files of these, the least trained first; none: those that lie beside the
-            teacher's.
+        renewed: whether :meth:`select` chooses anew each time, because it looks at the student or
+            draws at random. If not, it is called once.
+        scores_all_items: ``forward`` takes the student's scores of all items, ``[B, N]``.
+        teaches_all_items: ``forward`` takes the teacher's scores of all items too.
+        masks_seen: ``forward`` finds the training items of the B users in ``sets.seen``, where the
+            users are numbered from 0 to B − 1.
+        tuned: :meth:`tune` is to be called.
+        temperature: τ, which divides the scores of student and teacher before their softmax. The
+            closure gap is computed with it.
+        uses_trajectory: :meth:`select` uses earlier checkpoints of the teacher too
+            (``candidates.trajectories``).
+        checkpoints: files of these checkpoints, the least trained first. If empty, those that lie
+            beside the teacher's checkpoint are used.
     """
 
     renewed: bool = True
@@ -89,53 +95,63 @@ class KDLoss(Loss, ABC):
     checkpoints: Sequence[str] = ()
 
     @abstractmethod
-    def select(self, lists: Candidates) -> ItemSets:
-        """Choose the items that each context of ``lists`` is taught on."""
+    def select(self, candidates: Candidates) -> ItemSets:
+        """Choose the items that each user of ``candidates`` learns from."""
 
     @abstractmethod
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """The loss of each row.
+        """The loss of each user.
 
         Args:
-            student_scores: scores of ``sets.items``, ``[B, T]``, with gradient; of all items where
-                ``scores_all_items`` is set (column 0 is the padding item).
-            sets: the B rows of what :meth:`select` chose.
+            student_scores: scores of ``sets.items``, ``[B, T]``, with gradient. Scores of all items
+                where ``scores_all_items`` is set (column 0 is the padding item).
+            sets: the rows that :meth:`select` made for these B users.
 
         Returns:
-            ``[B]``; the trainer weighs and sums the rows.
+            ``[B]``; the trainer weights and sums it.
         """
 
     def prepare(self, n_contexts: int, device: torch.device) -> None:
-        """Called once before the first :meth:`select`, for what is remembered of each context (``lists.ids``)."""
+        """Called once before the first :meth:`select`.
 
-    def tune(self, lists: Candidates) -> None:
-        """Called before each epoch's lists with a few random contexts, where ``tuned`` is set."""
+        For losses that remember something about each user (by ``candidates.ids``).
+
+        Args:
+            n_contexts: the number of users.
+            device: where the remembered tensors should be.
+        """
+
+    def tune(self, candidates: Candidates) -> None:
+        """Called with a few random users before each epoch, if ``tuned`` is set."""
 
     def metrics(self) -> dict[str, float]:
-        """What the log and the history should say of the loss itself in this epoch, by name."""
+        """What the loss reports about itself after this epoch, by name (log and history)."""
         return {}
 
     def closure_sets(self, sets: ItemSets) -> tuple[ItemSets, ItemSets] | None:
-        """The pair (J, A) whose closure gap is worth watching, targets J inside the normaliser A; ``None``: no pair."""
+        """The pair (J, A) whose closure gap is reported; ``None`` if there is none.
+
+        J are the targets, A ⊇ J the items of the normaliser.
+        """
         return None
 
     def item_side(self) -> tuple[KDLoss, float] | None:
-        """A loss over users for each *item*, with its weight, for methods that distil both ways."""
+        """A loss over users for each *item*, with its weight, if the method has one."""
         return None
 
-    def feature_side(self) -> tuple[EmbeddingLoss, float] | None:
-        """A loss of vectors with its weight, for methods that distil both."""
+    def embedding_side(self) -> tuple[EmbeddingLoss, float] | None:
+        """A loss on embeddings, with its weight, if the method has one."""
         return None
 
 
 class EmbeddingLoss(Loss, ABC):
-    """A method that distils vectors: the rows of the two tables whose product a model's scores are.
+    """A method that distils embeddings: the rows of the two tables whose product the scores are.
 
-    Its settings have a key ``<name>_sides`` (``both``, ``users`` or ``items``). It learns on what
-    stands in the training batch, whatever ``kd_schedule`` says.
+    Its settings have a key ``<prefix>_sides`` (``both``, ``users`` or ``items``). It learns from
+    the users and items of the training batch, whatever ``kd_schedule`` says.
 
     Attributes:
-        left_out_by: the setting that leaves it out, where it is a part of a method of scores; for
+        left_out_by: the setting that turns it off, where it is a part of a :class:`KDLoss`. Used in
             messages.
     """
 
@@ -144,46 +160,55 @@ class EmbeddingLoss(Loss, ABC):
     @property
     def sides(self) -> tuple[str, ...]:
         """``users`` and ``items``, or one of them."""
-        (key,) = [key for key in type(self).settings_type.keys() if key.endswith("_sides")]
-        value: str = getattr(self.settings, key)
+        value: str = self._setting("sides")
         return ("users", "items") if value == "both" else (value,)
 
     def build(
         self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
     ) -> None:
-        """Make the parts that are learned, and what is read off the training interactions (graphs).
+        """Make the learned parts, and whatever is computed from the training data (graphs).
 
         Args:
-            student_width: of the student's vectors.
-            teacher_width: of the teacher's.
-            seen: the training interactions of users; of items: ``seen.transposed()``.
-            generator: the source of all draws, here and in training; its device is where the parts
-                should be.
+            student_width: of the student's embeddings.
+            teacher_width: of the teacher's embeddings.
+            seen: the training items of each user; ``seen.transposed()`` has the users of each item.
+            generator: the source of all random draws, here and in training. The parts are made on
+                its device.
         """
 
     @staticmethod
     def sum_over_sides(
         of_side: Callable[[str, Vectors], Tensor], users: Vectors | None, items: Vectors | None
     ) -> Tensor:
-        """The sum of ``of_side(side, vectors)`` over the sides that are there."""
+        """The sum of ``of_side(side, vectors)`` over the sides that are given."""
         given = {"users": users, "items": items}
         parts = [of_side(side, vectors) for side, vectors in given.items() if vectors is not None]
         return torch.stack(parts).sum()
 
     def begin_epoch(self, progress: float) -> None:
-        """Called before each epoch; ``progress`` is the share of ``epochs`` behind, for temperatures that fall."""
+        """Called before each epoch, for temperatures that fall.
+
+        Args:
+            progress: the share of ``epochs`` that is over.
+        """
 
     def needed(self, side: str, ids: Tensor) -> Tensor:
-        """Whose vectors the loss of ``ids`` takes: these first, then others (neighbours in a graph)."""
+        """The ids whose embeddings the loss of ``ids`` needs.
+
+        First ``ids`` themselves, then others, such as their neighbours in a graph.
+        """
         return ids
 
     @abstractmethod
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """The loss of a batch, summed over its distinct users and items (the trainer divides by the batch's rows).
+        """The loss of a batch, summed over its distinct users and items.
+
+        The trainer divides it by the rows of the batch.
 
         Args:
-            users: vectors of the batch's distinct users; ``None`` if that side is not distilled.
-            items: of its distinct items, positive and negative, likewise.
+            users: embeddings of the batch's distinct users; ``None`` if this side is not distilled.
+            items: embeddings of its distinct items, positive and negative; ``None`` if this side is
+                not distilled.
 
         Returns:
             A scalar.

@@ -1,9 +1,8 @@
-"""Which items a block of users can be taught on: the lists and draws that the losses choose from.
+"""The candidates of a block of users: the top-K items and random draws that a loss chooses from.
 
-Nothing here knows a model or RecBole: the teacher is a
+Nothing here depends on a model or on RecBole. The teacher is a
 :class:`~recbole_rcekd.core.types.TeacherScores`, the student a
-:class:`~recbole_rcekd.core.top_k.Ranking`, and randomness comes from the generator that is passed
-  in.
+:class:`~recbole_rcekd.core.top_k.Ranking`, and all randomness comes from the given generator.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ from recbole_rcekd.core.types import Seen, TeacherScores
 
 
 class Candidates:
-    """The lists of one block of contexts, made on demand.
+    """The candidates of a block of users (or rows of sequences), computed on demand.
 
     Args:
-        contexts: ids ``[n]``.
+        contexts: ids of the users (or rows of sequences), ``[n]``.
         teacher: the teacher's scores.
-        student: ranks as the student stands now; asked only where its list is wanted.
+        student: the student's ranking as it is now; computed only if a loss asks for it.
         seen: the training interactions.
-        generator: the source of all draws.
-        score: the student's scores of any cells: contexts ``[n]``, items ``[n, T]`` → ``[n, T]``.
-        score_all: its scores of all items: contexts ``[n]`` → ``[n, n_items]``, −inf at the padding
-            item.
-        popularity: how often each item stands in the training data, ``[n_items]``.
-        trajectories: earlier states of each teacher, the least trained first and the teacher as it
-            is last.
+        generator: the source of all random draws.
+        score: the student's scores of some items: contexts ``[n]``, items ``[n, T]`` → ``[n, T]``.
+        score_all: the student's scores of all items: contexts ``[n]`` → ``[n, n_items]``, −inf at
+            the padding item.
+        popularity: how many training interactions each item has, ``[n_items]``.
+        trajectories: for each teacher its earlier checkpoints, the least trained first, and the
+            teacher itself last.
         epoch: the epoch that begins, from 0.
 
     Attributes:
-        ids: ``[n]``, the same for the same context in every epoch; 0 to ``n_ids − 1``.
-        epoch: as given.
+        ids: ``[n]``, from 0 to ``n_ids − 1``. A user (or row) has the same id in every epoch.
+        epoch: the epoch that begins.
     """
 
     def __init__(
@@ -69,38 +68,41 @@ class Candidates:
         if seen is not None:
             self._seen = seen
 
-    # -- the student ---------------------------------------------------------------------------------------------
+    # --- the student ------------------------------------------------------------------------------
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
-        """The student's best ``k`` items, best first, ``[n, k]``."""
+        """The student's top-``k`` items, best first, ``[n, k]``."""
         return self._student.top_k(self.contexts, k, self._seen if unseen else None)
 
     def student_scores(self, items: Tensor) -> Tensor:
         """The student's scores of ``items [n, T]``, without gradient."""
         if self._score is None:
-            raise ValueError("These lists know no scores of the student.")
+            raise ValueError("These candidates have no student scores.")
         with torch.no_grad():
             return self._score(self.contexts, items)
 
     def student_scores_of_all(self) -> Tensor:
-        """The student's scores of every item, ``[n, n_items]``, without gradient: for a few contexts only."""
+        """The student's scores of all items, ``[n, n_items]``, without gradient.
+
+        This is a full row for each user, so ask for a few users only.
+        """
         if self._score_all is None:
-            raise ValueError("These lists know no scores of the student.")
+            raise ValueError("These candidates have no student scores.")
         with torch.no_grad():
             return self._score_all(self.contexts)
 
     def student_ranks(self, items: Tensor) -> Tensor:
-        """The student's rank of ``items [n, T]`` in the whole catalogue, 1 for the best, ``[n, T]``."""
+        """The student's ranks of ``items [n, T]`` among all items, 1 for the best: ``[n, T]``."""
         ranks = []
         for part in torch.split(torch.arange(len(items), device=items.device), self._at_a_time()):
             rows = self.part(part).student_scores_of_all()
             ranks.append(1 + count_above(rows.gather(1, items[part]), rows))
         return torch.cat(ranks) if ranks else items.clone()
 
-    # -- the teacher ---------------------------------------------------------------------------------------------
+    # --- the teacher ------------------------------------------------------------------------------
 
     def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
-        """The teacher's best ``k`` items, best first, ``[n, k]``."""
+        """The teacher's top-``k`` items, best first, ``[n, k]``."""
         return self._teacher.top_k(self.contexts, k, unseen)
 
     def teacher_scores(self, items: Tensor) -> Tensor:
@@ -108,16 +110,22 @@ class Candidates:
         return self._teacher.score(self.contexts, items)
 
     def teacher_scores_of_all(self) -> Tensor:
-        """The teacher's scores of every item, ``[n, n_items]``, −inf at the padding item: for a few contexts only."""
+        """The teacher's scores of all items, ``[n, n_items]``, −inf at the padding item.
+
+        This is a full row for each user, so ask for a few users only.
+        """
         return self._teacher.score_all(self.contexts)
 
     def teacher_top_of_groups(self, group: Tensor, n_groups: int, k: int) -> Tensor:
-        """The teacher's best unseen items within each group of items, best first, ``[n, n_groups, k]``; 0 beyond its end.
+        """The teacher's top-``k`` unseen items of each group of items, best first.
 
         Args:
-            group: of each item, ``[n_items]``, from 0.
-            n_groups: how many there are.
-            k: length of the lists.
+            group: the group of each item, ``[n_items]``, from 0.
+            n_groups: the number of groups.
+            k: how many items of each group.
+
+        Returns:
+            ``[n, n_groups, k]``; 0 where a group has fewer than ``k`` items.
         """
         found = torch.zeros(
             (len(self.contexts), n_groups, k), dtype=torch.int64, device=self.contexts.device
@@ -141,38 +149,44 @@ class Candidates:
         return found
 
     def trajectories(self) -> list[list[Candidates]]:
-        """The same lists with each earlier state of each teacher as the teacher; empty where none is known."""
+        """For each teacher, these candidates with each of its checkpoints as the teacher.
+
+        Empty if no earlier checkpoints were given.
+        """
         return [[self.with_teacher(state) for state in states] for states in self._trajectories]
 
     def with_teacher(self, teacher: TeacherScores) -> Candidates:
-        """The same contexts with another teacher."""
+        """The candidates of the same users with another teacher."""
         other = copy.copy(self)
         other._teacher = teacher
         return other
 
-    def part(self, places: Tensor) -> Candidates:
-        """The lists of the contexts at ``places``."""
+    def part(self, positions: Tensor) -> Candidates:
+        """The candidates of the users at these positions."""
         other = copy.copy(self)
-        other.contexts = self.contexts[places]
-        other.ids = self.ids[places]
+        other.contexts = self.contexts[positions]
+        other.ids = self.ids[positions]
         return other
 
     def _at_a_time(self) -> int:
         return max(1, CELLS_AT_A_TIME // self.n_items)
 
-    # -- the training data ---------------------------------------------------------------------------------------
+    # --- the training data ------------------------------------------------------------------------
 
     def popularity(self) -> Tensor:
-        """How often each item stands in the training data, ``[n_items]``."""
+        """How many training interactions each item has, ``[n_items]``."""
         if self._popularity is None:
-            raise ValueError("These lists do not know how popular items are.")
+            raise ValueError("These candidates have no popularity of items.")
         return self._popularity
 
     def positives(self, n: int) -> Tensor:
-        """Up to ``n`` training items of each context, drawn uniformly, ``[n_contexts, n]``; 0 where it has fewer."""
+        """Up to ``n`` training items of each user, drawn uniformly, ``[n_contexts, n]``.
+
+        0 where a user has fewer.
+        """
         rows, ids = self._seen.cells(self.contexts)
         noise = torch.rand(len(ids), generator=self.generator, device=ids.device)
-        # Sorted by context and, within, by chance: the first n of each.
+        # Sorted by user, and in random order within a user: take the first n of each.
         order = (rows + noise.double()).argsort()
         counts = self._seen.counts()[self.contexts]
         place = torch.arange(len(ids), device=ids.device) - (counts.cumsum(0) - counts)[rows]
@@ -182,44 +196,53 @@ class Candidates:
         return found
 
     def is_seen(self, items: Tensor) -> Tensor:
-        """Which of ``items [n, T]`` the contexts have in the training data, bool ``[n, T]``."""
+        """Which of ``items [n, T]`` are training items of their user, bool ``[n, T]``."""
         return ~self._not_in(self._seen, items)
 
     def mask_rows(self, rows: Tensor) -> Tensor:
-        """Full rows of scores with −inf at items that are masked: none, of users."""
+        """Full rows of scores with −inf at masked items; for users nothing is masked."""
         return rows
 
     def n_allowed(self) -> Tensor:
-        """How many items there are for each context, ``[n]``: the catalogue, without padding."""
+        """How many items each user may be given, ``[n]``: all but the padding item."""
         return torch.full_like(self.contexts, self.n_items - 1)
 
     def n_unseen(self) -> Tensor:
-        """How many items each context has not in the training data, ``[n]``."""
+        """How many items are no training items of each user, ``[n]``."""
         return self._seen.n_ids - 1 - self._seen.counts()[self.contexts]
 
     def draw_unseen(self, n: int, outside: Tensor) -> Tensor:
-        """``n`` distinct items per row, uniform over what is neither seen nor in ``outside [n, P]``; 0 where there are fewer."""
+        """Draw ``n`` distinct items per row that are neither seen nor in ``outside [n, P]``.
+
+        They are drawn uniformly; 0 where there are fewer.
+        """
         return self._draw(n, outside, self._seen)
 
     def draw(self, n: int, outside: Tensor) -> Tensor:
-        """``n`` distinct items per row, uniform over what is not in ``outside [n, P]``; 0 where there are fewer."""
+        """Draw ``n`` distinct items per row that are not in ``outside [n, P]``.
+
+        They are drawn uniformly; 0 where there are fewer.
+        """
         return self._draw(n, outside, None)
 
     def _draw(self, n: int, outside: Tensor, without: Seen | None) -> Tensor:
-        """Rejection: draw more than enough, strike what is not allowed or repeated, keep the first ``n``. Rows that run
-        short, because little is allowed, are drawn exactly from their full row.
-        """  # noqa: D205
-        candidates = torch.randint(
+        """Draw by rejection, which needs no full rows.
+
+        More items than needed are drawn, those that are not allowed or repeated are dropped, and
+        the first ``n`` are kept. Rows that are left with fewer than ``n``, because few items are
+        allowed, are drawn from their full row instead.
+        """
+        proposed = torch.randint(
             1,
             self.n_items,
             (len(self.contexts), 2 * n + 16),
             generator=self.generator,
             device=self.contexts.device,
         )
-        allowed = ~is_member(candidates, outside)
+        allowed = ~is_member(proposed, outside)
         if without is not None:
-            allowed &= self._not_in(without, candidates)
-        drawn, found = first_distinct(candidates, allowed, n)
+            allowed &= self._not_in(without, proposed)
+        drawn, found = first_distinct(proposed, allowed, n)
         short = (~found.all(1)).nonzero().squeeze(1)
         if len(short):
             drawn[short] = self.part(short)._draw_exactly(n, outside[short], without)
@@ -227,7 +250,7 @@ class Candidates:
 
     def _not_in(self, seen: Seen, items: Tensor) -> Tensor:
         rows, ids = seen.cells(self.contexts)
-        # (row, id) as one ascending key: one binary search for the whole block.
+        # (row, id) as one ascending key, so that one binary search serves the whole block.
         keys = rows * seen.n_ids + ids
         wanted = torch.arange(len(items), device=items.device).unsqueeze(1) * seen.n_ids + items
         if len(keys) == 0:

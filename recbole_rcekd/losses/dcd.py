@@ -1,18 +1,22 @@
-r"""DCD, dual correction distillation: teach where the student errs within the teacher's list, in both directions.
+r"""DCD, dual correction distillation: teach where the student errs within the teacher's top-P.
 
-Within the teacher's top-P unseen items, ρ_T is an item's place and ρ_S its place by the student's
-scores:
+Among the teacher's top-P unseen items, ρ_T is an item's position, and ρ_S its position when they
+are sorted by the student's scores:
 
-.. math:: e^+ = \tanh\big(\max(0, (\rho_S-\rho_T)/T)\big), \qquad e^- = \tanh\big(\max(0, (\rho_T-\rho_S)/T)\big)
+.. math::
+    e^+ &= \tanh\big(\max(0, (\rho_S-\rho_T)/T)\big) \quad\text{(under-estimated)} \\
+    e^- &= \tanh\big(\max(0, (\rho_T-\rho_S)/T)\big) \quad\text{(over-estimated)}
 
-n under-estimated items, drawn ∝ e⁺ and put in the teacher's order, are the head π of a
-Plackett–Luce likelihood; n over-estimated ones, drawn ∝ e⁻, are the rest that should lie below:
+n under-estimated items, drawn with probability ∝ e⁺ and put in the teacher's order, are the head π
+of a Plackett–Luce likelihood. n over-estimated items, drawn with probability ∝ e⁻, are the rest,
+which should rank below:
 
 .. math:: \ell = \sum_{k=1}^{n}
-    \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
+    \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big)
+    - s_{\pi_k}\Big]
 
-``dcd_item_weight`` weighs the item side (ICD), the same for each item over users, against this one
-(UCD).
+This is the user side (UCD). The item side (ICD) is the same for each item over its users;
+``dcd_item_weight`` is its weight relative to the user side.
 
 Source: Lee & Kim, Dual Correction Strategy for Ranking Distillation in Top-N Recommender System,
 CIKM 2021. The RCE-KD authors' port differs so much that it is a loss of its own, :mod:`.dcd_port`.
@@ -36,7 +40,7 @@ from recbole_rcekd.losses.candidates import Candidates
 
 @dataclass(frozen=True)
 class DCDSettings(LossSettings):
-    """Settings of DCD; ``properties/loss/dcd.yaml`` gives type, purpose and source of each."""
+    """Settings of DCD; ``properties/loss/dcd.yaml`` documents each."""
 
     prefix = "dcd"
 
@@ -47,28 +51,28 @@ class DCDSettings(LossSettings):
     dcd_item_weight: float = setting(1.0, low=0.0)
 
     def check_relations(self) -> None:
-        """The items come out of the pool.
+        """The items are drawn from the pool, so it must hold as many.
 
         Raises:
-            SettingsError: they are more than it holds.
+            SettingsError: the pool is too short.
         """
         if self.dcd_items > self.dcd_pool:
             raise SettingsError(
-                f"[dcd_items]={self.dcd_items} is larger than [dcd_pool]={self.dcd_pool}, the list "
-                "they are drawn from. Raise dcd_pool or lower dcd_items."
+                f"[dcd_items]={self.dcd_items} is larger than [dcd_pool]={self.dcd_pool}, from "
+                "which they are drawn. Raise dcd_pool or lower dcd_items."
             )
 
     def longest_list(self) -> tuple[str, ...]:
-        """A short catalogue shortens the pool."""
+        """The pool may be longer than the catalogue: then it holds all unseen items."""
         return ("dcd_items",)
 
 
 def corrections(student_rank: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """e⁺ and e⁻ ``[n, P]``: how far the student puts the items of a list below, and above, their places in it.
+    """e⁺ and e⁻ ``[n, P]``: how far too low, and too high, the student ranks the items of a pool.
 
     Args:
-        student_rank: its ranks of them, from 0, ``[n, P]``.
-        temperature: T, in places.
+        student_rank: the student's ranks of them, from 0, ``[n, P]``.
+        temperature: T, in positions.
     """
     gap = (
         student_rank - torch.arange(student_rank.shape[1], device=student_rank.device)
@@ -79,10 +83,18 @@ def corrections(student_rank: Tensor, temperature: float) -> tuple[Tensor, Tenso
 def drawn_items(
     pool: Tensor, weights: Tensor, n: int, generator: torch.Generator, in_order: bool
 ) -> Tensor:
-    """``n`` items of each row of ``pool [rows, P]``, drawn without replacement with p ∝ weights, ``[rows, n]``.
+    """``n`` items of each row of ``pool [rows, P]``, drawn without replacement: ``[rows, n]``.
 
-    In the pool's order, or in that of the draw; where fewer than ``n`` have a weight, 0 after
-    those.
+    The probability of an item is proportional to its weight. Where fewer than ``n`` items have a
+    weight above 0, the others are 0.
+
+    Args:
+        pool: item ids, ``[rows, P]``.
+        weights: at least 0, ``[rows, P]``.
+        n: how many items to draw.
+        generator: the source of the draws.
+        in_order: put the drawn items in the order of the pool; if not, they keep the order of the
+            draw.
     """
     place = draw_without_replacement(weights.log(), min(n, pool.shape[1]), generator)
     place = place.masked_fill(weights.gather(1, place) == 0, pool.shape[1])
@@ -93,29 +105,48 @@ def drawn_items(
 
 
 class DCDLoss(KDLoss):
-    """DCD, with the item side unless ``dcd_item_weight`` is 0. Training positives are in neither list."""
+    """DCD, with the item side unless ``dcd_item_weight`` is 0. Training items are left out.
+
+    Example:
+        Items 1 and 2 are under-estimated, 3 and 4 over-estimated. The student picks item 1 first
+        with probability 3/6, then item 2 with probability 1/3.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import ItemSets
+        >>> from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings
+        >>> loss = DCDLoss(DCDSettings(dcd_items=2))
+        >>> items = torch.tensor([[1, 2, 3, 4]])
+        >>> sets = ItemSets(items, keep=items != 0)
+        >>> student_scores = torch.tensor([[3.0, 1.0, 1.0, 1.0]]).log()
+        >>> value = loss.forward(student_scores, sets)  # −ln(3/6 · 1/3)
+        >>> round(value.item(), 4)
+        1.7918
+    """
 
     settings_type = DCDSettings
     settings: DCDSettings
 
-    def select(self, lists: Candidates) -> ItemSets:
-        """``[under-estimated (n), in teacher order | over-estimated (n)]``; 0 and masked where there are fewer."""
+    def select(self, candidates: Candidates) -> ItemSets:
+        """``[under-estimated (n), in the teacher's order | over-estimated (n)]``.
+
+        Where there are fewer than n, the others are 0 and masked.
+        """
         s = self.settings
-        pool = lists.teacher_top(s.dcd_pool, unseen=True)
-        scores = lists.student_scores(pool).masked_fill(pool == 0, -torch.inf)
-        # Equal scores keep the teacher's order, which is then right.
+        pool = candidates.teacher_top(s.dcd_pool, unseen=True)
+        scores = candidates.student_scores(pool).masked_fill(pool == 0, -torch.inf)
+        # A stable sort: items with equal scores keep the teacher's order, which is no error.
         order = scores.argsort(dim=1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
         )
         under, over = corrections(rank, s.dcd_temperature)
-        head = drawn_items(pool, under, s.dcd_items, lists.generator, in_order=True)
-        tail = drawn_items(pool, over, s.dcd_items, lists.generator, in_order=False)
+        head = drawn_items(pool, under, s.dcd_items, candidates.generator, in_order=True)
+        tail = drawn_items(pool, over, s.dcd_items, candidates.generator, in_order=False)
         items = torch.cat([head, tail], dim=1)
         return ItemSets(items, keep=items != 0)
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Plackett–Luce negative log-likelihood per row, summed over the under-estimated items."""
+        """Plackett–Luce negative log-likelihood of each user, summed over its head."""
         if sets.keep is None:
             raise ValueError("DCDLoss needs keep; see DCDLoss.select.")
         k = sets.items.shape[1] - self.settings.dcd_items

@@ -1,13 +1,15 @@
-r"""DE, distillation experts: some of E small networks rebuild the teacher's vector from the student's.
+r"""DE, distillation experts: a few small networks rebuild the teacher's embeddings.
 
-.. math:: \ell = \sum_{u} \|t_u - \hat t_u\|^2 + \sum_{i} w_i \|t_i - \hat t_i\|^2, \qquad
-    \hat t = \sum_{k=1}^{E} g_k\, f_k(s), \qquad g = \mathrm{softmax}\big((\log\alpha(t) + G)/T\big)
+.. math::
+    \ell &= \sum_{u} \|t_u - \hat t_u\|^2 + \sum_{i} w_i \|t_i - \hat t_i\|^2 \\
+    \hat t &= \sum_{k=1}^{E} g_k\, f_k(s), \qquad
+    g = \mathrm{softmax}\big((\log\alpha(t) + G)/T\big)
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
-negative";
-:math:`\alpha(t)` the softmax of a linear map of the teacher's vector, G Gumbel noise. T falls from
-1 to 1e-10 in the course of ``epochs``, so that in the end each vector has one expert. Users and
-items have experts of their own.
+The sums run over the distinct users and items of a batch. :math:`w_i` is ½ if the item is among the
+positives, plus ½ if it is among the negatives. :math:`f_k` are the E experts, networks that read
+the student's embedding. :math:`\alpha(t)` is the softmax of a linear map of the teacher's
+embedding, G is Gumbel noise. T falls from 1 to 1e-10 in the course of ``epochs``, so that in the
+end each embedding has one expert. Users and items have experts of their own.
 
 Source: Kang et al., DE-RRD, CIKM 2020; SeongKu-Kang/DE-RRD and woriazzc/RCEKD @ 771322a.
 """
@@ -26,14 +28,14 @@ from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.base import EmbeddingLoss
 
 _LAST_TEMPERATURE = 1e-10
-# Below it the best expert is taken straight: a row in ten thousand would still be a mixture, with a
-# gradient of size 1/T.
+# Below this temperature the best expert alone is taken. One row in ten thousand would still be a
+# mixture, with a gradient of size 1/T.
 _TINY = 1e-4
 
 
 @dataclass(frozen=True)
 class DESettings(LossSettings):
-    """Settings of DE; ``properties/loss/de.yaml`` gives type, purpose and source of each."""
+    """Settings of DE; ``properties/loss/de.yaml`` documents each."""
 
     prefix = "de"
 
@@ -43,12 +45,12 @@ class DESettings(LossSettings):
 
 
 class Experts(nn.Module):
-    """E networks with a hidden layer each; a row costs as many of them as have a share in it.
+    """E networks with one hidden layer each. Experts with a share of 0 in a row are not computed.
 
     Args:
-        n: how many.
-        student_width: what they read.
-        teacher_width: what they write; the hidden layers are half-way.
+        n: the number of experts, E.
+        student_width: of their input.
+        teacher_width: of their output. The hidden layers are half-way between the two widths.
     """
 
     def __init__(self, n: int, student_width: int, teacher_width: int) -> None:
@@ -56,13 +58,13 @@ class Experts(nn.Module):
         self.n = n
         hidden = (student_width + teacher_width) // 2
         self.first = nn.Linear(student_width, n * hidden)
-        # As nn.Linear begins, with the width of one expert.
+        # Initialised as nn.Linear would be for one expert.
         bound = hidden**-0.5
         self.second = nn.Parameter(torch.empty(n * hidden, teacher_width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(n, teacher_width).uniform_(-bound, bound))
 
     def forward(self, vectors: Tensor, shares: Tensor) -> Tensor:
-        """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``; a share of 0 is left out."""
+        """Σ_k shares_k f_k(vectors): ``[m, d_S]``, ``[m, n]`` → ``[m, d_T]``."""
         expert, row = shares.t().nonzero(as_tuple=True)
         counts = torch.bincount(expert, minlength=self.n).tolist()
         parts = zip(
@@ -83,11 +85,30 @@ class Experts(nn.Module):
 
 
 class DELoss(EmbeddingLoss):
-    """Squared distance of the teacher's vectors to what the experts make of the student's.
+    """Squared distance of the teacher's embeddings to what the experts make of the student's.
 
     Attributes:
-        temperature: T of the epoch.
-        generator: of the noise.
+        temperature: T of this epoch.
+        generator: the source of the noise.
+
+    Example:
+        One user, and one expert whose parameters are all 1: f(s) = max(0, s + 1) + 1.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import Seen, Vectors
+        >>> from recbole_rcekd.losses.de import DELoss, DESettings
+        >>> loss = DELoss(DESettings(de_experts=1))
+        >>> loss.build(1, 1, Seen.nothing(2, 2), torch.Generator())
+        >>> for parameter in loss.experts.parameters():
+        ...     _ = torch.nn.init.ones_(parameter)
+        >>> users = Vectors(
+        ...     ids=torch.tensor([1]),
+        ...     student=torch.tensor([[2.0]]),
+        ...     teacher=torch.tensor([[7.0]]),
+        ...     weights=torch.ones(1),
+        ... )
+        >>> loss.forward(users, None).item()  # (f(2) − 7)² = (4 − 7)²
+        9.0
     """
 
     settings_type = DESettings
@@ -116,7 +137,7 @@ class DELoss(EmbeddingLoss):
         self.temperature = _LAST_TEMPERATURE**progress
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """The sum over both sides."""
+        """The sum over users and items."""
         return self.sum_over_sides(self._of_side, users, items)
 
     def _of_side(self, side: str, vectors: Vectors) -> Tensor:
@@ -127,7 +148,11 @@ class DELoss(EmbeddingLoss):
         return squared_error(found, wanted, vectors.weights)
 
     def _shares(self, logits: Tensor) -> Tensor:
-        """A draw of g. What is too small to change a value or a gradient (of size 1/T) is 0 and costs no expert."""
+        """Draw g.
+
+        Shares that are too small to change a value or a gradient (of size 1/T) are set to 0, so
+        that their experts need not be computed.
+        """
         noisy = (
             logits.log_softmax(1)
             - torch.empty_like(logits).exponential_(generator=self.generator).log()

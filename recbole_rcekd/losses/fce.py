@@ -1,23 +1,25 @@
-r"""Cross-entropy over the whole catalogue, with the teacher's opinion of all items or of its top-K.
+r"""Cross-entropy over all items, with the teacher's probabilities of all items or of its top-K.
 
 .. math::
-    \text{all:}     &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau} - \sum_{i\in I} \sigma_I(t/\tau)_i\, s_i/\tau \\
-    \text{teacher:} &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau} - \sum_{i\in Q_T} \sigma_{Q_T}(t/\tau)_i\, s_i/\tau
+    \text{all:}     &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau}
+        - \sum_{i\in I} \sigma_I(t/\tau)_i\, s_i/\tau \\
+    \text{teacher:} &\quad \ell = \log\sum_{j\in I} e^{s_j/\tau}
+        - \sum_{i\in Q_T} \sigma_{Q_T}(t/\tau)_i\, s_i/\tau
 
-Both are unconditional bounds: the first on NDCG with all items as targets (theorem 4.1 of the
-paper), the second on NDCG of :math:`Q_T`, with no closure assumption (T3 of METHODS.md with A = I;
-ours, not in the paper). The price is one score per user and *item* in every step. Of whom the
-teacher says nothing, the loss is 0.
+Both are bounds without any assumption on closure: the first on NDCG with all items as targets
+(theorem 4.1 of the paper), the second on NDCG of :math:`Q_T` (T3 of METHODS.md with A = I; ours,
+not in the paper). They need the student's scores of all *items* in every step. For a user without
+teacher scores, the loss is 0.
 
 ``fce_normaliser: sampled`` estimates the normaliser of the second from the items that weigh most
 and n others:
 
-.. math:: \log \hat Z = \log\Big[\sum_{j\in A} e^{s_j/\tau} + \frac{N-|A|}{n} \sum_{j\in\text{tail}} e^{s_j/\tau}\Big],
-    \qquad A = Q_T \cup Q_S
+.. math:: \log \hat Z = \log\Big[\sum_{j\in A} e^{s_j/\tau}
+    + \frac{N-|A|}{n} \sum_{j\in\text{tail}} e^{s_j/\tau}\Big], \qquad A = Q_T \cup Q_S
 
-with the tail drawn uniformly, without replacement, from the other :math:`N-|A|` items.
-:math:`\hat Z` is unbiased, its logarithm a little low on average; where the tail is all of the
-rest, nothing is estimated.
+The tail is drawn uniformly, without replacement, from the other :math:`N-|A|` items.
+:math:`\hat Z` is unbiased; its logarithm is a little low on average. If the tail holds all other
+items, the loss is exact.
 
 Source: RCE-KD, ICLR 2026, section 4.1 ("full-CE" in figure 3) for ``all``; the rest is ours.
 """
@@ -46,7 +48,7 @@ from recbole_rcekd.losses.candidates import Candidates
 
 @dataclass(frozen=True)
 class FCESettings(LossSettings):
-    """Settings of full-catalogue CE; ``properties/loss/fce.yaml`` gives type, purpose and source of each."""
+    """Settings of FCE; ``properties/loss/fce.yaml`` documents each."""
 
     prefix = "fce"
 
@@ -58,7 +60,7 @@ class FCESettings(LossSettings):
     fce_samples: int = setting(200, low=1)
 
     def check_relations(self) -> None:
-        """A normaliser is estimated where the targets are few.
+        """The normaliser can be estimated only if the targets are the teacher's top-K.
 
         Raises:
             SettingsError: it is to be estimated, and all items are targets.
@@ -70,15 +72,31 @@ class FCESettings(LossSettings):
             )
 
     def longest_list(self) -> tuple[str, ...]:
-        """One list of K, where there is one."""
+        """One top-K, if the targets are a top-K."""
         return ("fce_top_k",) if self.fce_target == "teacher" else ()
 
 
 class FCELoss(KDLoss):
     """Cross-entropy whose normaliser runs over all items.
 
-    Relations: with ``fce_target: all`` the limit of :class:`~recbole_rcekd.losses.ce.CELoss` for K
-        = all items.
+    Relations: with ``fce_target: all`` it is the limit of
+    :class:`~recbole_rcekd.losses.ce.CELoss` for K = all items.
+
+    Example:
+        Three items, with the student's probabilities 1/5, 3/5 and 1/5. The teacher's top-2 are the
+        items 2 and 1, with probabilities 3/4 and 1/4.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import ItemSets
+        >>> from recbole_rcekd.losses.fce import FCELoss, FCESettings
+        >>> loss = FCELoss(FCESettings())
+        >>> sets = ItemSets(
+        ...     items=torch.tensor([[2, 1]]), teacher_scores=torch.tensor([[3.0, 1.0]]).log()
+        ... )
+        >>> student_scores = torch.tensor([[0.0, 1.0, 3.0, 1.0]]).log()  # column 0 is no item
+        >>> value = loss.forward(student_scores, sets)  # 3/4 ln 5/3 + 1/4 ln 5
+        >>> round(value.item(), 4)
+        0.7855
     """
 
     settings_type = FCESettings
@@ -90,45 +108,47 @@ class FCELoss(KDLoss):
         self.renewed = settings.fce_normaliser == "sampled"
         self.scores_all_items = not self.renewed
 
-    def select(self, lists: Candidates) -> ItemSets:
-        """The teacher's top-K with its scores; nothing has to be chosen when all items are targets.
+    def select(self, candidates: Candidates) -> ItemSets:
+        """The teacher's top-K with its scores; nothing if all items are targets.
 
-        For an estimated normaliser ``[Q_T | Q_S | tail (n)]``, each item kept once; the targets are
-        those with a teacher score (−∞ elsewhere).
+        For an estimated normaliser ``[Q_T | Q_S | tail (n)]``, where each item is kept once. The
+        targets are the items that have a teacher score (−∞ elsewhere).
         """
         if self.teaches_all_items:
             return ItemSets(
                 torch.zeros(
-                    (len(lists.contexts), 0), dtype=torch.int64, device=lists.contexts.device
+                    (len(candidates.contexts), 0),
+                    dtype=torch.int64,
+                    device=candidates.contexts.device,
                 )
             )
-        teacher_top = lists.teacher_top(self.settings.fce_top_k)
-        scores = lists.teacher_scores(teacher_top)
+        teacher_top = candidates.teacher_top(self.settings.fce_top_k)
+        scores = candidates.teacher_scores(teacher_top)
         if self.settings.fce_normaliser == "all":
             return ItemSets(teacher_top, scores)
-        student_top = lists.student_top(self.settings.fce_top_k)
+        student_top = candidates.student_top(self.settings.fce_top_k)
         listed = torch.cat(
             [teacher_top, student_top.masked_fill(is_member(student_top, teacher_top), 0)], dim=1
         )
-        tail = lists.draw(self.settings.fce_samples, outside=listed)
+        tail = candidates.draw(self.settings.fce_samples, outside=listed)
         items = torch.cat([listed, tail], dim=1)
-        rest = lists.n_allowed() - (listed != 0).sum(1)
+        rest = candidates.n_allowed() - (listed != 0).sum(1)
         return ItemSets(
             items,
             torch.nn.functional.pad(
                 scores, (0, items.shape[1] - scores.shape[1]), value=-torch.inf
             ),
             keep=(items != 0) & (teacher_top != 0).any(1, keepdim=True),
-            # With nothing in the tail, nothing is left either.
+            # If the tail is empty, there are no other items: log 1 − log 1.
             log_tail=rest.clamp(min=1).log() - (tail != 0).sum(1).clamp(min=1).log(),
         )
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Per row.
+        """The loss of each user.
 
         Args:
-            student_scores: ``[B, N]``, column 0 is padding; of ``sets.items`` for an estimated
-                normaliser.
+            student_scores: ``[B, N]``, column 0 is padding; for an estimated normaliser the scores
+                of ``sets.items``.
             sets: for ``fce_target: all`` with ``teacher_scores [B, N]``.
         """
         if sets.teacher_scores is None:
@@ -139,7 +159,7 @@ class FCELoss(KDLoss):
                 at_least_float32(student_scores) / tau, sets.teacher_scores.detach() / tau, sets
             )
         if self.teaches_all_items:
-            # −inf: hidden from a row, or a whole row of whom the teacher says nothing.
+            # −inf: a masked item, or a user without teacher scores.
             taught = sets.teacher_scores[:, 1:] != -torch.inf
             keep = None if taught.all() else taught
             return soft_cross_entropy(student_scores[:, 1:], sets.teacher_scores[:, 1:], keep, tau)

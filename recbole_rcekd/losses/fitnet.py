@@ -1,12 +1,13 @@
-r"""FitNet: project the student's vectors into the teacher's space and bring them to the teacher's.
+r"""FitNet: project the student's embeddings, and bring them to the teacher's.
 
 .. math:: \ell = \sum_{u} \|P_U(s_u) - t_u\|^2 + \sum_{i} w_i \|P_I(s_i) - t_i\|^2
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
-negative". P is linear, or one hidden layer with ReLU. ``fitnet_normalise`` brings both sides to
-length 1 first: :math:`2\,(1-\cos)`.
+The sums run over the distinct users and items of a batch. :math:`w_i` is ½ if the item is among the
+positives, plus ½ if it is among the negatives. P is linear, or a network with one hidden layer and
+ReLU. With ``fitnet_normalise`` both sides are brought to length 1 first, which gives
+:math:`2\,(1-\cos)`.
 
-Source: Romero et al., FitNets, ICLR 2015, as a control for the other methods of vectors.
+Source: Romero et al., FitNets, ICLR 2015; a control for the other embedding distillation methods.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from recbole_rcekd.losses.base import EmbeddingLoss
 
 @dataclass(frozen=True)
 class FitNetSettings(LossSettings):
-    """Settings of FitNet; ``properties/loss/fitnet.yaml`` gives type, purpose and source of each."""
+    """Settings of FitNet; ``properties/loss/fitnet.yaml`` documents each."""
 
     prefix = "fitnet"
 
@@ -37,7 +38,28 @@ class FitNetSettings(LossSettings):
 
 
 class FitNetLoss(EmbeddingLoss):
-    """Squared distance of the projected student to the teacher, with a projector for users and one for items."""
+    """Squared distance of the projected student to the teacher, with a projector for each side.
+
+    Example:
+        One user, and a projector that maps x to 2x + 1.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import Seen, Vectors
+        >>> from recbole_rcekd.losses.fitnet import FitNetLoss, FitNetSettings
+        >>> loss = FitNetLoss(FitNetSettings(fitnet_sides="users"))
+        >>> loss.build(1, 1, Seen.nothing(2, 2), torch.Generator())
+        >>> projector = loss.projectors["of_users"]
+        >>> _ = torch.nn.init.constant_(projector.weight, 2.0)
+        >>> _ = torch.nn.init.constant_(projector.bias, 1.0)
+        >>> users = Vectors(
+        ...     ids=torch.tensor([1]),
+        ...     student=torch.tensor([[3.0]]),
+        ...     teacher=torch.tensor([[5.0]]),
+        ...     weights=torch.ones(1),
+        ... )
+        >>> loss.forward(users, None).item()  # (7 − 5)²
+        4.0
+    """
 
     settings_type = FitNetSettings
     settings: FitNetSettings
@@ -59,7 +81,7 @@ class FitNetLoss(EmbeddingLoss):
         )
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """The sum over both sides."""
+        """The sum over users and items."""
         return self.sum_over_sides(self._of_side, users, items)
 
     def _of_side(self, side: str, vectors: Vectors) -> Tensor:

@@ -1,14 +1,16 @@
-r"""FreqD: bring the student's vectors to the teacher's in what neighbours have in common, the low frequencies of a graph.
+r"""FreqD: distil what an embedding has in common with its neighbours in a graph.
 
-.. math:: \ell = \sum_{u} \|(H_U P_U(S))_u - (H_U T)_u\|^2 + \sum_{i} w_i \|(H_I P_I(S))_i - (H_I T)_i\|^2,
-    \qquad H = (1-\alpha) I + \alpha A
+.. math::
+    \ell &= \sum_{u} \|(H_U P_U(S))_u - (H_U T)_u\|^2
+        + \sum_{i} w_i \|(H_I P_I(S))_i - (H_I T)_i\|^2 \\
+    H &= (1-\alpha) I + \alpha A
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
-negative". A joins each user (item) and the k with whom it shares most training items (users), both
-ways, with entries
-:math:`1/\sqrt{\deg_a \deg_b}`; in each batch every entry is kept with a probability ρ, and divided
-by ρ. P is a network with one hidden layer. ``freqd_normalise`` replaces the squared distance by 1 −
-cos.
+The sums run over the distinct users and items of a batch. :math:`w_i` is ½ if the item is among the
+positives, plus ½ if it is among the negatives. A is a graph: each user (item) is joined with the k
+others that share most training items (users) with it, in both directions, with entries
+:math:`1/\sqrt{\deg_a \deg_b}`. So H is a filter that keeps the low frequencies of the graph. In
+each batch every entry of A is kept with probability ρ, and divided by ρ. P is a network with one
+hidden layer. ``freqd_normalise`` replaces the squared distance by 1 − cos.
 
 Source: FreqD, KDD 2025 (arXiv 2411.10676).
 """
@@ -28,13 +30,13 @@ from recbole_rcekd.core.settings import LossSettings, setting
 from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.base import EmbeddingLoss
 
-# Shared items counted at a time while a graph is made: some 200 MB.
+# How many shared items are counted at a time while a graph is made: some 200 MB.
 _COUNTED_CELLS = 5_000_000
 
 
 @dataclass(frozen=True)
 class FreqDSettings(LossSettings):
-    """Settings of FreqD; ``properties/loss/freqd.yaml`` gives type, purpose and source of each."""
+    """Settings of FreqD; ``properties/loss/freqd.yaml`` documents each."""
 
     prefix = "freqd"
 
@@ -49,13 +51,14 @@ class FreqDSettings(LossSettings):
 
 
 def neighbour_graph(seen: Seen, k: int) -> Seen:
-    """Who is joined with whom: each context with the k others that share most ids with it, and they with it.
+    """Join each user with the k others that share most items with it, in both directions.
 
-    Of equals the lower id; who shares nothing is no neighbour. The counts of a block of contexts
-    are there at a time, no contexts × contexts matrix.
+    Among equals those with lower ids are taken; a user that shares nothing is no neighbour. With
+    ``seen.transposed()`` this is the graph of items. The shared items of a block of users are
+    counted at a time, so there is no users × users matrix.
 
     Returns:
-        The neighbours of each context.
+        The neighbours of each user.
     """
     n = len(seen.starts) - 1
     starts, ids = seen.starts.cpu().numpy(), seen.ids.cpu().numpy()
@@ -63,7 +66,7 @@ def neighbour_graph(seen: Seen, k: int) -> Seen:
         (np.ones(len(ids), np.int64), ids, starts), shape=(n, seen.n_ids)
     )
     flipped = table.T.tocsr()
-    # How many counts the rows before each one cost.
+    # How many counts all rows before a row need.
     work = np.concatenate([[0], np.diff(flipped.indptr)[ids].cumsum(dtype=np.int64)])[starts]
     pairs = [np.zeros((2, 0), np.int64)]
     first = 0
@@ -89,12 +92,12 @@ def neighbour_graph(seen: Seen, k: int) -> Seen:
 
 
 class Projector(nn.Module):
-    """The mean of E networks with a hidden layer each, which is one network that is E times as wide.
+    """The mean of E networks with one hidden layer, held as one network that is E times as wide.
 
     Args:
-        n: how many.
-        student_width: what it reads.
-        teacher_width: what it writes; the hidden layers are half-way.
+        n: the number of networks, E.
+        student_width: of their input.
+        teacher_width: of their output. The hidden layers are half-way between the two widths.
     """
 
     def __init__(self, n: int, student_width: int, teacher_width: int) -> None:
@@ -104,13 +107,35 @@ class Projector(nn.Module):
 
 
 class FreqDLoss(EmbeddingLoss):
-    """Squared distance between filtered vectors: of the student, projected, and of the teacher.
+    """Squared distance between the filtered embeddings of the projected student and of the teacher.
 
-    In evaluation mode nothing is dropped, neither of the graph nor of the projector.
+    In evaluation mode nothing is dropped, neither from the graph nor from the projector.
 
     Attributes:
-        generator: of what is dropped.
-        graphs: for each side, who is joined with whom.
+        generator: the source of what is dropped.
+        graphs: for each side, the neighbours of each user (item).
+
+    Example:
+        Two users share an item, so they are neighbours. With α = ½ each is filtered to the mean of
+        both. The projector's parameters are all 1: P(s) = max(0, s + 1) + 1.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import Seen, Vectors
+        >>> from recbole_rcekd.losses.freqd import FreqDLoss, FreqDSettings
+        >>> loss = FreqDLoss(FreqDSettings(freqd_sides="users", freqd_alpha=0.5))
+        >>> ids = torch.tensor([1, 2])
+        >>> seen = Seen.from_pairs(ids, torch.tensor([1, 1]), 3, 2)  # both have item 1
+        >>> loss.build(1, 1, seen, torch.Generator())
+        >>> for parameter in loss.parameters():
+        ...     _ = torch.nn.init.ones_(parameter)
+        >>> users = Vectors(
+        ...     ids=ids,
+        ...     student=torch.tensor([[1.0], [3.0]]),  # projected: 3 and 5, filtered: 4 and 4
+        ...     teacher=torch.tensor([[7.0], [3.0]]),  # filtered: 5 and 5
+        ...     weights=torch.ones(2),
+        ... )
+        >>> loss.eval().forward(users, None).item()  # (4 − 5)² + (4 − 5)²
+        2.0
     """
 
     settings_type = FreqDSettings
@@ -138,12 +163,12 @@ class FreqDLoss(EmbeddingLoss):
         }
 
     def needed(self, side: str, ids: Tensor) -> Tensor:
-        """And their neighbours."""
+        """The given ids, then their neighbours."""
         near = torch.unique(self.graphs[side].cells(ids)[1])
         return torch.cat([ids, near[~torch.isin(near, ids)]])
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """Summed over what stands in the batch, with the items' weights."""
+        """The sum over users and items."""
         return self.sum_over_sides(self._of_side, users, items)
 
     def _of_side(self, side: str, vectors: Vectors) -> Tensor:
@@ -157,8 +182,8 @@ class FreqDLoss(EmbeddingLoss):
 
         used, among_used = torch.unique(columns, return_inverse=True)
         hidden = self._dropped(projector.first(vectors.student.index_select(0, used)).relu())
-        # A filter and a linear map can change places: the map is taken of the batch alone, not of
-        # all its neighbours.
+        # The filter and the last layer are linear and can be exchanged. So the last layer is
+        # computed for the batch alone, not for all its neighbours.
         total = filtered(among_used, torch.ones_like(hidden[:, :1]))
         student = (
             filtered(among_used, hidden) @ projector.second.weight.t()
@@ -172,7 +197,11 @@ class FreqDLoss(EmbeddingLoss):
         return squared_error(student, teacher, vectors.weights)
 
     def _drawn_filter(self, graph: Seen, vectors: Vectors) -> tuple[Tensor, Tensor, Tensor]:
-        """H of the batch for one step, by rows: where each begins, places among the vectors, and entries."""
+        """H of the batch for one step, by rows.
+
+        Returns:
+            Where each row begins, the positions among the embeddings, and the entries.
+        """
         s, ids, n = self.settings, vectors.ids, vectors.n
         degrees = graph.counts()
         rows, near = graph.cells(ids[:n])

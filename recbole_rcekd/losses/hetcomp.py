@@ -1,22 +1,24 @@
-r"""HetComp: learn from earlier states of the teacher first, easy things before hard ones.
+r"""HetComp: learn from earlier checkpoints of the teacher first, easy before hard.
 
-A teacher's training leaves a *trajectory* of states, the teacher itself last. Each context is
-taught by one state of each teacher, at first the least trained one, and goes on to the next as the
-student comes nearer to it (:meth:`HetCompLoss.select`). :math:`Q` are the K unseen items that these
-states find best, P some training items, and R(A) all that is neither seen nor in A. While any
-context is taught by an earlier state, the loss does not look at the order:
+The checkpoints of a teacher's training are its *trajectory*; the teacher itself is the last one.
+Each user learns from one checkpoint of each teacher: from the least trained one at first, and from
+the next one as soon as the student comes near to that (:meth:`HetCompLoss.select`). :math:`Q` are
+the top-K unseen items of the current checkpoints, P some training items, and R(A) all items that
+are neither seen nor in A. As long as any user learns from an earlier checkpoint, the loss ignores
+the order of the items:
 
-.. math:: \ell_\text{easy} = 2 \sum_{i\in P\cup Q} -\log \frac{e^{s_i}}{e^{s_i} + \sum_{j\in R(Q)} e^{s_j}}
+.. math:: \ell_\text{easy} = 2 \sum_{i\in P\cup Q}
+    -\log \frac{e^{s_i}}{e^{s_i} + \sum_{j\in R(Q)} e^{s_j}}
 
-and then it does, with PL(A; R) the Plackett–Luce loss of picking A in its order before anything of
-R:
+After that it learns the order, with PL(A; R) the Plackett–Luce loss of picking A in its order
+before anything of R:
 
 .. math:: \ell_\text{hard} = \mathrm{PL}(P; R(Q_{K/2}))
     + \tfrac12 \big[\mathrm{PL}(Q_{K/2}; R(Q_{K/2})) + \mathrm{PL}(Q_{K/10}; R(Q_{K/10}))\big]
 
 Source: Kang et al., Distillation from Heterogeneous Models for Top-K Recommendation, WWW 2023;
 woriazzc/RCEKD @ 771322a. The authors subtract exponentials, which needs scores cut at ±40; here the
-sums are taken over what is left.
+sums are taken over the remaining items directly.
 """
 
 from __future__ import annotations
@@ -29,23 +31,23 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.core.errors import SettingsError
-from recbole_rcekd.core.functional import at_least_float32, places, plackett_luce
+from recbole_rcekd.core.functional import at_least_float32, plackett_luce, positions_in
 from recbole_rcekd.core.settings import LossSettings, setting
 from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses.base import KDLoss
 from recbole_rcekd.losses.candidates import Candidates
 
-# Candidates are compared to this depth, and an item at place k weighs e^(−k/10), both in comparing
-# and in merging them.
+# So many top items are compared. An item at position k weighs e^(−k/10), both when rankings are
+# compared and when they are merged.
 _COMPARED = 50
 _FALL = 10.0
-# Each time a context is looked at, moving on takes so much less.
+# With each interval, going on to the next checkpoint needs a little less.
 _DECAY = 0.995
 
 
 @dataclass(frozen=True)
 class HetCompSettings(LossSettings):
-    """Settings of HetComp; ``properties/loss/hetcomp.yaml`` gives type, purpose and source of each.
+    """Settings of HetComp; ``properties/loss/hetcomp.yaml`` documents each.
 
     Raises:
         SettingsError: ``hetcomp_checkpoints`` is no list of files.
@@ -79,17 +81,35 @@ class HetCompSettings(LossSettings):
         object.__setattr__(self, name, list(files))
 
     def longest_list(self) -> tuple[str, ...]:
-        """One list of K."""
+        """One top-K."""
         return ("hetcomp_top_k",)
 
 
 class HetCompLoss(KDLoss):
-    """HetComp; training positives are in P only.
+    """HetComp. Training items are in P only.
 
     Attributes:
-        hard: whether the loss looks at the order now: all contexts have come to their teachers'
-            last states.
-        stage: the state that teaches each context, for each teacher, ``[n_contexts, n_teachers]``.
+        hard: whether the loss learns the order now: all users have reached the last checkpoint of
+            each teacher.
+        stage: the number of the checkpoint that each user learns from, for each teacher,
+            ``[n_contexts, n_teachers]``.
+
+    Example:
+        Twelve items. Item 1 is the training item, items 2 to 11 are the top-10 of the checkpoint,
+        so only item 12 remains. The student scores all items the same.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import ItemSets, Seen
+        >>> from recbole_rcekd.losses.hetcomp import HetCompLoss, HetCompSettings
+        >>> loss = HetCompLoss(HetCompSettings(hetcomp_top_k=10, hetcomp_objective="easy"))
+        >>> sets = ItemSets(
+        ...     items=torch.arange(1, 12).unsqueeze(0),
+        ...     seen=Seen.from_pairs(torch.tensor([0]), torch.tensor([1]), 1, 13),
+        ... )
+        >>> student_scores = torch.zeros(1, 13)  # column 0 is no item
+        >>> value = loss.forward(student_scores, sets)  # 2 · 11 ln 2
+        >>> round(value.item(), 4)
+        15.2492
     """
 
     settings_type = HetCompSettings
@@ -102,76 +122,81 @@ class HetCompLoss(KDLoss):
         super().__init__(settings)
         self.checkpoints = settings.hetcomp_checkpoints
         self.stage = torch.zeros((0, 0), dtype=torch.int64)
-        self._stored = torch.zeros(
-            (0, 0)
-        )  # how far the student was from the next state when this one took over
+        # The discrepancy from the next checkpoint when the user came to the current one.
+        self._stored = torch.zeros((0, 0))
         self._looked = torch.zeros(0, dtype=torch.int64)
         self._arrived: bool | None = False
 
     @property
     def hard(self) -> bool:
-        """See the class."""
+        """Whether the loss learns the order now."""
         objective = self.settings.hetcomp_objective
         return objective == "hard" or (objective == "dynamic" and bool(self._arrived))
 
     def prepare(self, n_contexts: int, device: torch.device) -> None:
-        """Nobody was looked at yet."""
+        """Begin with the first checkpoint for every user."""
         self._looked = torch.full((n_contexts,), -1, dtype=torch.int64, device=device)
         self.stage = self.stage.new_zeros((n_contexts, 0), device=device)
         self._arrived = False
 
     def get_extra_state(self) -> dict[str, Tensor]:
-        """Who is taught by which state; kept with what losses learn, so that a resumed run goes on where it was."""
+        """Which checkpoint each user learns from.
+
+        It is saved with the parameters of losses, so that a resumed run goes on where it was.
+        """
         return {"stage": self.stage, "stored": self._stored, "looked": self._looked}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Take it back.
+        """Restore what :meth:`get_extra_state` gave.
 
         Raises:
-            RuntimeError: it is of other contexts.
+            RuntimeError: it belongs to another number of users.
         """
         if state["looked"].shape != self._looked.shape:
             raise RuntimeError(
-                f"HetComp's state is of {len(state['looked'])} contexts, not of "
-                f"{len(self._looked)}."
+                f"HetComp's saved state has {len(state['looked'])} users or rows, but this "
+                f"training has {len(self._looked)}."
             )
         device = self._looked.device
         self.stage, self._stored, self._looked = (
             state[name].to(device) for name in ("stage", "stored", "looked")
         )
-        self._arrived = None  # found out when there are lists
+        self._arrived = None  # computed in the next select
 
-    def select(self, lists: Candidates) -> ItemSets:
+    def select(self, candidates: Candidates) -> ItemSets:
         """``[P (K/10) | Q (K), best first]``; 0 where there are fewer.
 
-        Every ``hetcomp_interval`` epochs the student's list is compared with that of each context's
-        next state: it takes over if the discrepancy has fallen by the factor α·0.995^n since the
-        present one did, in the n-th comparison, or has grown.
+        Every ``hetcomp_interval`` epochs the student's top items are compared with those of each
+        user's next checkpoint. The user goes on to it if their discrepancy has fallen by the factor
+        α·0.995^n since the user came to the current checkpoint (n: how many intervals are over), or
+        if it has grown.
 
-        Several teachers' lists are merged: an item weighs Σ e^(−k/10) over its places k.
+        The top items of several teachers are merged: an item weighs Σ e^(−k/10) over its positions
+        k.
         """
-        trajectories = lists.trajectories()
+        trajectories = candidates.trajectories()
         if not trajectories or any(len(states) < 2 for states in trajectories):
             raise ValueError(
-                "HetCompLoss needs earlier states of each teacher; see Candidates.trajectories."
+                "HetCompLoss needs earlier checkpoints of each teacher; see "
+                "Candidates.trajectories."
             )
         if self.stage.shape[1] != len(trajectories):
             self.stage = self.stage.new_zeros((len(self._looked), len(trajectories)))
             self._stored = torch.full(self.stage.shape, torch.nan, device=self.stage.device)
-        self._move_on(lists, trajectories)
+        self._move_on(candidates, trajectories)
         k = self.settings.hetcomp_top_k
         by_teacher = [
-            self._top_of_states(lists, n, states) for n, states in enumerate(trajectories)
+            self._top_of_states(candidates, n, states) for n, states in enumerate(trajectories)
         ]
         top = by_teacher[0] if len(by_teacher) == 1 else most_important(by_teacher, k)
-        positives = lists.positives(k // 10).masked_fill((top == 0).all(1, keepdim=True), 0)
+        positives = candidates.positives(k // 10).masked_fill((top == 0).all(1, keepdim=True), 0)
         return ItemSets(torch.cat([positives, top], dim=1))
 
     def _top_of_states(
-        self, lists: Candidates, teacher: int, states: Sequence[Candidates]
+        self, candidates: Candidates, teacher: int, states: Sequence[Candidates]
     ) -> Tensor:
-        """The list of each context's present state."""
-        stage = self.stage[lists.ids, teacher]
+        """The top-K of each user's current checkpoint."""
+        stage = self.stage[candidates.ids, teacher]
         top = torch.zeros(
             (len(stage), self.settings.hetcomp_top_k), dtype=torch.int64, device=stage.device
         )
@@ -182,24 +207,29 @@ class HetCompLoss(KDLoss):
         return top
 
     def _top_of_state(self, state: Candidates, k: int) -> Tensor:
-        """All lists of a state are made at once: always to the greater depth."""
+        """The top-k unseen items of one checkpoint.
+
+        They are always asked for at the same, greater depth, so that they are computed once.
+        """
         return state.teacher_top(max(_COMPARED, self.settings.hetcomp_top_k), unseen=True)[:, :k]
 
-    def _move_on(self, lists: Candidates, trajectories: Sequence[Sequence[Candidates]]) -> None:
+    def _move_on(
+        self, candidates: Candidates, trajectories: Sequence[Sequence[Candidates]]
+    ) -> None:
         interval = self.settings.hetcomp_interval
-        self._looked[lists.ids] = self._looked[lists.ids].clamp(min=0)
+        self._looked[candidates.ids] = self._looked[candidates.ids].clamp(min=0)
         ends = self.stage.new_tensor([len(states) - 1 for states in trajectories])
         if self._arrived is None:
             self._arrived = self._all_at(ends)
-        due = (lists.epoch - self._looked[lists.ids] >= interval).nonzero().squeeze(1)
+        due = (candidates.epoch - self._looked[candidates.ids] >= interval).nonzero().squeeze(1)
         if self._arrived or len(due) == 0:
             return
-        ids = lists.ids[due]
-        self._looked[ids] = lists.epoch
-        student = lists.part(due).student_top(_COMPARED, unseen=True)
-        factor = self.settings.hetcomp_alpha * _DECAY ** (lists.epoch // interval)
+        ids = candidates.ids[due]
+        self._looked[ids] = candidates.epoch
+        student = candidates.part(due).student_top(_COMPARED, unseen=True)
+        factor = self.settings.hetcomp_alpha * _DECAY ** (candidates.epoch // interval)
         for teacher, states in enumerate(trajectories):
-            # Of the states 1, 2, …; nobody moves to state 0.
+            # From the checkpoints 1, 2, …; no user goes back to 0.
             apart = torch.stack(
                 [
                     discrepancy(student, self._top_of_state(state.part(due), _COMPARED))
@@ -210,8 +240,8 @@ class HetCompLoss(KDLoss):
             last = len(states) - 1
             stage, stored = self.stage[ids, teacher], self._stored[ids, teacher]
             now = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
-            # Not "above": 0 of 0 moves on, who agrees or is not taught. A first look has NaN
-            # stored, and moves nobody.
+            # "At least", not "above": a user whose discrepancy is 0 (the student agrees, or the
+            # teacher lists nothing) goes on. At the first look NaN is stored, and no user goes on.
             moves = (stage < last) & ((stored >= factor * now) | (stored < now))
             stage = stage + moves
             following = apart.gather(1, stage.clamp(max=last - 1).unsqueeze(1)).squeeze(1)
@@ -223,7 +253,12 @@ class HetCompLoss(KDLoss):
         return bool((self.stage >= ends)[self._looked >= 0].all())
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Per row; ``student_scores [B, N]``, column 0 is padding; ``sets.seen`` as ``masks_seen`` has it."""
+        """The loss of each user.
+
+        Args:
+            student_scores: ``[B, N]``, column 0 is padding.
+            sets: with ``seen``, as ``masks_seen`` asks for it.
+        """
         if sets.seen is None:
             raise ValueError("HetCompLoss needs seen; see KDLoss.masks_seen.")
         scores, items, k = (
@@ -241,7 +276,7 @@ class HetCompLoss(KDLoss):
         positives, positives_keep = listed[:, :first], keep[:, :first]
         half, half_keep = listed[:, first : first + k // 2], keep[:, first : first + k // 2]
         rest = _log_sum_of_rest(scores, sets.seen, items[:, first : first + k // 2])
-        # What is below the first tenth: the others of the half, and the rest of the half as one
+        # Below the first tenth are the other items of the half, and all remaining items as one
         # entry.
         below = torch.cat([half[:, k // 10 :], rest], dim=1)
         below_keep = torch.cat([half_keep[:, k // 10 :], torch.ones_like(half_keep[:, :1])], dim=1)
@@ -252,7 +287,10 @@ class HetCompLoss(KDLoss):
 
 
 def _log_sum_of_rest(scores: Tensor, seen: Seen, items: Tensor) -> Tensor:
-    """Log Σ e^s over what is neither seen nor among ``items [B, T]``, ``[B, 1]``; very low where nothing is."""
+    """Log Σ e^s over the items that are neither seen nor in ``items [B, T]``: ``[B, 1]``.
+
+    Very low where there is no such item.
+    """
     left_out = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, items, True)
     left_out[seen.cells(torch.arange(len(scores), device=scores.device))] = True
     left_out[:, 0] = True
@@ -260,33 +298,46 @@ def _log_sum_of_rest(scores: Tensor, seen: Seen, items: Tensor) -> Tensor:
 
 
 def discrepancy(student_top: Tensor, target_top: Tensor) -> Tensor:
-    r"""How far the student's list is from another one, 0 for the same list and 1 for no item in common, ``[n]``.
+    r"""How far the student's top items are from others: 0 if they are equal, 1 if disjoint.
 
-    .. math:: 1 - \mathrm{NDCG}, \text{ with gains } 2^{e^{-k/10}} - 1 \text{ at place } k = 1, 2, \dots \text{ of the target}
+    .. math:: 1 - \mathrm{NDCG}, \text{ with gains } 2^{e^{-k/10}} - 1
+        \text{ at position } k = 1, 2, \dots \text{ of the target}
 
     Args:
         student_top: ``[n, a]``, best first; 0 for none.
-        target_top: ``[n, k]``, likewise; the discrepancy from an empty list is 0.
+        target_top: ``[n, k]``, best first; 0 for none. If it has no item, the discrepancy is 0.
+
+    Returns:
+        ``[n]``.
     """
     device, longest = student_top.device, max(student_top.shape[1], target_top.shape[1])
     place = torch.arange(1, longest + 1, device=device)
     gain, discount = torch.exp2((-place / _FALL).exp()) - 1.0, 1.0 / torch.log2(place + 1.0)
     ideal = ((gain * discount)[: target_top.shape[1]] * (target_top != 0)).sum(1)
-    hit = places(student_top, target_top)
+    hit = positions_in(student_top, target_top)
     counts = (hit >= 0) & (student_top != 0)
     found = (gain[hit.clamp(min=0)] * discount[: student_top.shape[1]] * counts).sum(1)
     return (1.0 - found / ideal).where(ideal > 0, 0.0)
 
 
-def most_important(lists: Sequence[Tensor], k: int) -> Tensor:
-    """The ``k`` items that several lists ``[n, K]``, best first, agree on: Σ e^(−place/10) over the lists, ``[n, k]``."""
-    items = torch.cat(list(lists), dim=1)
-    place = torch.cat([torch.arange(1, each.shape[1] + 1, device=items.device) for each in lists])
+def most_important(rankings: Sequence[Tensor], k: int) -> Tensor:
+    """The ``k`` items that several rankings agree on, ``[n, k]``.
+
+    Those with the largest Σ e^(−position/10) over the rankings.
+
+    Args:
+        rankings: each ``[n, K]``, best first; 0 for none.
+        k: how many items to take.
+    """
+    items = torch.cat(list(rankings), dim=1)
+    place = torch.cat(
+        [torch.arange(1, each.shape[1] + 1, device=items.device) for each in rankings]
+    )
     ordered, order = items.sort(1)
     weight = (-place.double() / _FALL).exp()[order]
     first = torch.ones_like(ordered, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    # What an item weighs is added up where it stands first.
+    # The weights of an item are added up at its first occurrence.
     column = torch.arange(items.shape[1], device=items.device) * first
     total = torch.zeros_like(weight).scatter_add_(1, column.cummax(1).values, weight)
     best, column = total.masked_fill(~first | (ordered == 0), -1.0).topk(k, dim=1)

@@ -1,13 +1,16 @@
-r"""HTD, hierarchical topology distillation: how groups of users and items lie to each other, and entities inside a group.
+r"""HTD, hierarchical topology distillation: cosines to groups, and cosines inside groups.
 
-.. math:: \ell = \alpha\,\Big[\sum_{a}\sum_{G} \big(\cos(t_a, \bar t_G) - \cos(s_a, \bar s_G)\big)^2
-    + \sum_{a,b} M_{ab} \big(\cos(t_a, t_b) - \cos(s_a, s_b)\big)^2\Big] + (1-\alpha)\,\mathrm{GA}
+.. math::
+    \ell = \alpha\,\Big[&\sum_{a}\sum_{G} \big(\cos(t_a, \bar t_G) - \cos(s_a, \bar s_G)\big)^2 \\
+    &+ \sum_{a,b} M_{ab} \big(\cos(t_a, t_b) - \cos(s_a, s_b)\big)^2\Big]
+    + (1-\alpha)\,\mathrm{GA}
 
-a, b: the batch's distinct users and items; G: the groups that they are in, :math:`\bar t_G` the
-mean of a group's members in the batch (no gradient through it); :math:`M_{ab}` 1 for ordered pairs
-of one group whose :math:`\cos(t_a, t_b)` is positive. The group of an entity is what the gate of
-:class:`~recbole_rcekd.losses.de.DELoss` finds best for its teacher's vector, and GA is that loss: a
-group is whatever one expert can rebuild. Groups of users and of items are different ones.
+a, b are the batch's distinct users and items, G the groups that they are in. :math:`\bar t_G` is
+the mean of a group's members in the batch (no gradient goes through it). :math:`M_{ab}` is 1 for
+ordered pairs of one group whose :math:`\cos(t_a, t_b)` is positive, and 0 otherwise. The group of a
+user or an item is what the gate of :class:`~recbole_rcekd.losses.de.DELoss` finds most probable for
+its teacher embedding. GA is the loss of DE: members of a group are rebuilt by the same expert.
+Users and items have groups of their own.
 
 Source: Kang et al., Topology Distillation for Recommender System, KDD 2021.
 """
@@ -27,14 +30,14 @@ from recbole_rcekd.core.types import Seen, Vectors
 from recbole_rcekd.losses.base import EmbeddingLoss
 from recbole_rcekd.losses.de import DELoss, DESettings
 
-# Pairs looked at at a time: 16 MB of float32 for each of some five matrices. A gate may put
-# everybody into one group.
+# How many pairs are computed at a time: 16 MB of float32 for each of some five matrices. A gate may
+# put all users into one group.
 _PAIRS = 4_000_000
 
 
 @dataclass(frozen=True)
 class HTDSettings(LossSettings):
-    """Settings of HTD; ``properties/loss/htd.yaml`` gives type, purpose and source of each."""
+    """Settings of HTD; ``properties/loss/htd.yaml`` documents each."""
 
     prefix = "htd"
 
@@ -45,10 +48,31 @@ class HTDSettings(LossSettings):
 
 
 class HTDLoss(EmbeddingLoss):
-    """Topology in two levels. An item counts once, whether it is among the positives, the negatives or both.
+    """Topology distillation on two levels.
+
+    An item counts once, whether it is among the positives, the negatives or both.
 
     Attributes:
-        assignment: which group an entity is in, and what that has to rebuild.
+        assignment: the DE loss, whose gates assign the groups.
+
+    Example:
+        Two users in one group, with α = 1. Their teacher embeddings are orthogonal (not alike), so
+        only the cosines to the group's mean count.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import Seen, Vectors
+        >>> from recbole_rcekd.losses.htd import HTDLoss, HTDSettings
+        >>> loss = HTDLoss(HTDSettings(htd_groups=1, htd_alpha=1.0))
+        >>> loss.build(2, 2, Seen.nothing(3, 2), torch.Generator())
+        >>> users = Vectors(
+        ...     ids=torch.tensor([1, 2]),
+        ...     student=torch.tensor([[1.0, 0.0], [1.0, 0.0]]),  # both at the mean: cosines 1
+        ...     teacher=torch.tensor([[1.0, 0.0], [0.0, 1.0]]),  # at 45° to the mean: cosines √½
+        ...     weights=torch.ones(2),
+        ... )
+        >>> value = loss.forward(users, None)  # 2 · (√½ − 1)²
+        >>> round(value.item(), 4)
+        0.1716
     """
 
     settings_type = HTDSettings
@@ -71,7 +95,7 @@ class HTDLoss(EmbeddingLoss):
         self.assignment.begin_epoch(progress)
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """Summed over entities and ordered pairs; a user and an item are in no group together."""
+        """The sum over users, items and ordered pairs; no group has users and items."""
         alpha = self.settings.htd_alpha
         users, items = (None if side is None else _counted_once(side) for side in (users, items))
         sides = {
@@ -84,20 +108,23 @@ class HTDLoss(EmbeddingLoss):
         return alpha * topology + (1.0 - alpha) * self.assignment.forward(users, items)
 
     def groups(self, side: str, teacher: Tensor) -> Tensor:
-        """The group of each row ``[n]``: 0 to K − 1 for users, K to 2K − 1 for items."""
+        """The group of each row, ``[n]``: 0 to K − 1 for users, K to 2K − 1 for items."""
         with torch.no_grad():
             best: Tensor = self.assignment.gates[f"of_{side}"](teacher).argmax(1)
         return best + (self.settings.htd_groups if side == "items" else 0)
 
 
 def _counted_once(side: Vectors) -> Vectors:
-    """What stands in the batch, with weights of 1."""
+    """The embeddings of the batch, with weights of 1."""
     n = side.n
     return Vectors(side.ids[:n], side.student[:n], side.teacher[:n], torch.ones_like(side.weights))
 
 
 def among_groups(student: Tensor, teacher: Tensor, groups: Tensor) -> Tensor:
-    """Squared differences of the cosines between each row and the mean of each group that occurs; no gradient by a mean."""
+    """Squared differences of the cosines between each row and the mean of each group that occurs.
+
+    No gradient goes through a mean.
+    """
     present, place = torch.unique(groups, return_inverse=True)
 
     def cosines(x: Tensor) -> Tensor:
@@ -108,7 +135,10 @@ def among_groups(student: Tensor, teacher: Tensor, groups: Tensor) -> Tensor:
 
 
 def within_groups(student: Tensor, teacher: Tensor, groups: Tensor) -> Tensor:
-    """Squared differences of cosines over ordered pairs of one group that are alike (cosine above 0) for the teacher."""
+    """Squared differences of the cosines between members of one group, over ordered pairs.
+
+    Only pairs that are alike for the teacher count (cosine above 0).
+    """
     order = groups.argsort()
     _, counts = torch.unique_consecutive(groups[order], return_counts=True)
     found: Tensor = _WithinGroups.apply(
@@ -118,7 +148,10 @@ def within_groups(student: Tensor, teacher: Tensor, groups: Tensor) -> Tensor:
 
 
 class _WithinGroups(torch.autograd.Function):
-    """Takes the gradient along with the value, some rows of a group at a time; autograd would keep all pairs."""
+    """Computes the gradient along with the value, some rows of a group at a time.
+
+    Autograd would keep all pairs.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, groups: tuple[Tensor, ...]) -> Tensor:
@@ -130,7 +163,7 @@ class _WithinGroups(torch.autograd.Function):
                 alike = theirs[rows] @ theirs.t()
                 gap = (ours[rows] @ ours.t() - alike).masked_fill_(alike <= 0, 0.0)
                 value += gap.square().sum()
-                # Each pair is there in both orders.
+                # Each pair occurs in both orders.
                 slope[members[rows]] = 4.0 * gap @ ours
         ctx.slope = slope
         return value

@@ -1,6 +1,6 @@
-"""What ``kd_loss`` names: methods, each one loss or a sum of losses.
+"""The methods that ``kd_loss`` names; each is one loss or a sum of losses.
 
-A loss has a name of its own (``rce``), or is a class in a module of yours (``my_module:MyLoss``).
+A loss has a name (``rce``), or is a class in a module of yours (``my_module:MyLoss``).
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from recbole_rcekd.core.settings import nearest
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.losses.base import KDLoss, Loss
 
-# The name of the student alone, RecBole's own run.
+# The name of the student alone, without distillation: RecBole's own run.
 SCRATCH = "scratch"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One entry of ``kd_loss``.
+    """One method of ``kd_loss``.
 
     Args:
         name: as it was given: ``rce``, ``rce+freqd``, ``my_module:MyLoss`` or ``scratch``.
-        losses: the losses that it sums, by their names; none for ``scratch``.
+        losses: the losses that it sums, by name; empty for ``scratch``.
     """
 
     name: str
@@ -38,33 +38,33 @@ class Method:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether one of its losses learns from a teacher."""
+        """Whether one of its losses needs a teacher."""
         return any(loss.needs_teacher for loss in self.losses.values())
 
     @property
     def needs_earlier_states(self) -> bool:
-        """Whether one of its losses learns from earlier states of the teacher."""
+        """Whether one of its losses needs earlier checkpoints of the teacher."""
         return any(issubclass(ls, KDLoss) and ls.uses_trajectory for ls in self.losses.values())
 
     @property
     def prefixes(self) -> list[str]:
-        """With what the keys of its losses begin, in the order of the losses."""
+        """The prefixes of its losses' keys, in the order of the losses."""
         return [loss.prefix() for loss in self.losses.values()] or [SCRATCH]
 
     @property
     def file_name(self) -> str:
-        """The name as a part of the name of a file or a folder."""
+        """The name in a form that can be part of a file name."""
         return self.name.replace(":", ".")
 
 
 def read_methods(value: Any) -> list[Method]:
-    """The methods that ``kd_loss`` names: ``"scratch,rce,rce+freqd"``, a list, or one name.
+    """The methods in ``kd_loss``: ``"scratch,rce,rce+freqd"``, a list, or one name.
 
     Args:
-        value: of ``kd_loss``.
+        value: the value of ``kd_loss``.
 
     Raises:
-        SettingsError: a name is unknown or stands there twice.
+        SettingsError: a name is unknown or occurs twice.
 
     Example:
         >>> [method.name for method in read_methods("scratch, rce + freqd")]
@@ -82,10 +82,10 @@ def read_methods(value: Any) -> list[Method]:
 
 
 def read_method(value: Any) -> Method:
-    """The one method that ``kd_loss`` names for one training.
+    """The one method in ``kd_loss``, for a single training.
 
     Raises:
-        SettingsError: it names several, or ``scratch``, or something unknown.
+        SettingsError: there are several, or it is ``scratch``, or it is unknown.
     """
     methods = read_methods(value)
     if len(methods) != 1 or methods[0].alone:
@@ -113,14 +113,14 @@ def _read_method(text: str, value: Any) -> Method:
 
 
 def find_loss(name: str) -> type[Loss]:
-    """The loss class that a name of ``kd_loss`` stands for.
+    """The loss class with this name.
 
     Args:
-        name: one of ``LOSSES``, or ``module:Class``: a class of yours, whose module can be
-            imported.
+        name: one of ``LOSSES``, or ``module:Class`` for a class of yours, whose module must be
+            importable.
 
     Raises:
-        SettingsError: there is none; the message lists what exists, or says what is wrong with the
+        SettingsError: there is none. The message says which names exist, or what is wrong with the
             module or the class.
     """
     if ":" in name:
@@ -144,7 +144,7 @@ def _own_loss(name: str) -> type[Loss]:
         module = importlib.import_module(where)
     except (ModuleNotFoundError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name not in _parents(where):
-            raise  # the module is there, and needs another one that is not
+            raise  # the module exists, but imports one that does not
         raise SettingsError(
             f"[kd_loss] names {name!r}, but there is no module {where!r}: run the command in its "
             "folder, or put the folder on PYTHONPATH."
@@ -170,10 +170,12 @@ def _parents(module: str) -> set[str]:
 
 
 def prefix_of(key: str, more: Iterable[str] = ()) -> str | None:
-    """The prefix of a loss that a key carries: of ``dcd_port_top_k`` ``dcd_port``, not ``dcd``.
+    """The prefix of a loss that a key begins with.
+
+    Of ``dcd_port_items`` it is ``dcd_port``, not ``dcd``.
 
     Args:
-        key: of a Config.
+        key: a key of a Config.
         more: prefixes of losses of your own.
     """
     names = [name for name in (*LOSSES, SCRATCH, *more) if key.startswith(f"{name}_")]

@@ -1,17 +1,16 @@
-r"""RD, ranking distillation: the teacher's best unseen items as positives, weighed by what the student still misses.
+r"""RD, ranking distillation: the teacher's top items as positives, weighted by the student's error.
 
 .. math:: \ell = \sum_{r=0}^{K-1} w_r \log(1+e^{-s_{\pi_r}}), \qquad
     a_r = \frac{e^{-r/\lambda_p}}{\sum_{r'} e^{-r'/\lambda_p}}, \qquad
     b_r = \max\big(0, \tanh(\mu(\hat r_r - r))\big)
 
 with π the teacher's top-K unseen items. The student's rank
-:math:`\hat r = \lfloor (N-1)\,f \rfloor` is estimated from the share f of n random unseen items
-that it scores higher, as it stands in that step. :math:`w = a` before ``rd_start_epoch``,
-:math:`w = a\,b` from then on; no gradient is taken of w.
+:math:`\hat r = \lfloor (N-1)\,f \rfloor` is estimated in each step: f is the share of n random
+unseen items that the student scores higher. :math:`w = a` before ``rd_start_epoch``, and
+:math:`w = a\,b` from then on. No gradient is taken of w.
 
 Source: Tang & Wang, Ranking Distillation, KDD 2018; ``rd_weights: port`` is woriazzc/RCEKD @
-    771322a, which counts
-:math:`\hat r` from 1 and divides :math:`a\,b` by its sum.
+771322a, which counts :math:`\hat r` from 1 and divides :math:`a\,b` by its sum.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class RDSettings(LossSettings):
-    """Settings of RD; ``properties/loss/rd.yaml`` gives type, purpose and source of each."""
+    """Settings of RD; ``properties/loss/rd.yaml`` documents each."""
 
     prefix = "rd"
 
@@ -48,38 +47,62 @@ class RDSettings(LossSettings):
     rd_weights: Literal["original", "port"] = "original"
 
     def longest_list(self) -> tuple[str, ...]:
-        """Fewer samples than asked for will do."""
+        """Fewer samples than asked for are enough."""
         return ("rd_top_k",)
 
 
 class RDLoss(KDLoss):
-    """RD. Training positives are in neither list; samples may be among the teacher's items, as in the authors' code."""
+    """RD. Training items are left out.
+
+    Samples may be among the teacher's items, as in the authors' code.
+
+    Example:
+        Two items of the teacher with position weights 0.7311 and 0.2689, and two samples. Of 21
+        items, each sample stands for 20/2 = 10. Both samples are above the first item (rank 20,
+        should be 0), one is above the second (rank 10, should be 1).
+
+        >>> import math
+        >>> import torch
+        >>> from recbole_rcekd.core.types import ItemSets
+        >>> from recbole_rcekd.losses.rd import RDLoss, RDSettings
+        >>> loss = RDLoss(RDSettings(rd_top_k=2, rd_samples=2))
+        >>> sets = ItemSets(
+        ...     items=torch.tensor([[4, 9, 2, 7]]),
+        ...     keep=torch.ones(1, 4, dtype=torch.bool),
+        ...     gamma=torch.ones(1),  # 1: the student's ranks count; 0: position weights only
+        ...     log_tail=torch.tensor([math.log(20 / 2)]),
+        ... )
+        >>> student_scores = torch.tensor([[0.0, 1.1, 0.5, 2.0]])
+        >>> value = loss.forward(student_scores, sets)
+        >>> round(value.item(), 4)
+        0.5439
+    """
 
     settings_type = RDSettings
     settings: RDSettings
 
-    def select(self, lists: Candidates) -> ItemSets:
-        """``[teacher's top-K | n samples]``; γ is 1 once the student's ranks count, and 0 before."""
+    def select(self, candidates: Candidates) -> ItemSets:
+        """``[teacher's top-K | n samples]``; γ is 1 if the student's ranks count, else 0."""
         s = self.settings
-        head = lists.teacher_top(s.rd_top_k, unseen=True)
-        tail = lists.draw_unseen(s.rd_samples, outside=head[:, :0])
-        tail = tail.masked_fill(head[:, :1] == 0, 0)  # of whom the teacher says nothing
+        head = candidates.teacher_top(s.rd_top_k, unseen=True)
+        tail = candidates.draw_unseen(s.rd_samples, outside=head[:, :0])
+        tail = tail.masked_fill(head[:, :1] == 0, 0)  # users for whom the teacher lists nothing
         items = torch.cat([head, tail], dim=1)
         found = (tail != 0).sum(1).clamp(min=1)
         return ItemSets(
             items,
             keep=items != 0,
-            gamma=torch.full_like(found, lists.epoch >= s.rd_start_epoch, dtype=torch.float32),
-            # N − 1 others, padding not counted.
-            log_tail=(max(1, lists.n_items - 2) / found).log(),
+            gamma=torch.full_like(found, candidates.epoch >= s.rd_start_epoch, dtype=torch.float32),
+            # N − 1 other items, without padding.
+            log_tail=(max(1, candidates.n_items - 2) / found).log(),
         )
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """``Σ_r w_r · softplus(−s_r)`` per row."""
+        """``Σ_r w_r · softplus(−s_r)`` of each user."""
         if sets.keep is None or sets.gamma is None or sets.log_tail is None:
             raise ValueError("RDLoss needs keep, gamma and log_tail; see RDLoss.select.")
         k = sets.items.shape[1] - self.settings.rd_samples
-        # Masked before, so that nothing of a struck score is in the gradient.
+        # Masked before, so that a masked score has no gradient.
         scores = at_least_float32(student_scores)
         head = scores[:, :k].masked_fill(~sets.keep[:, :k], 0.0)
         samples = scores[:, k:].detach().masked_fill(~sets.keep[:, k:], -torch.inf)
@@ -89,7 +112,7 @@ class RDLoss(KDLoss):
     def _weights(
         self, head: Tensor, samples: Tensor, keep: Tensor, gamma: Tensor, log_tail: Tensor
     ) -> Tensor:
-        """W ``[B, K]``, 0 for what does not count."""
+        """The weights w, ``[B, K]``; 0 for masked items."""
         s = self.settings
         rank = (keep.cumsum(1) - 1).to(head.dtype)
         by_position = masked_log_softmax(-rank / s.rd_position_scale, keep).exp() * keep
@@ -100,6 +123,6 @@ class RDLoss(KDLoss):
         by_both = by_position * torch.tanh(s.rd_mu * (student_rank - rank)).clamp(min=0.0)
         if s.rd_weights == "port":
             by_both = by_both / by_both.sum(1, keepdim=True).clamp(min=torch.finfo(head.dtype).tiny)
-        # NaN is above nothing, but it should be seen.
+        # A NaN is above nothing, but it should show in the loss.
         by_both = by_both.masked_fill(samples.isnan().any(1, keepdim=True), torch.nan)
         return by_both.where(gamma.unsqueeze(1) > 0, by_position)

@@ -1,17 +1,18 @@
-r"""RRD, relaxed ranking distillation: learn the teacher's order at the top, and only that the rest is below.
+r"""RRD, relaxed ranking distillation: the teacher's order at the top, and all other items below.
 
 .. math:: \ell = \sum_{k=1}^{K}
-    \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big) - s_{\pi_k}\Big]
+    \Big[\log\Big(\sum_{k'\ge k} e^{s_{\pi_{k'}}} + \sum_{l\in\text{rest}} e^{s_l}\Big)
+    - s_{\pi_k}\Big]
 
-with π the "interesting" items in the teacher's order and the rest "uninteresting" ones.
+with π the "interesting" items in the teacher's order, and the rest the "uninteresting" ones.
 Interesting: K of the teacher's top-P unseen items, drawn without replacement with
-:math:`p_r\propto e^{-r/T}`. Uninteresting: L items drawn uniformly from what is neither seen nor in
-that list. ``rrd_sample: False`` takes the first K and, as the rest, the next L: the HetComp authors
-report that to be better. ``rrd_item_weight`` adds the item side of IR-RRD: the same for each item,
-over users.
+:math:`p_r\propto e^{-r/T}`. Uninteresting: L items drawn uniformly from those that are neither seen
+nor in this top-P. ``rrd_sample: False`` takes the first K and, as the rest, the next L instead; the
+HetComp authors report that this is better. ``rrd_item_weight`` adds the item side of IR-RRD: the
+same for each item, over users.
 
 Source: Kang et al., DE-RRD, CIKM 2020; IR-RRD, Information Sciences 2021; woriazzc/RCEKD @ 771322a.
-One deviation: the scores are not cut at 80, which the log-space form does not need and which kills
+One deviation: the scores are not cut at 80. The log-space form does not need it, and it stops
 gradients.
 """
 
@@ -32,7 +33,7 @@ from recbole_rcekd.losses.candidates import Candidates
 
 @dataclass(frozen=True)
 class RRDSettings(LossSettings):
-    """Settings of RRD; ``properties/loss/rrd.yaml`` gives type, purpose and source of each."""
+    """Settings of RRD; ``properties/loss/rrd.yaml`` documents each."""
 
     prefix = "rrd"
 
@@ -45,12 +46,28 @@ class RRDSettings(LossSettings):
     rrd_item_weight: float = setting(0.0, low=0.0)
 
     def longest_list(self) -> tuple[str, ...]:
-        """A short catalogue shortens the pool, not the lists."""
+        """A short catalogue shortens the pool, but not these two."""
         return ("rrd_top_k", "rrd_rest")
 
 
 class RRDLoss(KDLoss):
-    """RRD and, with ``rrd_item_weight`` above 0, IR-RRD. Training positives are in neither list."""
+    """RRD and, with ``rrd_item_weight`` above 0, IR-RRD. Training items are left out.
+
+    Example:
+        Items 1 and 2 are interesting, 3 and 4 are not. The student picks item 1 first with
+        probability 3/6, then item 2 with probability 1/3.
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import ItemSets
+        >>> from recbole_rcekd.losses.rrd import RRDLoss, RRDSettings
+        >>> loss = RRDLoss(RRDSettings(rrd_top_k=2, rrd_rest=2))
+        >>> items = torch.tensor([[1, 2, 3, 4]])
+        >>> sets = ItemSets(items, keep=items != 0)
+        >>> student_scores = torch.tensor([[3.0, 1.0, 1.0, 1.0]]).log()
+        >>> value = loss.forward(student_scores, sets)  # −ln(3/6 · 1/3)
+        >>> round(value.item(), 4)
+        1.7918
+    """
 
     settings_type = RRDSettings
     settings: RRDSettings
@@ -59,30 +76,33 @@ class RRDLoss(KDLoss):
         super().__init__(settings)
         self.renewed = settings.rrd_sample
 
-    def select(self, lists: Candidates) -> ItemSets:
-        """``[interesting (K), in teacher order | uninteresting (L)]``; entries that a user lacks are masked."""
+    def select(self, candidates: Candidates) -> ItemSets:
+        """``[interesting (K), in the teacher's order | uninteresting (L)]``.
+
+        Where a user has fewer items, the others are 0 and masked.
+        """
         s = self.settings
         if not s.rrd_sample:
-            items = lists.teacher_top(s.rrd_top_k + s.rrd_rest, unseen=True)
-            # The item side may have fewer users than that; the head keeps its width.
+            items = candidates.teacher_top(s.rrd_top_k + s.rrd_rest, unseen=True)
+            # The item side may have fewer users than that. Padding keeps the width of the head.
             items = torch.nn.functional.pad(items, (0, s.rrd_top_k + s.rrd_rest - items.shape[1]))
             return ItemSets(items, keep=items != 0)
-        pool = lists.teacher_top(s.rrd_pool, unseen=True)
+        pool = candidates.teacher_top(s.rrd_pool, unseen=True)
         rank = torch.arange(1, pool.shape[1] + 1, device=pool.device)
-        # Where little is unseen, the pool is cut (not below K) to leave L items for the rest.
-        longest = (lists.n_unseen().unsqueeze(1) - s.rrd_rest).clamp(min=s.rrd_top_k)
+        # If few items are unseen, the pool is cut (not below K) to leave L items for the rest.
+        longest = (candidates.n_unseen().unsqueeze(1) - s.rrd_rest).clamp(min=s.rrd_top_k)
         pool = pool.masked_fill(rank > longest, 0)
         log_weights = (-rank / s.rrd_sampling_temperature).masked_fill(pool == 0, -torch.inf)
         drawn = draw_without_replacement(
-            log_weights, min(s.rrd_top_k, pool.shape[1]), lists.generator
+            log_weights, min(s.rrd_top_k, pool.shape[1]), candidates.generator
         )
         head = pool.gather(1, drawn.sort(1).values)
-        tail = lists.draw_unseen(s.rrd_rest, outside=pool)
+        tail = candidates.draw_unseen(s.rrd_rest, outside=pool)
         items = torch.cat([head, tail], dim=1)
         return ItemSets(items, keep=items != 0)
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Plackett–Luce negative log-likelihood per row, summed over the K interesting items."""
+        """Plackett–Luce negative log-likelihood of each user, summed over K items."""
         if sets.keep is None:
             raise ValueError("RRDLoss needs keep; see RRDLoss.select.")
         k = sets.items.shape[1] - self.settings.rrd_rest

@@ -1,12 +1,15 @@
-r"""VkD: project the student's vectors with an orthonormal matrix, which leaves all their products as they are.
+r"""VkD: project the student's embeddings with an orthonormal matrix, which keeps their products.
 
-.. math:: \ell = \sum_{u} \|P s_u - \hat t_u\|^2 + \sum_{i} w_i \|P s_i - \hat t_i\|^2, \qquad P^\top P = 1
+.. math:: \ell = \sum_{u} \|P s_u - \hat t_u\|^2 + \sum_{i} w_i \|P s_i - \hat t_i\|^2,
+    \qquad P^\top P = 1
 
-over the distinct users and items of a batch, :math:`w_i` ½ for each of "is a positive" and "is a
-negative". Any other projector can learn what the student should; this one only turns, so
-:math:`\langle Ps, Ps'\rangle = \langle s, s'\rangle`. One P serves users and items: a score is a
-product of one of each. ``vkd_standardise`` brings each of the teacher's dimensions to mean 0 and
-deviation 1 over the batch: :math:`\hat t`; otherwise :math:`\hat t = t`.
+The sums run over the distinct users and items of a batch. :math:`w_i` is ½ if the item is among the
+positives, plus ½ if it is among the negatives. Any other projector can learn what the student
+should learn. This one only rotates: :math:`\langle Ps, Ps'\rangle = \langle s, s'\rangle`. One P
+serves users and items, because a score is a product of one of each.
+
+:math:`\hat t = t`, or, with ``vkd_standardise``, each of the teacher's dimensions at mean 0 and
+deviation 1 over the batch.
 
 Source: Miles et al., VkD, CVPR 2024.
 """
@@ -27,7 +30,7 @@ from recbole_rcekd.losses.base import EmbeddingLoss
 
 @dataclass(frozen=True)
 class VkDSettings(LossSettings):
-    """Settings of VkD; ``properties/loss/vkd.yaml`` gives type, purpose and source of each."""
+    """Settings of VkD; ``properties/loss/vkd.yaml`` documents each."""
 
     prefix = "vkd"
 
@@ -37,7 +40,27 @@ class VkDSettings(LossSettings):
 
 
 class VkDLoss(EmbeddingLoss):
-    """Squared distance of the turned student to the teacher."""
+    """Squared distance of the rotated student to the teacher.
+
+    Example:
+        One user. The learned matrix (3, 4) is brought to length 1, so P = (0.6, 0.8).
+
+        >>> import torch
+        >>> from recbole_rcekd.core.types import Seen, Vectors
+        >>> from recbole_rcekd.losses.vkd import VkDLoss, VkDSettings
+        >>> loss = VkDLoss(VkDSettings())
+        >>> loss.build(1, 2, Seen.nothing(2, 2), torch.Generator())
+        >>> loss.projector.data = torch.tensor([[3.0], [4.0]])
+        >>> users = Vectors(
+        ...     ids=torch.tensor([1]),
+        ...     student=torch.tensor([[5.0]]),
+        ...     teacher=torch.tensor([[3.0, 6.0]]),
+        ...     weights=torch.ones(1),
+        ... )
+        >>> value = loss.forward(users, None)  # ‖(3, 4) − (3, 6)‖²
+        >>> round(value.item(), 4)
+        4.0
+    """
 
     settings_type = VkDSettings
     settings: VkDSettings
@@ -45,24 +68,28 @@ class VkDLoss(EmbeddingLoss):
     def build(
         self, student_width: int, teacher_width: int, seen: Seen, generator: torch.Generator
     ) -> None:
-        """One projector; its columns are orthonormal, or its rows where the student is wider than the teacher."""
+        """One projector for users and items.
+
+        Its columns are orthonormal, or its rows where the student is wider than the teacher.
+        """
         self.projector = nn.Parameter(torch.randn(teacher_width, student_width))
 
     def orthonormal(self) -> Tensor:
-        """P ``[d_T, d_S]``, nearest in the sense of Gram and Schmidt to what is learned.
+        """P ``[d_T, d_S]``, made orthonormal from the learned matrix by Gram–Schmidt.
 
-        Not torch's own ``orthogonal``, which keeps signs in the diagonal of its parameter and
-        becomes 0 under weight decay.
+        Torch's own ``orthogonal`` keeps signs in the diagonal of its parameter and becomes 0 under
+        weight decay.
         """
         wide = self.projector.shape[1] > self.projector.shape[0]
         parts: tuple[Tensor, Tensor] = torch.linalg.qr(
             self.projector.t() if wide else self.projector
         )
-        q = parts[0] * parts[1].diagonal().sign()  # whose signs are arbitrary, and would jump
+        # The signs of a QR decomposition are arbitrary and would jump.
+        q = parts[0] * parts[1].diagonal().sign()
         return q.t() if wide else q
 
     def forward(self, users: Vectors | None, items: Vectors | None) -> Tensor:
-        """The sum over both sides."""
+        """The sum over users and items."""
         matrix = self.orthonormal()
         return self.sum_over_sides(
             lambda side, vectors: self._of_side(matrix, vectors), users, items
@@ -72,7 +99,6 @@ class VkDLoss(EmbeddingLoss):
         wanted = vectors.teacher.detach()
         if self.settings.vkd_standardise and len(wanted):
             deviation, mean = torch.std_mean(wanted, 0, correction=0)
-            wanted = (wanted - mean) / (
-                deviation + 1e-6
-            )  # a dimension that does not vary becomes 0
+            # A dimension that does not vary becomes 0.
+            wanted = (wanted - mean) / (deviation + 1e-6)
         return squared_error(vectors.student @ matrix.t(), wanted, vectors.weights)

@@ -1,6 +1,7 @@
-"""Models of our own, found by RecBole under their names like its own: ``run_recbole(model="HSTU")``.
+"""RecBole models, and what they need to be scored: HSTU, VBPR, and an adapter for all models.
 
-A model is one line in :data:`MODELS`, a module of the same name in lower case, and
+RecBole finds the models of this package by their names: ``run_recbole(model="HSTU")``. Such a model
+is one line in :data:`MODELS`, a module of the same name in lower case, and
 ``properties/model/<Model>.yaml``.
 """
 
@@ -16,13 +17,13 @@ __all__ = ["MODELS", "register"]
 
 
 class OwnModel(NamedTuple):
-    """Where a model lies.
+    """Where a model of this package is defined.
 
     Attributes:
         module: the module that defines the class.
-        kind: the folder of ``recbole.model`` in which RecBole will find it.
-        dataset: the class in the same module that RecBole is to load its data with; ``None``: as
-            the kind says.
+        kind: the package below ``recbole.model`` in which RecBole will find it.
+        dataset: the class in the same module with which RecBole loads the model's data; ``None``:
+            RecBole's class for this kind of models.
     """
 
     module: str
@@ -37,7 +38,7 @@ MODELS: dict[str, OwnModel] = {
 
 
 def register() -> None:
-    """Show every model of :data:`MODELS` to RecBole; calling it again changes nothing."""
+    """Make every model of :data:`MODELS` known to RecBole; calling it again changes nothing."""
     defaults = resources.files("recbole_rcekd.properties").joinpath("model")
     for name, own in MODELS.items():
         module = importlib.import_module(own.module)

@@ -1,6 +1,7 @@
-"""What a student says of the rows of one training batch: asked once, used for its lists and, with a gradient, for the loss.
+"""The student's scores of the rows of one training batch.
 
-Contexts here are places in the batch, 0 to B − 1.
+They are computed once, and used for the student's top-K lists and, with gradient, for the loss. A
+row is given by its position in the batch, 0 to B − 1.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from recbole_rcekd.core.functional import picked_products
+from recbole_rcekd.core.products import picked_products
 from recbole_rcekd.core.top_k import ProductRanking, Ranking, RowRanking
 
 
@@ -19,26 +20,26 @@ class BatchScores(ABC):
 
     @abstractmethod
     def ranking(self) -> Ranking:
-        """Ranks, without a gradient."""
+        """The ranking by these scores, without gradient."""
 
     @abstractmethod
     def score(self, items: Tensor) -> Tensor:
-        """Scores of ``items [B, T]``."""
+        """Scores of ``items [B, T]``, ``[B, T]``."""
 
     @abstractmethod
     def score_all(self) -> Tensor:
         """Scores of every item, ``[B, n_items]``; −inf at the padding item."""
 
     @abstractmethod
-    def part(self, places: Tensor) -> BatchScores:
-        """Of the rows at ``places`` alone."""
+    def part(self, positions: Tensor) -> BatchScores:
+        """The scores of the rows at ``positions``."""
 
 
 class DenseBatchScores(BatchScores):
-    """From full rows of scores.
+    """The scores of a batch, from full rows of scores.
 
     Args:
-        scores: ``[B, n_items]``.
+        scores: the student's scores of all items, ``[B, n_items]``.
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -48,8 +49,8 @@ class DenseBatchScores(BatchScores):
         """See :class:`BatchScores`."""
         scores = self._scores.detach()
 
-        def rows_of(places: Tensor) -> Tensor:
-            rows = scores[places].float()
+        def rows_of(positions: Tensor) -> Tensor:
+            rows = scores[positions].float()
             rows[:, 0] = -torch.inf
             return rows
 
@@ -65,18 +66,18 @@ class DenseBatchScores(BatchScores):
         padding[0] = True
         return self._scores.masked_fill(padding, -torch.inf)
 
-    def part(self, places: Tensor) -> DenseBatchScores:
+    def part(self, positions: Tensor) -> DenseBatchScores:
         """See :class:`BatchScores`."""
-        return DenseBatchScores(self._scores[places])
+        return DenseBatchScores(self._scores[positions])
 
 
 class FactoredBatchScores(BatchScores):
-    """From the operands of a product, and the product itself where the base loss has it already.
+    """The scores of a batch as a product of two tables.
 
     Args:
-        rows: ``[B, d]``.
-        table: ``[n_items, d]``.
-        product: ``rows @ table.T``, if it is known.
+        rows: the embeddings of the batch's rows, ``[B, d]``.
+        table: the embeddings of the items, ``[n_items, d]``.
+        product: ``rows @ table.T``, if the base loss has computed it already.
     """
 
     def __init__(self, rows: Tensor, table: Tensor, product: Tensor | None = None) -> None:
@@ -87,7 +88,7 @@ class FactoredBatchScores(BatchScores):
     def ranking(self) -> Ranking:
         """See :class:`BatchScores`."""
         rows = self._rows.detach().float()
-        return ProductRanking(lambda places: rows[places], self._table.detach().float())
+        return ProductRanking(lambda positions: rows[positions], self._table.detach().float())
 
     def score(self, items: Tensor) -> Tensor:
         """See :class:`BatchScores`."""
@@ -99,10 +100,10 @@ class FactoredBatchScores(BatchScores):
         """See :class:`BatchScores`."""
         return (self._known or DenseBatchScores(self._rows @ self._table.t())).score_all()
 
-    def part(self, places: Tensor) -> BatchScores:
+    def part(self, positions: Tensor) -> BatchScores:
         """See :class:`BatchScores`."""
         return (
-            FactoredBatchScores(self._rows[places], self._table)
+            FactoredBatchScores(self._rows[positions], self._table)
             if self._known is None
-            else self._known.part(places)
+            else self._known.part(positions)
         )

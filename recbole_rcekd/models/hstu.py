@@ -1,7 +1,7 @@
-"""HSTU: pointwise SiLU attention over a user's items, trained at every position of the sequence at once.
+"""HSTU: SiLU attention over a user's items, trained at all positions of the sequence at once.
 
 Zhai et al., "Actions Speak Louder than Words: Trillion-Parameter Sequential Transducers for
-Generative Recommendations", ICML 2024. In RCE-KD's experiments it is the sequential teacher (8
+Generative Recommendations", ICML 2024. In the experiments of RCE-KD it is the sequential teacher (8
 blocks) and student (1 block).
 """
 
@@ -23,20 +23,20 @@ from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.settings import Settings, setting
 from recbole_rcekd.data.sequence_dataset import SequenceDataset
 
-# Of the time bias, as in HSTU's code: bucket = ⌊ln(seconds) / .301⌋. Of its 128 buckets, 64 reach
-# beyond 10⁸ s (3 years).
+# The time bias has a bucket for each ⌊ln(seconds) / .301⌋, as in HSTU's code. (Of the 128 buckets,
+# 64 already reach beyond 10⁸ s, 3 years.)
 _TIME_BUCKETS = 128
 _LOG_SECONDS_PER_BUCKET = 0.301
-# Of layer and length normalisation, as in HSTU's code.
+# ε of the layer normalisation and of the normalisation to length 1, as in HSTU's code.
 _EPS = 1e-6
-# The authors of RCE-KD divide attention by the longest length plus this many places, which HSTU's
-# code keeps for output.
+# The authors of RCE-KD divide attention by the maximal length plus this many positions, which
+# HSTU's code reserves for output.
 _OUTPUT_PLACES = 10
 
 
 @dataclass(frozen=True)
 class HSTUSettings(Settings):
-    """``properties/model/HSTU.yaml`` documents each line; the defaults are there."""
+    """The settings of HSTU; ``properties/model/HSTU.yaml`` documents them and has the defaults."""
 
     hidden_size: int = setting(64, low=1)
     n_layers: int = setting(2, low=1)
@@ -53,20 +53,22 @@ class HSTUSettings(Settings):
 
 
 class HSTUBlock(nn.Module):
-    r"""One block: attention whose weights are no distribution, gated, added to its input.
+    r"""One block of HSTU: gated attention without a softmax, added to its input.
 
     .. math::
         u, v, q, k &= \mathrm{SiLU}(\mathrm{norm}(x)\, W) \\
         a_{ij} &= \mathrm{SiLU}(q_i^\top k_j + b_{ij}) / n \quad (j \le i) \\
-        y_i &= x_i + \mathrm{dropout}\bigl(W_o\,(u_i \odot \mathrm{norm}(\textstyle\sum_j a_{ij} v_j)) + c\bigr)
+        y_i &= x_i + \mathrm{dropout}\bigl(W_o\,(u_i \odot
+            \mathrm{norm}(\textstyle\sum_j a_{ij} v_j)) + c\bigr)
 
-    q, k and v per head; n is ``max_length`` + 10 (RCE-KD's code), norm a layer normalisation
-    without parameters (HSTU's code), b the relative bias, one for all heads: a number per distance
-    i − j and, with ``position_time``, one per step of ln(t_i − t_j).
+    Each head has its own q, k and v; n is ``max_length`` + 10 (as in RCE-KD's code), and norm is a
+    layer normalisation without parameters (as in HSTU's code). The relative bias b is shared by all
+    heads. It has a number for each distance i − j and, with ``position_time``, one for each bucket
+    of ln(t_i − t_j).
 
     Args:
-        settings: of the model.
-        max_length: of a sequence.
+        settings: the settings of the model.
+        max_length: the maximal length of a sequence.
     """
 
     def __init__(self, settings: HSTUSettings, max_length: int) -> None:
@@ -94,15 +96,14 @@ class HSTUBlock(nn.Module):
                 nn.init.normal_(bias, std=settings.initializer_range)
 
     def forward(self, x: Tensor, real: Tensor, time_buckets: Tensor | None = None) -> Tensor:
-        """One block for the real positions of a batch, row after row.
+        """Apply the block to the positions of a batch that have items, row after row.
 
-        Only attention sees rows of equal length; short rows cost no more than they hold everywhere
-        else.
+        Padding takes time only in the attention, whose rows have equal length.
 
         Args:
-            x: ``[T, d]``.
-            real: which positions these are, ``[B, L]`` with T true ones.
-            time_buckets: of t_i − t_j for the time bias, ``[B, L, L]``.
+            x: the input at the T positions with items, ``[T, d]``.
+            real: which positions have items, bool ``[B, L]``.
+            time_buckets: the bucket of each t_i − t_j for the time bias, ``[B, L, L]``.
 
         Returns:
             ``[T, d]``.
@@ -122,8 +123,7 @@ class HSTUBlock(nn.Module):
             logits = logits + self.position_bias[(step.unsqueeze(1) - step).clamp(min=0)]
         if self.time_bias is not None and time_buckets is not None:
             logits = logits + self.time_bias[time_buckets].unsqueeze(1)
-        # Padding comes after all items, so what hides the future hides padding from every item,
-        # too.
+        # Padding comes after all items, so the mask of the future also masks padding.
         past = torch.full((length, length), 1 / self.n, dtype=x.dtype, device=x.device).tril()
         attended = (
             ((F.silu(logits) * past) @ v)
@@ -144,24 +144,27 @@ def _cosine_form(x: Tensor) -> Tensor:
 
 
 class HSTU(SequentialRecommender):  # type: ignore[misc]
-    r"""Query and items are of length 1; the score is their cosine (over the temperature, see ``score_scale``).
+    r"""HSTU, a sequential model whose score is the cosine of a query and an item.
 
-    Input is item · √d + position, with dropout; then come the blocks (:class:`HSTUBlock`). Trained
-    by sampled softmax: with the query z of a position, the item p that follows and the negatives N,
-    which are drawn uniformly and shared by the whole batch,
+    The cosine is divided by the temperature, unless ``score_scale`` says otherwise. The input of
+    the blocks (:class:`HSTUBlock`) is item · √d + position, with dropout. The loss is a sampled
+    softmax. For the query z of a position, the next item p and the negatives N, which are drawn
+    uniformly and shared by the whole batch, it is
 
-    .. math:: -\log \frac{e^{\cos(z, p)/\tau}}{e^{\cos(z, p)/\tau} + \sum_{i \in N, i \ne p} e^{\cos(z, i)/\tau}},
+    .. math::
+        -\log \frac{e^{\cos(z, p)/\tau}}
+            {e^{\cos(z, p)/\tau} + \sum_{i \in N, i \ne p} e^{\cos(z, i)/\tau}},
 
-    meant over every position of every row: the items of the row, and its own target after the last.
-    The trainer needs one row per user then, which :class:`HSTUDataset` sees to.
+    averaged over all positions of all rows. The next item of the last position is the row's target.
+    So one training row per user is enough (:class:`HSTUDataset`).
 
     Args:
         config: RecBole's Config.
         dataset: the training data.
 
     Raises:
-        SettingsError: a setting does not fit, RecBole is to draw negatives, or the time bias has no
-            times.
+        SettingsError: a setting is refused, RecBole is set to draw negatives, or the time bias is
+            on and the data have no time stamps.
     """
 
     input_type = InputType.POINTWISE
@@ -189,7 +192,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
 
         std = self.settings.initializer_range
         nn.init.normal_(self.item_embedding.weight, std=std)
-        # As large as the items are once they are multiplied by √d.
+        # As large as the item embeddings after they are multiplied by √d.
         nn.init.normal_(self.position_embedding.weight, std=std * math.sqrt(self.hidden_size))
         with torch.no_grad():
             self.item_embedding.weight[0] = 0
@@ -197,22 +200,22 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
     def forward(
         self, item_seq: Tensor, item_seq_len: Tensor, time_seq: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the last block says at every real position, row after row.
+        """The output of the last block at all positions with items, row after row.
 
         Args:
-            item_seq: items, padded on the right by 0, ``[B, L]``.
+            item_seq: items, padded on the right with 0, ``[B, L]``.
             item_seq_len: number of items, ``[B]``.
-            time_seq: when they were taken, in seconds, ``[B, L]``; for
+            time_seq: the time stamps of the items, in seconds, ``[B, L]``; for
                 ``relative_bias: position_time`` only.
 
         Returns:
-            ``[T, d]``, and which positions these are, ``[B, L']`` with T true ones; L' is the
-            longest row's length.
+            The output ``[T, d]``, and which positions have items, bool ``[B, L']``; L' is the
+            length of the longest row.
 
         Raises:
-            SettingsError: the time bias has no times.
+            SettingsError: the time bias is on and there are no time stamps.
         """
-        # A row without items, which RecBole does not make, is a row of one padding item.
+        # RecBole makes no row without items; such a row counts as one padding item.
         item_seq_len = item_seq_len.clamp(min=1)
         longest = int(item_seq_len.max())
         item_seq = item_seq[:, :longest]
@@ -230,10 +233,10 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         return x, real
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """Sampled softmax, mean over every position that holds an item."""
+        """The sampled softmax loss, averaged over all positions with items."""
         item_seq, item_seq_len = interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]
         hidden, real = self(item_seq, item_seq_len, self._times(interaction))
-        # The target of a position is the next item, after the last one the row's own.
+        # The target of a position is the next item; at the last position, the row's target.
         targets = item_seq[:, : real.shape[1]].roll(-1, dims=1)
         targets = targets.scatter(
             1, (item_seq_len - 1).unsqueeze(1), interaction[self.POS_ITEM_ID].unsqueeze(1)
@@ -241,19 +244,22 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         return self.sampled_softmax(_cosine_form(hidden), targets[real], self._draw_negatives())
 
     def sampled_softmax(self, queries: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
-        """Mean loss of ``queries [T, d]`` of length 1, with one of ``targets [T]`` each and all of ``negatives [R]``."""
+        """Mean loss of ``queries [T, d]`` of length 1.
+
+        Each query has one of ``targets [T]`` and all of ``negatives [R]``.
+        """
         items = _cosine_form(self.item_embedding(torch.cat([targets, negatives])))
         queries = queries / self.settings.temperature
         positive = (queries * items[: len(targets)]).sum(-1)
         others = queries @ items[len(targets) :].t()
-        # A finite number, so that the gradient is 0 and not NaN where no negative is left.
+        # A finite number, so that the gradient is 0 and not NaN if no negative is left.
         others = others.masked_fill(
             targets.unsqueeze(1) == negatives, torch.finfo(others.dtype).min
         )
         return F.softplus(torch.logsumexp(others, 1) - positive).mean()
 
     def predict(self, interaction: Any) -> Tensor:
-        """Scores of the rows' own items, ``[B]``."""
+        """Scores of one item for each row, ``[B]``."""
         items = _cosine_form(self.item_embedding(interaction[self.ITEM_ID]))
         return (self._query(interaction) * items).sum(-1)
 
@@ -263,7 +269,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         return torch.matmul(self._query(interaction), table.transpose(0, 1))
 
     def _query(self, interaction: Any) -> Tensor:
-        """The query after the last item of each row, scaled as ``score_scale`` says, ``[B, d]``."""
+        """The query at the last item of each row, scaled by ``score_scale``, ``[B, d]``."""
         hidden, real = self(
             interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], self._times(interaction)
         )
@@ -285,7 +291,7 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
         )
 
     def _time_buckets(self, times: Tensor) -> Tensor:
-        """Buckets of t_i − t_j, ``[B, L, L]``; those of the future mean nothing and are hidden later."""
+        """Buckets of t_i − t_j, ``[B, L, L]``; attention masks those with j in the future."""
         between = (times.unsqueeze(2) - times.unsqueeze(1)).clamp(min=1)
         return (between.log() / _LOG_SECONDS_PER_BUCKET).long().clamp(max=_TIME_BUCKETS - 1)
 
@@ -298,28 +304,27 @@ class HSTU(SequentialRecommender):  # type: ignore[misc]
 
 
 class HSTUDataset(SequenceDataset):
-    """RecBole's sequential data, with one training row per user: the one that holds all others.
+    """RecBole's sequential data with one training row per user, the longest.
 
-    RecBole makes a row of every prefix of a user's sequence, and HSTU learns from every position of
-    a row: with all rows, the early items would be learned from over and over. Rows for validation
-    and test stay.
+    RecBole makes a row of every prefix of a user's sequence, and HSTU learns from all positions of
+    a row. With all rows, it would learn from the early items again and again. The rows for
+    validation and test stay.
 
     Attributes:
-        training_pairs: ids of (users, items), ``[n]`` each, of all training interactions, each pair
-            once, in ascending order; the rows that are left hold the last MAX_ITEM_LIST_LENGTH
-            items only. Set by :meth:`build`.
+        training_pairs: ids of users and items, ``[n]`` each, of all training interactions, each
+            pair once, in ascending order. (The remaining rows have only the last
+            MAX_ITEM_LIST_LENGTH items.) Set by :meth:`build`.
     """
 
     training_pairs: tuple[Tensor, Tensor]
 
     def build(self) -> list[Any]:
-        """RecBole's split; of the training rows, the longest of each user (the last of them, if several are)."""
+        """RecBole's split with the longest training row of each user (the last of several)."""
         train, *others = super().build()
         rows = train.inter_feat
         users, lengths = rows[self.uid_field], rows[self.item_list_length_field]
-        order = torch.from_numpy(
-            np.lexsort((lengths.numpy(), users.numpy()))
-        )  # stable: ties stay as they are
+        # lexsort is stable: rows of equal length keep their order.
+        order = torch.from_numpy(np.lexsort((lengths.numpy(), users.numpy())))
         users, items = users[order], rows[self.iid_field][order]
         lists = rows[self.iid_field + self.config["LIST_SUFFIX"]][order]
         last = torch.ones(len(users), dtype=torch.bool)
@@ -334,9 +339,8 @@ class HSTUDataset(SequenceDataset):
 def _distinct_pairs(
     users: Tensor, items: Tensor, lists: Tensor, last: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The distinct pairs in rows that are sorted by user and length: of users and targets, and of users and lists."""
-    # What the row before lists at the same place, or one later, is known from there; that is nearly
-    # all.
+    """The distinct pairs of a user and an item, target or listed, in rows by user and length."""
+    # Most items are left out here: they are in the row before, at the same position or the next.
     new = lists != 0
     same_user = ~last[:-1].unsqueeze(1)
     new[1:] &= ~(same_user & (lists[1:] == lists[:-1]))

@@ -1,4 +1,4 @@
-"""Watching a model compute products of contexts and an item table, without a line about the model."""
+"""Records the products of user rows and an item table that a model computes, for any model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# (left operand, right one transposed, result; None of a product that was stopped at).
+# (left operand, transposed right operand, result). The result is None for a product that was not
+# computed, because the recorder stopped there.
 Product = tuple[Tensor, Tensor, Tensor | None]
 
 _PRODUCTS = {
@@ -22,20 +23,21 @@ _PRODUCTS = {
 
 
 class Enough(Exception):
-    """Both operands are known: the product itself need not be computed."""
+    """Stops a model: both operands are known, and the product itself is not needed."""
 
 
 class ProductRecorder(TorchFunctionMode):
-    """Watches for products ``[n_contexts, d] × [d, n_items]``.
+    """Records products of the shape ``[n_contexts, d] × [d, n_items]``.
 
     Args:
-        n_contexts: rows of the left operand.
-        n_items: columns of the right one.
-        stop_at: when so many were met, stop with :class:`Enough` before the last one is computed.
+        n_contexts: rows of the left operand: users, or rows of sequences.
+        n_items: columns of the right operand.
+        stop_at: stop with :class:`Enough` at this product, counted from 1, before it is computed;
+            ``None``: do not stop.
 
     Attributes:
-        products: (left, right transposed, result) of each, in order; of the one stopped at without
-            a result.
+        products: (left operand, transposed right operand, result) of each product, in order; the
+            result is ``None`` for the product at which the recorder stopped.
     """
 
     def __init__(self, n_contexts: int, n_items: int, stop_at: int | None = None) -> None:
@@ -50,7 +52,7 @@ class ProductRecorder(TorchFunctionMode):
             left, right = args[0], args[1]
             if func is torch.nn.functional.linear:
                 right = right.t()
-            # What a bias adds would be missing from the operands.
+            # The operands alone would lack the bias.
             biased = len(args) > 2 and args[2] is not None
             if (
                 not biased
@@ -67,7 +69,10 @@ class ProductRecorder(TorchFunctionMode):
 
 
 def same_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether these are the same numbers in the same places: a square table and its transpose are not."""
+    """Whether two tensors share their memory, in the same layout.
+
+    A square table and its transpose do not.
+    """
     return (
         one.data_ptr() == other.data_ptr()
         and one.shape == other.shape

@@ -1,7 +1,6 @@
-"""VBPR: matrix factorisation in which items are also described by given vectors, of text or images.
+"""VBPR: matrix factorisation with item features, which are vectors of texts or images.
 
-Paper: He and McAuley, "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback", AAAI
-    2016.
+He and McAuley, "VBPR: Visual Bayesian Personalized Ranking from Implicit Feedback", AAAI 2016.
 """
 
 from __future__ import annotations
@@ -21,17 +20,16 @@ from recbole_rcekd.core.errors import SettingsError
 
 
 class VBPR(GeneralRecommender):  # type: ignore[misc]
-    """Scores of free factors, of factors made from given features, and of what features say of popularity.
+    """Matrix factorisation whose item factors and biases are partly computed from features.
 
     ``score(u, i) = γ_u · γ_i + θ_u · (E f_i) + β_i + β' · f_i`` (equations 4 and 7 of the paper).
-    Its global offset and the bias of a user are left out: they change neither a ranking nor the BPR
+    The paper's global offset and user bias are left out: they change neither a ranking nor the BPR
     loss.
 
     ``f_i`` is the concatenation of the item's vectors, one for each name in ``item_features``,
-    prepared by
-    :func:`prepare_features`. The prepared vectors are part of the checkpoint, though they could be
-    read again: what a teacher says then hangs on its checkpoint alone, and so does the key of the
-    teacher-score cache.
+    prepared by :func:`prepare_features`. The prepared vectors are saved in the checkpoint, although
+    they could be read again. So the scores of a teacher, and the key of their cache, depend on its
+    checkpoint alone.
 
     Args:
         config: RecBole's Config; ``properties/model/VBPR.yaml`` documents the keys. Weight decay is
@@ -39,8 +37,8 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
         dataset: RecBole's dataset, with the vectors preloaded.
 
     Raises:
-        SettingsError: ``item_features`` names no vectors, or vectors that are not there, or not by
-            item, or not finite.
+        SettingsError: ``item_features`` names no vectors, or the vectors are not loaded, belong to
+            no item id, or are not finite.
     """
 
     input_type = InputType.PAIRWISE
@@ -66,7 +64,7 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
         return torch.cat((gamma, self.user_taste(users), gamma.new_ones(len(users), 1)), dim=1)
 
     def item_rows(self, items: Tensor | None = None) -> Tensor:
-        """``[γ_i, E f_i, β_i + β' · f_i]`` of ``items [n]``, or of all: ``[n, d]``."""
+        """``[γ_i, E f_i, β_i + β' · f_i]`` of ``items [n]``, or of all items: ``[n, d]``."""
         if items is None:
             gamma, features, bias = self.item_embedding.weight, self.features, self.item_bias.weight
         else:
@@ -80,9 +78,9 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
         )
 
     def calculate_loss(self, interaction: Any) -> Tensor:
-        """RecBole's BPR loss, ``−mean log σ(score(u, i) − score(u, j))``, of a batch."""
+        """RecBole's BPR loss of a batch, ``−mean log σ(score(u, i) − score(u, j))``."""
         users = self.user_rows(interaction[self.USER_ID])
-        # Features are long, and a batch names popular items many times: each is projected once.
+        # Features are long, and a batch has popular items many times: each item is projected once.
         pair = torch.cat((interaction[self.ITEM_ID], interaction[self.NEG_ITEM_ID]))
         items, place = torch.unique(pair, return_inverse=True)
         positive, negative = self.item_rows(items)[place].chunk(2)
@@ -96,18 +94,21 @@ class VBPR(GeneralRecommender):  # type: ignore[misc]
         ).sum(1)
 
     def full_sort_predict(self, interaction: Any) -> Tensor:
-        """Scores of all items: ``[n, n_items]``, one product of two tables (see :mod:`recbole_rcekd.models.scorer`)."""
+        """Scores of all items ``[n, n_items]``, as one product of two tables.
+
+        :mod:`recbole_rcekd.models.scorer` makes use of that.
+        """
         return torch.matmul(
             self.user_rows(interaction[self.USER_ID]), self.item_rows().transpose(0, 1)
         )
 
 
 def prepare_features(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Centre the vectors on the mean over the items that have one, and scale each to length 1.
+    """Subtract the mean vector of the items that have one, and scale each vector to length 1.
 
-    Encoders give all their vectors a large part in common, which says nothing of one item; and
-    vectors of several encoders come in several scales. An item without a vector (a row of zeros)
-    keeps the zeros: it is as the mean.
+    All vectors of an encoder have a large part in common, which does not distinguish items; and the
+    vectors of several encoders differ in scale. An item without a vector (a row of zeros) keeps the
+    zeros, which are now the mean.
 
     Args:
         vectors: ``[n_items, n]``, row 0 the padding item.
@@ -125,7 +126,7 @@ def prepare_features(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class VBPRDataset(Dataset):  # type: ignore[misc]
-    """RecBole's dataset, that says what is wrong with ``item_features`` before RecBole stumbles over it."""
+    """RecBole's dataset, which checks ``item_features`` before RecBole fails on them."""
 
     def _init_alias(self) -> None:
         super()._init_alias()
@@ -133,7 +134,7 @@ class VBPRDataset(Dataset):  # type: ignore[misc]
 
 
 def _id_fields(config: Any, dataset: Any) -> dict[str, str]:
-    """Name of the vectors → the field of item tokens beside them, which RecBole files them under."""
+    """For each name of vectors the field of item tokens under which RecBole keeps them."""
     names = config["item_features"]
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, (list, tuple)) or not names:
@@ -167,7 +168,10 @@ def _no_numbers(name: str) -> SettingsError:
 
 
 def _read_features(config: Any, dataset: Any) -> np.ndarray[Any, Any]:
-    """The prepared vectors of every item id side by side, from RecBole's preloaded weights: ``[n_items, n]``."""
+    """The prepared vectors of all items, concatenated, from RecBole's preloaded weights.
+
+    ``[n_items, n]``.
+    """
     parts = []
     for name, id_field in _id_fields(config, dataset).items():
         vectors = dataset.get_preload_weight(id_field)

@@ -1,6 +1,6 @@
-"""Who teaches: one protocol, :class:`~recbole_rcekd.teachers.base.Teacher`, and its kinds.
+"""Teachers: one interface, :class:`~recbole_rcekd.teachers.base.Teacher`, and its kinds.
 
-A kind of teacher is one class and one line in a table (:mod:`~recbole_rcekd.teachers.load`): a
-RecBole checkpoint, a file of scores, several of these, scores in memory, nobody. Nothing outside
-this room asks what kind a teacher is.
+A teacher is a RecBole checkpoint, a file of scores, several of these, scores in memory, or no
+teacher at all. Each kind is one class, and a kind that ``--teacher`` can name is one line in a
+table (:mod:`~recbole_rcekd.teachers.load`). Other packages never ask what kind a teacher is.
 """

@@ -1,4 +1,4 @@
-"""The teacher, as one protocol: what every kind of teacher can be asked."""
+"""The interface of all teachers."""
 
 from __future__ import annotations
 
@@ -22,26 +22,29 @@ from recbole_rcekd.teachers.score_cache import open_teacher_scores
 
 
 class Teacher(ABC):
-    """Who teaches a student: frozen, and asked in the student's ids (0 is padding).
+    """The teacher of a student: frozen, and used with the student's ids (0 is padding).
 
-    A kind of teacher is a subclass. :meth:`score_all` and :attr:`fingerprint` are what it must
-    say; all else has an answer that fits a teacher who scores users. One that ``--teacher`` can
-    name also has :meth:`recognises` and :meth:`load`, and a line in
+    Each kind of teacher is a subclass. It must have :meth:`score_all` and :attr:`fingerprint`; all
+    other members have defaults for a teacher that scores users. A kind that ``--teacher`` can name
+    also has :meth:`recognises` and :meth:`load`, and a line in
     :data:`~recbole_rcekd.teachers.load.TEACHERS`.
 
     Args:
         student_dataset: the student's training dataset.
-        name: for tables and messages.
-        source: what named it: a file, as a rule; several with commas between.
+        name: the teacher's name in tables and messages.
+        source: where the teacher comes from: usually a file, or several, separated by commas.
 
     Attributes:
-        device: where scores are wanted: the student's.
-        n_items: size of the student's catalogue, padding included.
-        for_rows: the student is sequential: it learns rows, a sequence and its next item each.
-        scores_rows: this teacher scores such rows, and not users.
-        scores_users: its factors have a vector for each user.
-        config: RecBole's Config of the model behind it; ``None``: there is no such model.
-        trust: its files may hold more than RecBole puts there.
+        student_dataset: the student's training dataset.
+        name: the teacher's name in tables and messages.
+        source: where the teacher comes from.
+        device: the device of the scores, which is the student's.
+        n_items: how many items the student has, padding included.
+        for_rows: the student is sequential. It learns rows: a sequence and its next item each.
+        scores_rows: the teacher scores such rows, not users.
+        scores_users: the teacher's factors (:meth:`factors`) have an embedding for each user.
+        config: the RecBole Config of the teacher's model; ``None`` if there is no such model.
+        trust: the teacher's files may contain pickled objects that are not RecBole's.
     """
 
     scores_rows: bool = False
@@ -56,54 +59,57 @@ class Teacher(ABC):
         self.n_items = int(student_dataset.item_num)
         self.for_rows = is_sequential(student_dataset)
 
-    # -- how ``--teacher`` finds it ----------------------------------------------------------------
+    # -- opened by ``--teacher`` -------------------------------------------------------------------
 
     @classmethod
     def recognises(cls, source: str) -> bool:
-        """Whether a name that was given to ``--teacher`` is one of this kind, by the name alone."""
+        """Whether ``source``, a value of ``--teacher``, names a teacher of this kind.
+
+        Only the name is looked at, not the file.
+        """
         return False
 
     @classmethod
     def is_there(cls, source: str) -> bool:
-        """Whether what the name stands for exists: a file, unless the kind says otherwise."""
+        """Whether the teacher that ``source`` names exists; by default, whether the file does."""
         return os.path.exists(source)
 
     @classmethod
     def load(
         cls, source: str, student_dataset: Any, settings: TeacherSettings, trust: bool
     ) -> Teacher:
-        """Open what the name stands for.
+        """Open the teacher that ``source`` names.
 
         Args:
             source: a name that :meth:`recognises` accepted.
             student_dataset: the student's training dataset.
             settings: the keys ``teacher_…`` of the command.
-            trust: ``teacher_trust``.
+            trust: the key ``teacher_trust``.
 
         Raises:
-            TeacherError: it cannot teach this student.
+            TeacherError: the teacher cannot teach this student.
         """
         raise TeacherError(f"A {cls.__name__} cannot be opened by a name, here {source!r}.")
 
-    # -- what it must say --------------------------------------------------------------------------
+    # -- required of every kind --------------------------------------------------------------------
 
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash of all that decides the scores; scores kept on disk are found again by it."""
+        """A hash of everything that the scores depend on; it names the scores kept on disk."""
 
     @abstractmethod
     def score_all(self, contexts: Tensor) -> Tensor:
-        """Scores ``[n, n_items]`` of every item for users ``[n]`` (rows if ``scores_rows``).
+        """Scores ``[n, n_items]`` of all items for users ``[n]`` (rows if ``scores_rows``).
 
-        float32, a higher score is better; the padding item's column is −inf.
+        float32; a higher score is better. The column of the padding item is −inf.
         """
 
-    # -- whom it speaks of -------------------------------------------------------------------------
+    # -- the users (or rows) -----------------------------------------------------------------------
 
     @property
     def n_contexts(self) -> int:
-        """How many users it scores, padding included; of ``scores_rows`` how many rows."""
+        """How many users the teacher scores, padding included; how many rows if ``scores_rows``."""
         return len(self.student_dataset) if self.scores_rows else int(self.student_dataset.user_num)
 
     @cached_property
@@ -113,19 +119,22 @@ class Teacher(ABC):
 
     @cached_property
     def seen(self) -> Seen:
-        """What lists of unseen items leave out, for each user; of rows nothing."""
+        """The items that top-K lists of unseen items leave out, for each user; none for rows."""
         return Seen.nothing(self.n_contexts, self.n_items) if self.scores_rows else self.taken
 
     def user_tokens(self, contexts: Tensor) -> list[str]:
-        """The names of users in the student's data, for messages; of rows those of their users."""
+        """The tokens of users in the student's data, for messages; of rows those of their users."""
         data = self.student_dataset
         users = data.inter_feat[data.uid_field][contexts] if self.scores_rows else contexts
         return [str(data.field2id_token[data.uid_field][int(i)]) for i in users]
 
     def require_data(self, dataset: Any) -> None:
-        """Refuse a training on other data than those that the teacher was loaded with.
+        """Refuse training data other than those that the teacher was loaded with.
 
-        Its lists of unseen items leave these out.
+        The teacher's top-K lists of unseen items leave out the training interactions.
+
+        Args:
+            dataset: the dataset of the training.
 
         Raises:
             TeacherError: the training interactions differ.
@@ -137,58 +146,58 @@ class Teacher(ABC):
                 "the test set: give load_teacher the train_data that fit gets."
             )
 
-    # -- what it says ------------------------------------------------------------------------------
+    # -- scores ------------------------------------------------------------------------------------
 
     def score_rows(self, rows: Any) -> Tensor:
-        """Scores ``[n, n_items]`` for rows of the student's data, of training or not.
+        """Scores ``[n, n_items]`` for rows of the student's data (training, validation or test).
 
-        A teacher that scores users is asked for the rows' users.
+        A teacher that scores users gives the scores of the rows' users.
         """
         return self.score_all(rows[self.student_dataset.uid_field])
 
     def listed_rows(self, rows: Any) -> Tensor:
-        """As :meth:`score_rows`, with −inf at items that the teacher does not list."""
+        """The result of :meth:`score_rows`, with −inf at items that the teacher does not list."""
         return self.score_rows(rows)
 
     def scores_and_listed(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`score_all`, and the same with −inf at items that the teacher does not list."""
+        """The result of :meth:`score_all`, and the same with −inf at items that are not listed."""
         scores = self.score_all(contexts)
         return scores, scores
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Tables ``[n_contexts, d]`` and ``[n_items, d]`` whose product the scores are, if any."""
+        """Tables ``[n_contexts, d]`` and ``[n_items, d]`` whose product is the scores, if any."""
         return None
 
     def open_scores(
         self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
     ) -> TeacherScores:
-        """All its scores, ready to be asked while a student trains; computed once, kept on disk.
+        """The teacher's scores for the training of a student; computed once and kept on disk.
 
         Args:
-            settings: ``kd_cache_dir`` and ``kd_cache_dtype``.
-            show_progress: a progress bar while scores are computed.
+            settings: ``kd_cache_dir`` and ``kd_cache_dtype`` are used.
+            show_progress: show a progress bar while scores are computed.
             ranks: this process among those that need the scores.
 
         Raises:
             TeacherError: scores are NaN or infinite; the message names users.
-            KDError: they do not fit on the disk.
+            KDError: the scores do not fit on the disk.
         """
         return open_teacher_scores(self, settings, show_progress, ranks)
 
-    def release(self) -> None:  # noqa: B027  (most have nothing to give)
-        """Give back memory that only computing scores needs."""
+    def release(self) -> None:  # noqa: B027  (optional)
+        """Free the memory that is only needed to compute scores."""
 
-    # -- what it is made of ------------------------------------------------------------------------
+    # -- parts, files and models -------------------------------------------------------------------
 
     @property
     def parts(self) -> Sequence[Teacher]:
-        """The teachers that it consists of: itself, unless it is several."""
+        """The teachers that this one consists of: itself, unless it is an ensemble."""
         return [self]
 
     def files(self) -> list[str]:
-        """The files that hold it."""
+        """The files of the teacher."""
         return [part.source for part in self.parts if part.source]
 
     def scorers(self) -> list[ModelScorer]:
-        """The models behind it, whose parameters and time count as its cost."""
+        """The teacher's models; reports count their parameters and the time to rank with them."""
         return []

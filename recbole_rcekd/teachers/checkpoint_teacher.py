@@ -1,4 +1,4 @@
-"""The teacher: a RecBole checkpoint rebuilt from its own Config, frozen, its ids translated to the student's."""
+"""A teacher from a RecBole checkpoint, rebuilt from the Config in it, with the student's ids."""
 
 from __future__ import annotations
 
@@ -30,13 +30,16 @@ from recbole_rcekd.data.fingerprint import (
     hash_value,
     split_hash,
 )
-from recbole_rcekd.models.scorer import EVALUATION_CACHES, ModelScorer, require_rankable
+from recbole_rcekd.models.model_calls import EVALUATION_CACHES
+from recbole_rcekd.models.probe import require_rankable
+from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.safe_load import read_checkpoint
 from recbole_rcekd.teachers.same_data import ids_in, require_same_interactions, teachers_data
 
 _SEQUENCES_AT_A_TIME = 1024
-# A Config may name other files to be unpickled; the weights come from the checkpoint alone.
+# Keys of a teacher's Config that would read or write other files. The weights come from the
+# checkpoint alone.
 _NEUTRAL = {
     "dataset_save_path": None,
     "dataloaders_save_path": None,
@@ -44,7 +47,7 @@ _NEUTRAL = {
     "save_dataloaders": False,
     "use_pretrain": False,  # NeuMF
 }
-# Likewise, while the model is built.
+# Keys of some models that would read other files, while the model is built.
 _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
     "ConvNCF": {"train_method": "no_pretrain"},
     "KD_DAGFM": {"phase": "teacher_training"},
@@ -52,33 +55,30 @@ _NEUTRAL_FOR: dict[str, dict[str, Any]] = {
     "RaCT": {"train_stage": "actor_pretrain"},
     "S3Rec": {"train_stage": "pretrain"},
 }
-# Of several processes, other draws made the weights, which have a hash of their own.
+# Keys that do not change the scores. (The number of processes changes the random draws of the
+# training, and so the weights, which are hashed themselves.)
 _UNIMPORTANT = MACHINE_KEYS | {"local_rank", "world_size"}
 
 
 class CheckpointTeacher(Teacher):
-    """A frozen model that is asked in the student's ids.
+    """A teacher from a RecBole checkpoint; :func:`read_teacher` opens one.
 
-    Made by :func:`read_teacher`.
+    If teacher and student are both sequential, it scores the student's rows. Otherwise it scores
+    users; a sequential teacher scores each user's whole training sequence.
 
     Args:
         checkpoint: what :func:`~recbole_rcekd.teachers.safe_load.read_checkpoint` returned.
         dataset: the teacher's training dataset.
         student_dataset: the student's training dataset.
-        device: where to score.
-        source: the file, for messages, and to read the weights again after :meth:`release`.
-        trust: how to read it.
+        device: the device to score on.
+        source: the file of the checkpoint. Messages name it, and after :meth:`release` it is read
+            again.
+        trust: allow pickled objects in the file that are not RecBole's.
 
     Attributes:
-        n_contexts: how many contexts it scores: users, or, for a sequential student, rows of the
-            training data.
-        student_dataset: as given.
-        for_rows: the student is sequential.
-        scores_rows: so is the teacher; it scores the student's rows. Otherwise it scores users: a
-            sequential one each with the whole training sequence.
-        taken: the training interactions of each user.
-        trust: as given.
-        seen: what lists of unseen items leave out, for each context.
+        contexts: the inputs of the teacher's model: users, or rows of sequences.
+        user_ids: for each of the student's users the id in the teacher's data; ``None``: the same.
+        item_ids: for each of the student's items the id in the teacher's data; ``None``: the same.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class CheckpointTeacher(Teacher):
 
     @classmethod
     def recognises(cls, source: str) -> bool:
-        """Any name: a checkpoint is what no other kind knows."""
+        """Accept every name: a name that no other kind recognises is one of a checkpoint."""
         return True
 
     @classmethod
@@ -127,11 +127,14 @@ class CheckpointTeacher(Teacher):
 
     @cached_property
     def model(self) -> Any:
-        """The RecBole model in evaluation mode, without gradients; built on first use, so not at all on a cache hit."""
+        """The RecBole model, in evaluation mode and without gradients.
+
+        It is built on first use. If its scores are on disk, it is not built at all.
+        """
         self.config["device"] = self.device
-        # Building it draws random numbers, which must not shift the student's; and those that a
-        # checkpoint does not hold (weights of FwFM) must be drawn as they were in training, which
-        # RecBole seeds so, too.
+        # Building a model draws random numbers, which must not shift the student's. The seed is the
+        # one that RecBole trained with, because a checkpoint does not hold all weights that are
+        # drawn (those of FwFM, for example).
         with preserved_random_state():
             init_seed(self.config["seed"], self.config["reproducibility"])
             model = self._build()
@@ -170,7 +173,10 @@ class CheckpointTeacher(Teacher):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that decides the scores: weights, settings, id maps, training interactions."""
+        """A hash of everything that the scores depend on.
+
+        These are weights, settings, the translation of ids, features and training interactions.
+        """
         digest = hashlib.sha256()
         settings = self.config.final_config_dict
         for key in sorted(settings):
@@ -189,7 +195,10 @@ class CheckpointTeacher(Teacher):
         return digest.hexdigest()[:32]
 
     def release(self) -> None:
-        """Give the memory of weights and model back; the file is read again if they are needed after all."""
+        """Free the memory of weights and model.
+
+        If they are needed again, the file is read again.
+        """
         self._checkpoint = None
         for cached in ("model", "scorer"):
             vars(self).pop(cached, None)
@@ -200,11 +209,11 @@ class CheckpointTeacher(Teacher):
         return self._checkpoint
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The two tables ``[n_contexts, d]``, ``[n_items, d]`` in the student's ids; ``None`` if scores are no product."""
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`; in the order of the student's ids."""
         if self.scorer.kind != "product":
             return None
-        # Sequences go through the model some at a time; a graph model propagates once for all
-        # users.
+        # Sequences go through the model in blocks; for users one call is better, since a graph
+        # model propagates in each call.
         size = _SEQUENCES_AT_A_TIME if is_sequential(self._dataset) else self.n_contexts
         with preserved_random_state(), self.scorer.evaluating():
             parts = [
@@ -212,25 +221,22 @@ class CheckpointTeacher(Teacher):
                 for block in torch.split(torch.arange(self.n_contexts), size)
             ]
         rows, table = torch.cat([part[0].float() for part in parts]), parts[0][1].float()
-        return rows, table.clone() if self.item_ids is None else table[
-            self.item_ids.to(self.device)
-        ]
+        return rows, (
+            table.clone() if self.item_ids is None else table[self.item_ids.to(self.device)]
+        )
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """Scores ``[n, n_items]`` of every item in the student's ids, −inf at the padding item."""
+        """Scores ``[n, n_items]`` of all items in the student's ids; −inf at the padding item."""
         if not self.scores_rows:
-            contexts = contexts.clamp(
-                min=1
-            )  # RippleNet has no place for the padding user, whose scores mean nothing
+            # RippleNet has no row for the padding user. The scores of that user mean nothing, so
+            # those of another user are as good.
+            contexts = contexts.clamp(min=1)
         # MacridVAE and ADMMSLIM, for example, draw noise in evaluation too.
         with preserved_random_state(), self.scorer.evaluating():
             return self._in_student_ids(self.scorer.score_all(contexts))
 
     def score_rows(self, rows: Any) -> Tensor:
-        """Scores ``[n, n_items]`` of every item for rows of the student's data (training or not), as ``score_all``.
-
-        A teacher that scores users is asked for the rows' users.
-        """
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
         if not isinstance(self.contexts, (Rows, TranslatedRows)):
             return self.score_all(rows[self.student_dataset.uid_field])
         rows = self.contexts.translated(rows)
@@ -245,7 +251,7 @@ class CheckpointTeacher(Teacher):
         )
 
     def scorers(self) -> list[ModelScorer]:
-        """Its model."""
+        """The scorer of the teacher's model."""
         return [self.scorer]
 
 
@@ -253,22 +259,23 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
     """Open a RecBole checkpoint as the teacher of a student.
 
     Args:
-        checkpoint: path of a checkpoint that RecBole's trainer wrote; its own Config is used, never
+        checkpoint: path of a checkpoint that RecBole's trainer wrote. The Config in it is used, not
             the command line.
         train_data: the student's training data, as ``data_preparation`` returned it (or its
             dataset).
-        trust: allow pickled content beyond RecBole's own (see
+        trust: allow pickled objects that are not RecBole's (see
             :mod:`recbole_rcekd.teachers.safe_load`).
 
     Returns:
-        The teacher: frozen, in evaluation mode, answering in the student's ids.
+        The teacher: frozen, in evaluation mode, with the student's ids.
 
     Raises:
         TeacherError: the file is not usable, or the teacher learned from other interactions than
             the student will.
 
     Example:
-        >>> teacher = read_teacher("saved/BPR-Nov-24-2026_11-29-00.pth", train_data)  # doctest: +SKIP
+        >>> file = "saved/BPR-Nov-24-2026_11-29-00.pth"
+        >>> teacher = read_teacher(file, train_data)  # doctest: +SKIP
     """
     student_dataset = getattr(train_data, "_dataset", train_data)
     student_config = student_dataset.config
@@ -297,15 +304,15 @@ def read_teacher(checkpoint: str | Path, train_data: Any, trust: bool = False) -
 
 
 def own_config(content: dict[str, Any], source: Any) -> Any:
-    """The Config in a checkpoint, such that it names no other files and no other processes.
+    """The Config in a checkpoint, changed so that it names no other files and no other processes.
 
     Args:
         content: what :func:`~recbole_rcekd.teachers.safe_load.read_checkpoint` returned.
         source: the file, for messages.
 
     Raises:
-        TeacherError: it is no Config, or of a model that this RecBole does not know.
-        ScoringError: of one that is trained outside of torch.
+        TeacherError: there is no Config, or its model is not one of the installed RecBole.
+        ScoringError: the model is not trained with torch.
     """
     config = content["config"]
     if not hasattr(config, "final_config_dict") or not config["model"]:
@@ -317,11 +324,11 @@ def own_config(content: dict[str, Any], source: Any) -> Any:
     try:
         model_class = get_model(config["model"])
         require_rankable(model_class)
-    except (ValueError, ImportError) as error:  # it looks among models that need lightgbm, too
+    except (ValueError, ImportError) as error:  # get_model may import lightgbm
         raise TeacherError(
             f"[{source}] holds a [{config['model']}], which this RecBole does not know."
         ) from error
-    # KD_DAGFM evaluates this setting as Python.
+    # KD_DAGFM evaluates the setting [teacher] as Python.
     if config["model"] == "KD_DAGFM" and not hasattr(
         sys.modules[model_class.__module__], str(config["teacher"])
     ):

@@ -1,22 +1,21 @@
-r"""Several teachers as one: their scores averaged on a common scale, or their ranks.
+r"""Several teachers as one: a mean of their scores on a common scale, or of their ranks.
 
-* ``standardised``: for each user and teacher, scores over the whole catalogue are brought to mean 0
-  and standard deviation 1, and then averaged with the teachers' weights. Two tables need no full
-  rows for that: with m and C the mean and the covariance of the item rows, the mean of
-  :math:`u\cdot v` over items is :math:`u\cdot m` and its variance
-  :math:`u^\top C u`, so that
+* ``standardised``: for each user and teacher, the scores of all items are shifted and scaled to
+  mean 0 and standard deviation 1, and then averaged with the teachers' weights. If the scores are a
+  product of two tables, no full rows are needed for that. With m and C the mean and the covariance
+  of the item rows, the mean of :math:`u\cdot v` over items is :math:`u\cdot m` and its variance is
+  :math:`u^\top C u`, so
 
   .. math:: \frac{u\cdot v - u\cdot m}{\sigma_u} = \frac{u}{\sigma_u} \cdot (v - m)
 
-  and an average of tables is two wider tables. Score files have their mean and deviation in closed
-  form too, unlisted items counted with the floor.
-* ``reciprocal_rank``: :math:`\sum_k w_k / (60 + \text{rank}_k)` over the teachers' best lists, 0
-  for what a list lacks. Source: Cormack, Clarke, Büttcher, Reciprocal Rank Fusion, SIGIR 2009. Such
-  scores are small (1/61 at most for one teacher of weight 1): losses that look at the order alone
-  (RRD) suit them.
+  and the average is again a product of two tables, which are wider. For score files, mean and
+  deviation have a closed form too; unlisted items have the floor as their score.
+* ``reciprocal_rank``: :math:`\sum_k w_k / (60 + \text{rank}_k)` over the teachers' top-K lists; a
+  list adds 0 for an item that is not in it. Source: Cormack, Clarke, Büttcher, Reciprocal Rank
+  Fusion, SIGIR 2009. Such scores are small (at most 1/61 for one teacher of weight 1), so they suit
+  losses that only use the order (RRD).
 
-In a standardised mean, a teacher that gives all items one score says nothing of that user, and adds
-0.
+In the standardised mean, a teacher that gives all items the same score adds 0 for that user.
 """
 
 from __future__ import annotations
@@ -37,12 +36,13 @@ from recbole_rcekd.core.store import Store
 from recbole_rcekd.core.types import Seen, TeacherScores
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.listed_scores import ListedScores
 from recbole_rcekd.teachers.rescale import SMALLEST_DEVIATION, moments, moved, scale_to
-from recbole_rcekd.teachers.score_cache import FactorScores, Scores, blocks, centred
-from recbole_rcekd.teachers.score_file import ListedScores
+from recbole_rcekd.teachers.score_tables import FactorScores, Scores, blocks, centred
 
 # Cormack et al. 2009: "k = 60 was fixed during a pilot investigation".
 _RANK_OFFSET = 60
+# The length of the top-K lists whose ranks are combined.
 _RANKED = 1000
 
 
@@ -56,23 +56,24 @@ def ensemble(
     device: torch.device | str = "cpu",
     of_rows: bool = False,
 ) -> TeacherScores:
-    """Several teachers as one.
+    """The scores of several teachers, combined.
 
     Args:
-        parts: the teachers' scores, all in the student's ids.
-        weights: of each part, at least 0; parts of weight 0 are not looked at.
-        how: ``teacher_ensemble``.
+        parts: the scores of each teacher, all in the student's ids.
+        weights: the weight of each teacher, at least 0; teachers of weight 0 are not used.
+        how: the key ``teacher_ensemble``.
         seen: the training interactions.
-        store: where best-of lists of the result are kept; its name should say what made all parts,
-            and the weights.
+        store: where the top-K lists of the result are kept. Its name should depend on all teachers
+            and their weights.
         ranks: this process among those that need the scores.
-        device: where the student is, and where ``reciprocal_rank`` keeps its lists.
-        of_rows: contexts are rows of sequences, from 0; users begin with padding.
+        device: the device of the student; ``reciprocal_rank`` keeps its scores there.
+        of_rows: the scores are for rows of sequences, numbered from 0, not for users, where 0 is
+            padding.
 
     Returns:
-        For ``standardised`` two tables if all parts are tables, lists if all parts are lists, and
-        otherwise
-        :class:`EnsembleScores`; for ``reciprocal_rank`` lists.
+        For ``standardised``: :class:`FactorScores` or :class:`ListedScores` if all parts are of
+        that class, and otherwise :class:`EnsembleScores`. For ``reciprocal_rank``:
+        :class:`ListedScores`.
     """
     counted = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight > 0]
     some, their = [part for part, _ in counted], [weight for _, weight in counted]
@@ -82,15 +83,15 @@ def ensemble(
 
 
 class TeacherEnsemble(Teacher):
-    """Several teachers as one.
+    """Several teachers of one student, combined into one.
 
     Args:
-        parts: the teachers, of one student.
-        weights: of each.
-        settings: how they are combined.
+        parts: the teachers.
+        weights: the weight of each teacher.
+        settings: ``teacher_ensemble`` says how they are combined.
 
     Raises:
-        TeacherError: some score the rows of a sequential student, and some its users.
+        TeacherError: some teachers score the rows of a sequential student, and some its users.
     """
 
     def __init__(
@@ -113,12 +114,12 @@ class TeacherEnsemble(Teacher):
 
     @property
     def parts(self) -> Sequence[Teacher]:
-        """The teachers."""
+        """The teachers of the ensemble."""
         return self._parts
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the parts, their weights and how they are combined."""
+        """A hash of the teachers, their weights and how they are combined."""
         made_by = ([part.fingerprint for part in self.parts], list(self.weights), self.how)
         return hashlib.sha256(repr(made_by).encode()).hexdigest()[:32]
 
@@ -128,7 +129,7 @@ class TeacherEnsemble(Teacher):
 
     def score_rows(self, rows: Any) -> Tensor:
         """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
-        # Reciprocal ranks rank what is listed, and nothing beyond it.
+        # Reciprocal ranks use listed items only.
         only_listed = self.how == "reciprocal_rank"
         scores = [p.listed_rows(rows) if only_listed else p.score_rows(rows) for p in self.parts]
         return combined_rows(scores, self.weights, self.how)
@@ -149,30 +150,32 @@ class TeacherEnsemble(Teacher):
     def open_scores(
         self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
     ) -> TeacherScores:
-        """The parts' scores, each as it keeps them, as one."""
+        """The scores of all teachers, combined; each teacher keeps its own on disk."""
         parts = [part.open_scores(settings, show_progress, ranks) for part in self.parts]
         store = Store(Path(settings.kd_cache_dir) / self.fingerprint)
-        # A rank asks for lists of the users that it owns, or, for the rows of its batches, of any.
+        # A rank needs the top-K lists of its own users; with a sequential student, of any row.
         owners = None if self.for_rows else ranks
         return ensemble(
             parts, self.weights, self.how, self.seen, store, owners, self.device, self.scores_rows
         )
 
     def scorers(self) -> list[ModelScorer]:
-        """The models of all parts."""
+        """The scorers of all teachers' models."""
         return [scorer for part in self.parts for scorer in part.scorers()]
 
 
 class EnsembleScores(Scores):
-    """A sum of teachers' scores, each moved and scaled per user; memory of the teachers, and two numbers per user.
+    """A sum of the scores of several teachers, each shifted and scaled for each user.
+
+    It needs the memory of the teachers' scores, and two numbers per user and teacher.
 
     Args:
-        parts: for each teacher its scores, a shift μ and a scale a, both ``[n_contexts]``: it adds
-            (score − μ)·a, and 0 where a is 0.
-        seen: the training interactions, for lists of unseen items.
-        store: where lists are kept between runs; ``None``: in memory only.
-        side: names the contexts in the store.
-        ranks: this process among those that share the lists out.
+        parts: for each teacher its scores, a shift μ and a scale a, both ``[n_contexts]``. The
+            teacher adds (score − μ)·a, and 0 where a is 0.
+        seen: the training interactions, for top-K lists of unseen items.
+        store: where top-K lists are kept between runs; ``None``: in memory only.
+        side: the name of the users' side in the store.
+        ranks: this process among those that share the work of the top-K lists.
         by_item: shifts and scales belong to the items, ``[n_items]``, as after :meth:`transposed`.
     """
 
@@ -197,18 +200,18 @@ class EnsembleScores(Scores):
 
     def score(self, contexts: Tensor, items: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        place = items if self._by_item else contexts.unsqueeze(1)
+        index = items if self._by_item else contexts.unsqueeze(1)
         terms = (
-            moved(part.score(contexts, items), shift[place], scale[place])
+            moved(part.score(contexts, items), shift[index], scale[index])
             for part, shift, scale in self._parts
         )
         return _sum(terms)
 
     def score_all(self, contexts: Tensor) -> Tensor:
         """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        place = slice(None) if self._by_item else contexts.unsqueeze(1)
+        index = slice(None) if self._by_item else contexts.unsqueeze(1)
         terms = (
-            moved(part.score_all(contexts), shift[place], scale[place])
+            moved(part.score_all(contexts), shift[index], scale[index])
             for part, shift, scale in self._parts
         )
         scores = _sum(terms)
@@ -216,7 +219,7 @@ class EnsembleScores(Scores):
         return scores
 
     def transposed(self) -> EnsembleScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; users are on the same scale as before."""
+        """See :class:`~recbole_rcekd.core.types.TeacherScores`; the scores stay the same."""
         parts = [(part.transposed(), shift, scale) for part, shift, scale in self._parts]
         side = f"by-{self._side}"
         return EnsembleScores(
@@ -231,7 +234,15 @@ def standardised(
     store: Store | None = None,
     ranks: Ranks | None = None,
 ) -> FactorScores | ListedScores | EnsembleScores:
-    """The weighted mean of standardised scores; see the head of this file and :func:`ensemble`."""
+    """The weighted mean of standardised scores; see the head of this file and :func:`ensemble`.
+
+    Args:
+        parts: the scores of each teacher.
+        weights: the weight of each teacher, above 0.
+        seen: the training interactions.
+        store: where the top-K lists of the result are kept.
+        ranks: this process among those that need the scores.
+    """
     shares = [weight / sum(weights) for weight in weights]
     tables = [
         (part, share)
@@ -268,9 +279,18 @@ def reciprocal_rank(
     device: torch.device | str = "cpu",
     of_rows: bool = False,
 ) -> ListedScores:
-    """Reciprocal rank fusion of the parts' best ``longest`` items, training items included.
+    """Reciprocal rank fusion of the teachers' top-K lists, with the training items in them.
 
-    What no list of a user has scores 0; a user of whom no part says anything has no list.
+    An item that no list of a user has scores 0. A user whom no teacher covers has no list.
+
+    Args:
+        parts: the scores of each teacher.
+        weights: the weight of each teacher.
+        seen: the training interactions.
+        longest: the length K of the lists.
+        ranks: this process among those that need the scores.
+        device: where the result is kept.
+        of_rows: the scores are for rows of sequences, numbered from 0, not for users.
     """
     ranks = ranks or Ranks()
     n_contexts, n_items = len(seen.starts) - 1, seen.n_ids
@@ -279,14 +299,14 @@ def reciprocal_rank(
     keys, scores = [], []
     for block in blocks(n_contexts, k * len(parts)):
         contexts = ranks.own(block if of_rows else block[block > 0]).to(device)
-        # Part after part, as all ranks must ask for lists in the same order.
+        # One teacher after the other: all ranks must ask for top-K lists in the same order.
         items = torch.cat([part.top_k(contexts, k, False) for part in parts], dim=1)
         given = torch.cat([weight * reward for weight in weights]).expand(items.shape)
         rows = contexts.unsqueeze(1).expand(items.shape)
         key, score = _added_up(rows[items > 0] * n_items + items[items > 0], given[items > 0])
         keys.append(key)
         scores.append(score)
-    # Each rank owns some of the users; the item side needs all of them.
+    # Each rank has some of the users; the item side needs all of them.
     every = ranks.gather((torch.cat(keys).cpu(), torch.cat(scores).float().cpu()))
     key, score = (torch.cat([pair[i] for pair in every]).to(device) for i in (0, 1))
     return ListedScores(
@@ -299,18 +319,22 @@ def combined_rows(
     weights: Sequence[float],
     how: Literal["standardised", "reciprocal_rank"],
 ) -> Tensor:
-    """Several teachers' full rows of scores as one, ``[n, n_items]``: what :func:`ensemble` says, of any contexts.
+    """The full rows of scores of several teachers, combined as by :func:`ensemble`.
 
     Args:
-        rows: of each teacher, ``[n, n_items]``; the padding item's column is not looked at.
-        weights: of each.
-        how: ``teacher_ensemble``.
+        rows: the scores of all items by each teacher, ``[n, n_items]`` each, for any n users or
+            rows. The column of the padding item is not used.
+        weights: the weight of each teacher.
+        how: the key ``teacher_ensemble``.
+
+    Returns:
+        ``[n, n_items]``.
     """
     total = torch.zeros_like(rows[0])
     for part, weight in zip(rows, weights, strict=True):
         scores = part[:, 1:].double()
         if how == "reciprocal_rank":
-            # Equal scores by ascending id, as score files list them.
+            # Equal scores are ranked by ascending id, as in ListedScores.
             best, items = (
                 each[:, :_RANKED] for each in scores.sort(dim=1, descending=True, stable=True)
             )
@@ -352,7 +376,11 @@ def _mean_of_tables(
 
 
 def _mean_of_lists(parts: Sequence[tuple[ListedScores, float]], seen: Seen) -> ListedScores:
-    """What any part lists; the floor is the mean of the parts' floors, and each part adds what lies above its own."""
+    """The standardised mean of listed scores, which lists all items that any part lists.
+
+    The floor is the mean of the parts' floors. A listed score of a part adds its distance from the
+    part's own floor.
+    """
     n_items = parts[0][0].n_items
     keys, above, floor = [], [], torch.zeros_like(parts[0][0].floor(), dtype=torch.float64)
     for part, share in parts:
@@ -376,5 +404,5 @@ def _sum(terms: Iterator[Tensor]) -> Tensor:
 
 def _added_up(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct keys, ascending, and the sum of the values of each."""
-    distinct, place = torch.unique(keys, return_inverse=True)
-    return distinct, values.new_zeros(len(distinct)).index_add_(0, place, values)
+    distinct, index = torch.unique(keys, return_inverse=True)
+    return distinct, values.new_zeros(len(distinct)).index_add_(0, index, values)

@@ -1,6 +1,6 @@
-"""Whatever ``--teacher`` names, or a pipeline hands over, as a teacher.
+"""Opens the teacher that ``--teacher`` names, or makes a teacher of what a trainer was given.
 
-:data:`TEACHERS` is the table of kinds that can be named. A kind of yours is one more line:
+:data:`TEACHERS` is the table of the kinds that can be named. A kind of your own is one more line:
 ``TEACHERS["mine"] = MyTeacher``.
 """
 
@@ -20,7 +20,8 @@ from recbole_rcekd.teachers.no_teacher import NoTeacher
 from recbole_rcekd.teachers.score_file import ScoreFileTeacher
 from recbole_rcekd.teachers.scores_in_memory import ScoresInMemory
 
-# The last one that recognises a name opens it; a checkpoint is what no other kind knows.
+# The last kind in the table that recognises a name opens it. CheckpointTeacher recognises every
+# name, so it is the first.
 TEACHERS: dict[str, type[Teacher]] = {
     "checkpoint": CheckpointTeacher,
     "score_file": ScoreFileTeacher,
@@ -37,21 +38,22 @@ def load_teacher(
 
     Args:
         source: path of a checkpoint that RecBole's trainer wrote, or of a file of scores
-            (:func:`~recbole_rcekd.teachers.score_file.read_scores`); or several, as a list or with
-            commas between.
+            (:func:`~recbole_rcekd.teachers.score_file.read_scores`); or several, as a list or
+            separated by commas.
         train_data: the student's training data, as ``data_preparation`` returned it (or its
             dataset).
-        trust: allow pickled content beyond RecBole's own (see
+        trust: allow pickled objects that are not RecBole's (see
             :mod:`recbole_rcekd.teachers.safe_load`).
-        settings: of score files, and of several teachers; default: those in the data's Config.
+        settings: the settings of score files and of several teachers; default: those in the Config
+            of the data.
 
     Returns:
-        The teacher, answering in the student's ids.
+        The teacher, with the student's ids.
 
     Raises:
         TeacherError: a file is not usable, or a teacher learned from other interactions than the
             student will.
-        SettingsError: there are not as many weights as teachers.
+        SettingsError: no teacher is named, or there are not as many weights as teachers.
 
     Example:
         >>> teacher = load_teacher("saved/BPR-teacher.pth", train_data)  # doctest: +SKIP
@@ -70,12 +72,15 @@ def load_teacher(
 
 
 def kind_of(source: str) -> type[Teacher]:
-    """The kind of teacher that a name stands for, by :data:`TEACHERS`."""
+    """The kind of teacher that ``source`` names, from :data:`TEACHERS`."""
     return next(kind for kind in reversed(TEACHERS.values()) if kind.recognises(source))
 
 
 def source_list(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """The teachers that ``--teacher`` names; what exists is one of them, commas or not."""
+    """The teachers that ``--teacher`` names, one name each.
+
+    A text is split at its commas, unless the whole text is the name of a teacher that exists.
+    """
     if isinstance(source, (str, os.PathLike)):
         whole = os.fspath(source)
         if kind_of(whole).is_there(whole):
@@ -85,10 +90,10 @@ def source_list(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def as_teacher(given: Teacher | TeacherScores | None, dataset: Any) -> Teacher:
-    """What a trainer was given, as a teacher.
+    """Make a teacher of what a trainer was given.
 
     Args:
-        given: a teacher, scores in the student's ids, or ``None``: nobody.
+        given: a teacher, scores in the student's ids, or ``None`` for no teacher.
         dataset: the student's training dataset.
     """
     if given is None:
@@ -97,10 +102,10 @@ def as_teacher(given: Teacher | TeacherScores | None, dataset: Any) -> Teacher:
 
 
 def require_no_name(given: Any) -> None:
-    """Refuse the name of a file where an opened teacher is wanted.
+    """Refuse the name of a file where an opened teacher is needed.
 
     Raises:
-        SettingsError: says how to open it.
+        SettingsError: ``given`` is the name of a file; the message says how to open it.
     """
     if isinstance(given, (str, os.PathLike)):
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""No teacher, for methods that learn without one: nothing is said of anybody."""
+"""A teacher without scores, for methods that learn without a teacher."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from recbole_rcekd.teachers.base import Teacher
 
 
 class NoScores(TeacherScores):
-    """Scores that say nothing: −inf everywhere, and empty lists.
+    """The scores of a teacher that covers no user: −inf for all items, and empty top-K lists.
 
     Args:
-        n_contexts: padding included.
-        n_items: padding included.
-        device: where the student is.
+        n_contexts: how many users (or rows of sequences) there are, padding included.
+        n_items: how many items there are, padding included.
+        device: the device of the student.
     """
 
     partial = True
@@ -46,7 +46,7 @@ class NoScores(TeacherScores):
 
 
 class NoTeacher(Teacher):
-    """A teacher that says nothing.
+    """A teacher that covers no user.
 
     Args:
         student_dataset: the student's training dataset.
@@ -60,11 +60,11 @@ class NoTeacher(Teacher):
         self.scores_rows = self.for_rows
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """−inf for every item."""
+        """−inf for all items."""
         return self.open_scores(KDSettings()).score_all(contexts)
 
     def open_scores(
         self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
     ) -> TeacherScores:
-        """Scores that say nothing; nothing is kept on disk."""
+        """:class:`NoScores`; nothing is kept on disk."""
         return NoScores(self.n_contexts, self.n_items, self.device)

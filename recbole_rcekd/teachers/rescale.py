@@ -8,21 +8,24 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.core.types import TeacherScores
-from recbole_rcekd.teachers.score_cache import blocks
+from recbole_rcekd.teachers.score_tables import blocks
 
-# Scores that differ by less, relative to their size, are one number in float32.
+# Scores with a smaller relative deviation are all the same number in float32.
 SMALLEST_DEVIATION = 1e-7
 
 
 class RescaledScores(TeacherScores):
-    """A teacher's scores, moved and scaled per context: (score − μ)·a, and −inf as before. Its lists are the teacher's own.
+    """A teacher's scores, shifted and scaled for each user: (score − μ)·a.
 
-    Also :meth:`transposed`, where μ and a belong to what is listed and would move ranks.
+    Scores of −inf stay −inf. The top-K lists are the teacher's own. (After :meth:`transposed`, μ
+    and a belong to the items in a list. They would change the order, but the lists stay the
+    teacher's own there too.)
 
     Args:
-        scores: of the teacher.
-        shift: μ, ``[n_contexts]``.
-        scale: a, above 0, or 0 for contexts whose scores are all the same, ``[n_contexts]``.
+        scores: the teacher's scores.
+        shift: μ for each user (or row), ``[n_contexts]``.
+        scale: a for each user (or row), ``[n_contexts]``; above 0, or 0 for users whose scores are
+            all the same.
         by_item: shifts and scales belong to the items, as after :meth:`transposed`.
     """
 
@@ -46,8 +49,8 @@ class RescaledScores(TeacherScores):
             self._scores.score_all(contexts), slice(None) if self._by_item else contexts[:, None]
         )
 
-    def _rescaled(self, scores: Tensor, place: Tensor | slice) -> Tensor:
-        shifted = moved(scores, self._shift[place], self._scale[place])
+    def _rescaled(self, scores: Tensor, index: Tensor | slice) -> Tensor:
+        shifted = moved(scores, self._shift[index], self._scale[index])
         return shifted.masked_fill(scores == -torch.inf, -torch.inf)
 
     def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
@@ -55,7 +58,7 @@ class RescaledScores(TeacherScores):
         return self._scores.top_k(contexts, k, unseen)
 
     def transposed(self) -> RescaledScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; contexts are on the same scale as before."""
+        """See :class:`~recbole_rcekd.core.types.TeacherScores`; the scores stay the same."""
         return RescaledScores(
             self._scores.transposed(), self._shift, self._scale, not self._by_item
         )
@@ -67,13 +70,15 @@ def rescaled(
     temperature: float,
     device: torch.device | str = "cpu",
 ) -> TeacherScores:
-    """The same ranking on another scale: standardised per context or not, then divided by ``temperature``.
+    """The same ranking on another scale.
+
+    The scores are standardised for each user, if ``how`` says so, and divided by ``temperature``.
 
     Args:
-        scores: of the teacher.
-        how: ``kd_teacher_scores``.
-        temperature: ``kd_teacher_temperature``.
-        device: where the scores are.
+        scores: the teacher's scores.
+        how: the key ``kd_teacher_scores``.
+        temperature: the key ``kd_teacher_temperature``.
+        device: the device of the scores.
     """
     if how == "standardised":
         mean, deviation = moments(scores, device)
@@ -87,10 +92,14 @@ def rescaled(
 
 
 def moments(part: TeacherScores, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each user's scores over the catalogue, ``[n_contexts]``, float64.
+    """Mean and standard deviation of each user's scores of all items, ``[n_contexts]``, float64.
 
-    The deviation is 0 where the scores are all one number, as far as float32 can tell, or where
-    there are none (the mean is then −inf).
+    The deviation is 0 for a user whose scores are all the same, as far as float32 can tell. It is
+    also 0 for a user whom the teacher does not cover; the mean is −inf then.
+
+    Args:
+        part: the scores of one teacher.
+        device: the device of the scores.
     """
     known = part.moments()
     if known is None:
@@ -106,10 +115,10 @@ def moments(part: TeacherScores, device: torch.device | str = "cpu") -> tuple[Te
 
 
 def scale_to(deviation: Tensor, share: float) -> Tensor:
-    """What brings scores to a deviation of ``share``; 0 where they are all the same."""
+    """The factor that scales scores to a deviation of ``share``; 0 where they are all the same."""
     return (share / deviation).masked_fill(deviation == 0, 0.0)
 
 
 def moved(scores: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(score − shift) · scale; 0, and never NaN, where the scale is 0: there, a score may be −inf."""
+    """(score − shift) · scale; where the scale is 0 the result is 0, also for a score of −inf."""
     return ((scores - shift) * scale).masked_fill(scale == 0, 0.0)

@@ -1,9 +1,9 @@
-"""Reading RecBole checkpoints without running what a stranger put into them.
+"""Reads RecBole checkpoints without running code that somebody put into the file.
 
-RecBole pickles its Config, so ``torch.load(weights_only=True)`` rejects every checkpoint of it, and
-``weights_only=False`` runs any code that the file contains. The unpickler here builds only what
-RecBole's own files contain; classes that are merely mentioned (the model's, a yaml loader) come
-back as inert names.
+RecBole pickles its Config, so ``torch.load(weights_only=True)`` rejects each of its checkpoints,
+and ``weights_only=False`` runs any code that the file contains. The unpickler here only builds
+objects that RecBole's own files contain. Classes that a file only mentions (the model's class, a
+yaml loader) become names without content.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from recbole_rcekd.core.errors import TeacherError
 
 _NUMPY = ("numpy.core.multiarray", "numpy._core.multiarray")
 
-# (module, names) that may be built. Nothing here opens files, imports, or calls what it is given.
+# The names in each module that may be built. None of them opens files, imports modules or calls its
+# arguments.
 _BUILDABLE: dict[str, frozenset[str]] = {
     "recbole.utils.enum_type": frozenset(
         {
@@ -55,9 +56,9 @@ _BUILDABLE: dict[str, frozenset[str]] = {
     "_codecs": frozenset({"encode"}),
 }
 
-# Modules whose classes are only ever mentioned in a Config, or belong to a part of the model that
-# some models of features (SASRecF and DIN, for example) save whole, with the dataset in it: such a
-# part comes back as an inert thing.
+# Modules whose classes become names without content. A Config mentions some of them. Others belong
+# to a part of the model that some feature-based models (SASRecF and DIN, for example) save whole,
+# with the dataset in it.
 _MENTIONED = (
     "recbole.model.",
     "recbole_rcekd.models.",
@@ -69,18 +70,21 @@ _MENTIONED = (
 
 
 class _Refused(pickle.UnpicklingError):
-    """The file asks for something that is not on the allow-list."""
+    """The file needs something that is not on the allow-list."""
 
 
 class _Named(type):
-    """Metaclass of inert stand-ins: the name of a class, without the class."""
+    """Metaclass of the classes that stand for those a file mentions: a name without content."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise _Refused(f"the file tries to call {cls.__module__}.{cls.__qualname__}")
 
 
 class _EmptyConfig:
-    """A Config that is not constructed, but filled afterwards: its constructor passes strings to ``eval``."""
+    """Makes an empty Config, which the unpickler then fills.
+
+    Config's own constructor would pass strings to ``eval``.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
@@ -89,24 +93,28 @@ class _EmptyConfig:
 
 
 def _enum_member(cls: Any, name: str) -> Any:
-    """The only use of ``getattr`` in a checkpoint: some Python versions pickle enum members by name."""
+    """The member of an enum by its name, in place of ``getattr``.
+
+    Some Python versions pickle enum members with ``getattr``; checkpoints need it for nothing else.
+    """
     if not (isinstance(cls, type) and issubclass(cls, Enum) and name in cls.__members__):
         raise _Refused("the file looks up an attribute")
     return cls[name]
 
 
 def _no_logger(name: str = "") -> None:
-    """What a dataset's logger becomes."""
+    """``None`` in place of a dataset's logger."""
 
 
 class _AllowListUnpickler(pickle._Unpickler):
     def _load_build(self) -> None:
-        # It sets attributes; of a class they would be everybody's.
+        # This sets attributes of an object. Attributes of a class would change all its objects.
         if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
             raise _Refused("the file changes a class")
         pickle._Unpickler.dispatch[pickle.BUILD[0]](self)  # type: ignore[arg-type]
 
-    # In Python, not in C, for the sake of this entry; tensors are not read by it.
+    # The unpickler written in Python, not the one in C, is used because of this entry. Tensors are
+    # not read by it, so this costs little time.
     dispatch: ClassVar[dict[int, Any]] = {
         **pickle._Unpickler.dispatch,
         pickle.BUILD[0]: _load_build,
@@ -127,7 +135,7 @@ class _AllowListUnpickler(pickle._Unpickler):
 
 
 def _allow_list_module() -> ModuleType:
-    """What ``torch.load`` expects as ``pickle_module``."""
+    """A module that ``torch.load`` takes as ``pickle_module``."""
     module = ModuleType("recbole_rcekd_allow_list_pickle")
 
     def load(file: io.BufferedIOBase, **kwargs: Any) -> Any:
@@ -143,16 +151,15 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
 
     Args:
         path: a file written by RecBole's ``Trainer``.
-        trust: run whatever the file contains (``teacher_trust: True``); for files of your own
-            making only.
+        trust: run any code that the file contains (``teacher_trust: True``); only for files that
+            you made yourself.
 
     Returns:
-        RecBole's dict: ``config``, ``state_dict``, ``other_parameter``, …; without ``trust``, other
-        parameters that are parts of the model are left out: their weights are in the
-        ``state_dict``.
+        RecBole's dict: ``config``, ``state_dict``, ``other_parameter``, … Without ``trust``, parts
+        of the model are left out of ``other_parameter``; their weights are in the ``state_dict``.
 
     Raises:
-        TeacherError: there is no such file, it is damaged, not a RecBole checkpoint, or needs
+        TeacherError: there is no such file, or it is damaged, or no RecBole checkpoint, or it needs
             something that is not on the allow-list.
     """
     path = Path(path)
@@ -164,7 +171,7 @@ def read_checkpoint(path: str | Path, trust: bool = False) -> dict[str, Any]:
             "Names of files of scores end in .csv, .tsv, .parquet or .npz."
         )
     try:
-        # torch.load runs the code of such an archive, whatever the unpickler is.
+        # torch.load runs the code of a TorchScript archive, with any unpickler.
         if not trust and "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise _Refused("the file is a TorchScript program")
         content = torch.load(

@@ -1,8 +1,8 @@
-"""Whether a teacher learned from the interactions that its student will learn from.
+"""Checks that a teacher learned from the same interactions as its student will.
 
-A teacher is refused unless its *training interactions* are the student's. In RecBole the random
-seed is part of the split, so a teacher of another seed has most likely seen the student's test set,
-and its knowledge would leak.
+A teacher is refused unless its *training interactions* are the student's. In RecBole the split
+depends on the seed, so a teacher with another seed has most likely seen the student's test
+interactions, and the student would learn them from it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from recbole_rcekd.data.contexts import ids_of_tokens, is_sequential
 from recbole_rcekd.data.fingerprint import training_interactions
 from recbole_rcekd.data.sequence_dataset import create_dataset
 
-# What decides the training interactions, besides RecBole's dataset arguments.
+# The keys that the training interactions depend on, besides RecBole's dataset arguments.
 _SPLIT_KEYS = ("seed", "repeatable")
 
 
-# What decides how features are read, and is none of RecBole's dataset arguments.
+# The keys that reading features depends on, besides RecBole's dataset arguments.
 _FEATURE_KEYS = (
     *("numerical_features", "discretization", "kg_reverse_r"),
     *("entity_kg_num_interval", "relation_kg_num_interval"),
@@ -36,16 +36,20 @@ _FEATURE_KEYS = (
 
 
 def teachers_data(config: Any, student_dataset: Any) -> Any:
-    """The training dataset of a teacher: the student's where their settings are equal, or else its own, read and split again.
+    """The training dataset of a teacher.
+
+    If the settings of teacher and student are equal, this is the student's dataset. If not, the
+    teacher's data are read and split again.
 
     Args:
-        config: the teacher's; folders that are the student's now are written into it.
+        config: the teacher's Config. The student's folders of checkpoints and data are written into
+            it.
         student_dataset: the student's training dataset.
     """
     student_config = student_dataset.config
     config["checkpoint_dir"] = student_config["checkpoint_dir"]
-    # Equal settings of other files are another split; files that are gone must have been moved
-    # here.
+    # The same settings with other files give another split. If the teacher's files do not exist any
+    # more, they have been moved, and the student's are the same files.
     elsewhere = _are_other_files(config["data_path"], student_config["data_path"])
     if not elsewhere:
         config["data_path"] = student_config["data_path"]
@@ -55,9 +59,9 @@ def teachers_data(config: Any, student_dataset: Any) -> Any:
 
 
 def _same_split_by_settings(teacher: Any, student: Any) -> bool:
-    """Equal settings of data and split give equal interactions; then nothing has to be read again."""
+    """Whether the settings of data and split are equal, so that the interactions are too."""
     if _draws_negatives(student) and not _draws_negatives(teacher):
-        # The student's loader names more columns, which a model of features would take for its own
+        # The student's loader has more columns, which a feature-based teacher would read too.
         return False
     keys = [*dataset_arguments, *_FEATURE_KEYS]
     ready_split = teacher["benchmark_filename"] is not None
@@ -76,12 +80,15 @@ def _are_other_files(own: str, students: str) -> bool:
 
 
 def _draws_negatives(config: Any) -> bool:
-    """Whether each row is loaded with the columns of a negative beside it."""
+    """Whether the loader adds the columns of a negative item to each row."""
     return bool(config["MODEL_INPUT_TYPE"] == InputType.PAIRWISE)
 
 
 def _dataset_class(config: Any) -> tuple[str, ...]:
-    """What RecBole chooses the Dataset class by: the id maps and rows of knowledge-aware and sequential ones differ."""
+    """The values by which RecBole chooses the Dataset class.
+
+    The ids and rows of the classes for knowledge-aware and sequential models differ from others.
+    """
     own = f"{config['model']}Dataset"
     own = own if hasattr(recbole.data.dataset, own) else ""
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
@@ -90,7 +97,7 @@ def _dataset_class(config: Any) -> tuple[str, ...]:
 
 
 def _rebuilt(config: Any) -> Any:
-    """The teacher's own training interactions, split exactly as in its own run."""
+    """The teacher's own training dataset, split exactly as in its own run."""
     with preserved_random_state():
         init_seed(config["seed"], config["reproducibility"])
         built = create_dataset(config).build()
@@ -104,13 +111,14 @@ def require_same_interactions(
 
     Args:
         dataset: the teacher's training dataset.
-        student_dataset: the student's.
-        user_ids: of :func:`ids_in`.
-        item_ids: likewise.
+        student_dataset: the student's training dataset.
+        user_ids: the teacher's id of each of the student's users (:func:`ids_in`).
+        item_ids: the teacher's id of each of the student's items (:func:`ids_in`).
         source: the teacher's file, for messages.
 
     Raises:
-        TeacherError: says how many they have in common, and what to do.
+        TeacherError: the interactions differ. The message says how many are the same, and what to
+            do.
     """
     own, wanted = training_interactions(dataset), training_interactions(student_dataset)
     back_to_student = torch.zeros(int(dataset.user_num), dtype=torch.int64)
@@ -126,7 +134,10 @@ def require_same_interactions(
     )
     if torch.equal(translated.starts, wanted.starts) and torch.equal(translated.ids, wanted.ids):
         return
-    hint = "Train it with the same seed, split and filters (seed, eval_args, load_col, …_inter_num_interval, val_interval)"
+    hint = (
+        "Train it with the same seed, split and filters (seed, eval_args, load_col, "
+        "…_inter_num_interval, val_interval)"
+    )
     if is_sequential(dataset) != is_sequential(student_dataset):
         hint = (
             "RecBole splits the rows of sequential models, and the interactions of others: set "
@@ -148,16 +159,16 @@ def _keys(seen: Seen) -> np.ndarray[Any, Any]:
 
 
 def ids_in(student_dataset: Any, teacher_dataset: Any, field: str, source: str) -> Tensor:
-    """For each student id the teacher's id of the same token.
+    """For each of the student's ids the teacher's id of the same token.
 
     Args:
         student_dataset: the student's dataset.
-        teacher_dataset: the teacher's.
-        field: of users, or of items.
+        teacher_dataset: the teacher's dataset.
+        field: the id field of users or of items.
         source: the teacher's file, for messages.
 
     Raises:
-        TeacherError: the teacher lacks some.
+        TeacherError: the teacher's data lack some of the student's tokens.
     """
     tokens = student_dataset.field2id_token[field]
     ids = teacher_dataset.field2token_id[field]

@@ -1,23 +1,22 @@
-"""Teacher scores, computed once: two tables where the teacher is a product, a memory-mapped matrix where it is not.
+"""A teacher's scores, computed once and kept on disk.
 
-* :class:`FactorScores`: for BPR, LightGCN and all others whose scores are dot products. Exact,
-  small ((users + items) × d), any cell on demand.
-* :class:`DenseScores`: for the rest (NeuMF, auto-encoders, item-based models): users × items on
-  disk, mapped, so that memory grows with what is read at a time.
+* :class:`FactorScores` for BPR, LightGCN and all other models whose scores are dot products: two
+  tables. They are exact and small ((users + items) × d), and give the score of any pair.
+* :class:`DenseScores` for all other models (NeuMF, auto-encoders, item-based models): a matrix of
+  users × items on disk. It is memory-mapped, so that only the parts that are read take memory.
 
-:func:`open_teacher_scores` finds either on disk, under a name that hashes all that made it, or
-makes it. The teacher is not touched on a hit.
+:func:`open_teacher_scores` finds the scores on disk, in a folder named by the teacher's
+fingerprint, or computes them. The teacher's model is only built if they are not found.
 """
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from logging import getLogger
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,15 +25,15 @@ from tqdm import tqdm
 
 from recbole_rcekd.core.distributed import Ranks
 from recbole_rcekd.core.errors import KDError, TeacherError
-from recbole_rcekd.core.functional import full_precision, picked_products
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.store import Store
-from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, ProductRanking, Ranking, RowRanking
-from recbole_rcekd.core.types import Seen, TeacherScores
+from recbole_rcekd.core.top_k import CELLS_AT_A_TIME
+from recbole_rcekd.core.types import Seen
+from recbole_rcekd.teachers.score_tables import DenseScores, FactorScores, blocks, write_if_possible
 
 
 class Scored(Protocol):
-    """What is asked of a teacher whose scores are computed and stored."""
+    """What a teacher must have, so that its scores can be computed and kept on disk."""
 
     source: str
     device: torch.device
@@ -44,241 +43,46 @@ class Scored(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that decides the scores."""
+        """A hash of everything that the scores depend on."""
         ...
 
     @property
     def n_contexts(self) -> int:
-        """How many users (or rows), padding included."""
+        """How many users (or rows of sequences) there are, padding included."""
         ...
 
     @property
     def seen(self) -> Seen:
-        """What lists of unseen items leave out."""
+        """The items that top-K lists of unseen items leave out, for each user."""
         ...
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """Full rows of scores, ``[n, n_items]``."""
+        """Scores of all items, ``[n, n_items]``."""
         ...
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """Two tables whose product the scores are, if any."""
+        """Two tables whose product is the scores, if any."""
         ...
 
     def user_tokens(self, contexts: Tensor) -> list[str]:
-        """Names of users, for messages."""
+        """The tokens of users, for messages."""
         ...
 
     def release(self) -> None:
-        """Give back memory that only computing scores needs."""
+        """Free the memory that is only needed to compute scores."""
         ...
-
-
-class Scores(TeacherScores):
-    """What both kinds share: best-of lists, made for all contexts at once and kept, in memory and on disk.
-
-    With several ranks each makes and holds the lists of its own contexts; on disk they are whole.
-    """
-
-    def __init__(
-        self,
-        n_contexts: int,
-        n_items: int,
-        seen: Seen,
-        store: Store | None,
-        side: str,
-        ranks: Ranks,
-    ) -> None:
-        self.n_contexts = n_contexts
-        self.n_items = n_items
-        self._seen = seen
-        self._store = store
-        self._side = side
-        self._ranks = ranks
-        self._lists: dict[bool, Tensor] = {}
-
-    @abstractmethod
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """Scores ``[n, T]`` (float32) of ``items [n, T]`` for ``contexts [n]``."""
-
-    @abstractmethod
-    def score_all(self, contexts: Tensor) -> Tensor:
-        """Scores ``[n, n_items]`` (float32) of every item; −inf at the padding item."""
-
-    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        """Ids ``[n, k]`` of the best items, best first; 0 where there are fewer than ``k``.
-
-        With several ranks: of contexts that this rank owns, and all ranks ask for the same ``k``
-        first.
-        """
-        width = min(k, self.n_items - 1)
-        lists = self._lists.get(unseen)
-        if lists is None or lists.shape[1] < width:
-            lists = self._lists[unseen] = self._open_lists(width, unseen).to(contexts.device)
-        return torch.nn.functional.pad(
-            lists[self._ranks.row(contexts), :width].long(), (0, k - width)
-        )
-
-    def _open_lists(self, k: int, unseen: bool) -> Tensor:
-        name = f"top-{k}-{'unseen' if unseen else 'all'}-{self._side}{self._rounded}"
-        alone = self._ranks.world == 1
-        found = self._store.read(name, mmap=not alone) if self._store else None
-        # They decide together: what one rank does not find, all make.
-        if self._ranks.all(found is not None) and found is not None:
-            ids = found["ids"]
-            return torch.from_numpy(
-                ids if alone else np.array(ids[self._ranks.rank :: self._ranks.world])
-            )
-        lists = self._make_lists(k, unseen)
-        if self._store:
-            whole = self._ranks.whole(lists, self.n_contexts)
-            if whole is not None:
-                _write_if_possible(self._store, name, {"ids": whole.numpy()})
-        return lists
-
-    @property
-    def _rounded(self) -> str:
-        """How the scores are rounded, for the names of their lists: another dtype has other ties."""
-        return ""
-
-    def _make_lists(self, k: int, unseen: bool) -> Tensor:
-        own = self._ranks.own(torch.arange(self.n_contexts))
-        getLogger().info(
-            f"Teacher lists: the best {k} items of {len(own)} users or sequences, made once"
-        )
-        return self._ranking().top_k(own, k, self._seen if unseen else None).int().cpu()
-
-    def _ranking(self) -> Ranking:
-        return RowRanking(self.score_all, self.n_items)
-
-
-class FactorScores(Scores):
-    """Scores that are dot products of two tables.
-
-    Args:
-        context_factors: ``[n_contexts, d]`` float32, row 0 is padding.
-        item_factors: ``[n_items, d]`` float32, row 0 is padding.
-        seen: the training interactions, for lists of unseen items.
-        store: where lists are kept between runs; ``None``: in memory only.
-        side: names the contexts in the store.
-        ranks: this process among those that share the lists out.
-    """
-
-    def __init__(
-        self,
-        context_factors: Tensor,
-        item_factors: Tensor,
-        seen: Seen,
-        store: Store | None = None,
-        side: str = "users",
-        ranks: Ranks | None = None,
-    ) -> None:
-        super().__init__(
-            len(context_factors), len(item_factors), seen, store, side, ranks or Ranks()
-        )
-        self.context_factors = context_factors
-        self.item_factors = item_factors
-
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return picked_products(self.context_factors[contexts], self.item_factors, items)
-
-    def score_all(self, contexts: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        with full_precision(self.item_factors.device):
-            scores = self.context_factors[contexts] @ self.item_factors.t()
-        scores[:, 0] = -torch.inf
-        return scores
-
-    def _ranking(self) -> Ranking:
-        return ProductRanking(lambda contexts: self.context_factors[contexts], self.item_factors)
-
-    def vectors(self) -> tuple[Tensor, Tensor]:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return self.context_factors, self.item_factors
-
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; from mean and covariance of items."""
-        mean_row, others = centred(self.item_factors)
-        rows = self.context_factors.double()
-        covariance = others[1:].t() @ others[1:] / (self.n_items - 1)
-        mean, variance = rows @ mean_row, ((rows @ covariance) * rows).sum(1).clamp(min=0.0)
-        size = rows.norm(dim=1) * self.item_factors[1:].double().square().sum(1).mean().sqrt()
-        return mean, variance, size
-
-    def transposed(self) -> FactorScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        return FactorScores(
-            self.item_factors,
-            self.context_factors,
-            self._seen.transposed(),
-            self._store,
-            side=f"by-{self._side}",
-            ranks=self._ranks,
-        )
-
-
-class DenseScores(Scores):
-    """Scores as a matrix on disk, mapped into memory.
-
-    Args:
-        matrix: ``[n_contexts, n_items]`` float16 or float32, as ``np.load(..., mmap_mode="r")``
-            gives it.
-        seen: the training interactions, for lists of unseen items.
-        store: where lists are kept between runs; ``None``: in memory only.
-        device: where scores are wanted.
-        side: names the contexts in the store.
-        ranks: this process among those that share the lists out.
-    """
-
-    def __init__(
-        self,
-        matrix: np.ndarray[Any, Any],
-        seen: Seen,
-        store: Store | None = None,
-        device: torch.device | None = None,
-        side: str = "users",
-        ranks: Ranks | None = None,
-    ) -> None:
-        super().__init__(matrix.shape[0], matrix.shape[1], seen, store, side, ranks or Ranks())
-        self._matrix = matrix
-        self._device = device or torch.device("cpu")
-
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        cells = self._matrix[contexts.cpu().numpy()[:, None], items.cpu().numpy()]
-        return torch.from_numpy(cells.astype(np.float32)).to(self._device)
-
-    def score_all(self, contexts: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        rows = torch.from_numpy(self._matrix[contexts.cpu().numpy()].astype(np.float32)).to(
-            self._device
-        )
-        rows[:, 0] = -torch.inf
-        return rows
-
-    @property
-    def _rounded(self) -> str:
-        return f"-{self._matrix.dtype}"
-
-    def transposed(self) -> DenseScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        side = f"by-{self._side}"
-        return DenseScores(
-            self._matrix.T, self._seen.transposed(), self._store, self._device, side, self._ranks
-        )
 
 
 def open_teacher_scores(
     teacher: Scored, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
 ) -> FactorScores | DenseScores:
-    """The teacher's scores, from disk if they are there, computed and stored if not.
+    """The teacher's scores, from disk if they are there; otherwise they are computed and kept.
 
     Args:
-        teacher: asked for scores on a miss only.
-        settings: ``kd_cache_dir``, ``kd_cache_dtype``.
-        show_progress: a progress bar while scores are computed.
-        ranks: this process among those that need the scores; they share the work out.
+        teacher: the teacher; its scores are computed only if they are not on disk.
+        settings: ``kd_cache_dir`` and ``kd_cache_dtype`` are used.
+        show_progress: show a progress bar while scores are computed.
+        ranks: this process among those that need the scores; they share the work.
 
     Raises:
         TeacherError: the teacher gives NaN or infinite scores; the message names users.
@@ -294,12 +98,12 @@ def _open_or_make(
     teacher: Scored, settings: KDSettings, show_progress: bool, ranks: Ranks
 ) -> FactorScores | DenseScores:
     store = Store(Path(settings.kd_cache_dir) / teacher.fingerprint)
-    # Users belong to a rank each, and their lists with them; the rows of a sequential student come
-    # to any.
+    # Each user belongs to one rank, which makes the user's top-K lists. The rows of a sequential
+    # student come to any rank.
     owners = Ranks() if teacher.for_rows else ranks
     dense_name = f"dense-{settings.kd_cache_dtype}"
     found = store.read("factors")
-    # They decide together: what one rank does not find, all make.
+    # The ranks decide together: if one does not find the scores, all compute them.
     if ranks.all(found is not None) and found is not None:
         getLogger().info(f"Teacher scores: two tables, from [{store.root}]")
         users, items = (
@@ -318,7 +122,7 @@ def _open_or_make(
         _require_finite_factors(teacher, *factors)
         if ranks.first:
             tables = (factor.cpu().numpy() for factor in factors)
-            _write_if_possible(store, "factors", dict(zip(("users", "items"), tables, strict=True)))
+            write_if_possible(store, "factors", dict(zip(("users", "items"), tables, strict=True)))
         getLogger().info(f"Teacher scores: two tables, computed, kept in [{store.root}]")
         return FactorScores(*factors, teacher.seen, store, ranks=owners)
     _write_dense(teacher, store, dense_name, settings.kd_cache_dtype, show_progress, ranks)
@@ -331,27 +135,12 @@ def _open_or_make(
     return DenseScores(written["scores"], teacher.seen, store, teacher.device, ranks=owners)
 
 
-def blocks(n_contexts: int, n_items: int, cells: int = CELLS_AT_A_TIME) -> Iterator[Tensor]:
-    """All ids from 0 to ``n_contexts``, in blocks whose full rows hold about ``cells`` scores."""
-    step = max(1, cells // n_items)
-    for start in range(0, n_contexts, step):
-        yield torch.arange(start, min(start + step, n_contexts))
-
-
-def _write_if_possible(store: Store, name: str, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
-    try:
-        store.write(name, arrays)
-    except OSError as error:
-        getLogger().warning(
-            f"The teacher's scores could not be kept in [{store.root}] "
-            f"({error.strerror or error}); this run goes on with them in memory, the next will "
-            "compute them again."
-        )
-
-
 @contextmanager
 def _writing_together(store: Store, name: str, ranks: Ranks) -> Iterator[Path]:
-    """The scratch folder of an entry, on all ranks; it becomes the entry when all have written their part."""
+    """The temporary folder of an entry of the store, the same on all ranks.
+
+    It becomes the entry when all ranks have written their parts.
+    """
     if not ranks.first:
         yield Path(ranks.broadcast(""))
         ranks.barrier()
@@ -365,17 +154,16 @@ def _writing_together(store: Store, name: str, ranks: Ranks) -> Iterator[Path]:
 def _write_dense(
     teacher: Scored, store: Store, name: str, dtype: str, show_progress: bool, ranks: Ranks
 ) -> None:
-    """Stream full rows to disk, one block in memory at a time; ranks take turns with the blocks."""
+    """Write full rows of scores to disk, one block in memory at a time; ranks share the blocks."""
     shape = (teacher.n_contexts, teacher.n_items)
     size = shape[0] * shape[1] * np.dtype(dtype).itemsize / 2**20
     wrong = [torch.zeros(0, dtype=torch.int64)]
     try:
         with _writing_together(store, name, ranks) as folder:
-            # Plain writes: a mapped file that outgrows the disk would kill the process instead of
-            # raising.
-            (
-                folder / "scores.npy"
-            ).touch()  # not opened as new, for another rank may have begun to write
+            # Plain writes: if a memory-mapped file does not fit on the disk, the process is killed,
+            # without an exception. The file is not opened with "w", because another rank may have
+            # begun to write.
+            (folder / "scores.npy").touch()
             with (folder / "scores.npy").open("r+b") as file:
                 np.lib.format.write_array_header_1_0(  # type: ignore[no-untyped-call]
                     file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
@@ -388,11 +176,11 @@ def _write_dense(
                 ):
                     rows = teacher.score_all(block.to(teacher.device)).cpu()
                     rows[:, 0] = 0.0
-                    with np.errstate(over="ignore"):  # what outgrows float16 is reported below
+                    with np.errstate(over="ignore"):  # an overflow of float16 is reported below
                         stored = rows.numpy().astype(dtype)
                     bad = ~np.isfinite(stored).all(1)
                     if not teacher.scores_rows:
-                        bad[block.numpy() == 0] = False  # the padding user has no meaning
+                        bad[block.numpy() == 0] = False  # scores of the padding user mean nothing
                     wrong.append(block[torch.from_numpy(bad)])
                     file.seek(header + int(block[0]) * shape[1] * stored.itemsize)
                     file.write(np.ascontiguousarray(stored).tobytes())
@@ -429,12 +217,3 @@ def _require_finite(teacher: Scored, bad_users: Tensor) -> None:
             f"users: {shown}. Its training diverged: train it again with a smaller learning rate "
             "(or store its scores with kd_cache_dtype: float32, if they outgrow float16)."
         )
-
-
-def centred(table: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean row, and the table less it, in float64; padding counts nowhere and becomes 0."""
-    exact = table.double()
-    mean = exact[1:].mean(0)
-    centred = exact - mean
-    centred[0] = 0.0
-    return mean, centred

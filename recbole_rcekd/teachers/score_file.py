@@ -1,12 +1,13 @@
-r"""Teachers from outside RecBole: a file of (user, item, score) rows, from a production system or an LLM.
+r"""Teachers from outside RecBole, such as a production system or an LLM: a file of scores.
 
-What a file lists is scored as it says; what it does not list gets the user's floor
+Each row of the file is a user, an item and a score. An item that the file does not list for a user
+has the user's floor as its score:
 
 .. math:: f_u = \min_i t_{ui} - \text{floor} \cdot \sigma_u
 
-with :math:`\sigma_u` the standard deviation of the user's listed scores (1 where that is 0), so
-that unlisted items lie below the listed ones. Candidates of the best hold listed items only.
-Nothing in a file is dropped silently.
+where :math:`\sigma_u` is the standard deviation of the user's listed scores (1 where that is 0). So
+unlisted items score less than the listed ones. Top-K lists only hold listed items. No row of the
+file is left out without a message.
 """
 
 from __future__ import annotations
@@ -30,152 +31,26 @@ from recbole_rcekd.core.settings import KDSettings, TeacherSettings
 from recbole_rcekd.core.types import Seen, TeacherScores
 from recbole_rcekd.data.fingerprint import split_hash, training_interactions
 from recbole_rcekd.teachers.base import Teacher
+from recbole_rcekd.teachers.listed_scores import ListedScores
 
-# The names of score files, which tell them from checkpoints.
+# The endings of score files' names; other names are those of checkpoints.
 SCORE_FILES = (".csv", ".tsv", ".parquet", ".npz")
+# How many names a message shows.
 _SHOWN = 5
-# Whole numbers above this are not told apart in a column of decimals.
+# In a column of decimals (float64), whole numbers from here on are not exact.
 _EXACT_IN_FLOAT64 = 2**53
-
-
-class ListedScores(TeacherScores):
-    """Scores of some items per context, as sorted rows; memory grows with what is listed.
-
-    Implements :class:`~recbole_rcekd.core.types.TeacherScores`. Equal scores are listed by
-    ascending id.
-
-    Attributes:
-        partial: the best of full rows are not the best lists, which hold listed items only.
-
-    Args:
-        contexts: ``[R]``, whose score it is; each (context, item) once.
-        items: ``[R]``, of what.
-        scores: ``[R]``.
-        floor: ``[n_contexts]``, the score of what a context does not list; replaced by −inf ("says
-            nothing") for contexts that list nothing. With ``floor_of_items``: ``[n_items]``, as it
-            is.
-        seen: the training interactions, for lists of unseen items.
-        floor_of_items: the floor belongs to the items, as after :meth:`transposed`.
-    """
-
-    partial = True
-
-    def __init__(
-        self,
-        contexts: Tensor,
-        items: Tensor,
-        scores: Tensor,
-        floor: Tensor,
-        seen: Seen,
-        floor_of_items: bool = False,
-    ) -> None:
-        self.n_contexts, self.n_items = len(seen.starts) - 1, seen.n_ids
-        keys, order = (contexts.long() * self.n_items + items.long()).sort()
-        self._keys = keys
-        self._scores = scores[order].float()
-        self._listed = Seen.from_pairs(contexts, items, self.n_contexts, self.n_items)
-        # By context, then from the best down; both sorts keep the order of what is equal.
-        down = self._scores.argsort(descending=True, stable=True)
-        self._best_first = self._listed.ids[down[(keys // self.n_items)[down].argsort(stable=True)]]
-        self.seen = seen.to(scores.device)
-        self._floor_of_items = floor_of_items
-        self._floor = floor.float()
-        if not floor_of_items:
-            self._floor = self._floor.masked_fill(self._listed.counts() == 0, -torch.inf)
-
-    @classmethod
-    def with_floor(
-        cls, contexts: Tensor, items: Tensor, scores: Tensor, seen: Seen, depth: float = 1.0
-    ) -> ListedScores:
-        """The floor is ``depth`` standard deviations below the lowest score that a context lists.
-
-        The deviation is that of the listed scores (not of a sample), 1 where it is 0.
-        """
-        n = len(seen.starts) - 1
-        exact, rows = scores.double(), contexts.long()
-        zeros = exact.new_zeros(n)
-        counts = torch.bincount(rows, minlength=n).clamp(min=1)
-        mean = zeros.index_add(0, rows, exact) / counts
-        deviation = (zeros.index_add(0, rows, (exact - mean[rows]) ** 2) / counts).sqrt()
-        lowest = (zeros + torch.inf).scatter_reduce(0, rows, exact, "amin")
-        return cls(
-            contexts, items, scores, lowest - depth * deviation.where(deviation > 0, 1.0), seen
-        )
-
-    def rows(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is listed: contexts, items and scores, ``[R]`` each, by context and item."""
-        return self._keys // self.n_items, self._listed.ids, self._scores
-
-    def floor(self) -> Tensor:
-        """What unlisted items score, ``[n_contexts]``; after :meth:`transposed` by item, ``[n_items]``."""
-        return self._floor
-
-    def moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; above the floor are listed scores only."""
-        contexts, _, scores = self.rows()
-        floor = self.floor().double()
-        above = scores.double() - floor[contexts]
-        n, zeros = self.n_items - 1, torch.zeros_like(floor)
-        mean = zeros.index_add(0, contexts, above) / n
-        listed = zeros.index_add(0, contexts, (above - mean[contexts]) ** 2)
-        unlisted = (n - torch.bincount(contexts, minlength=self.n_contexts)) * mean**2
-        mean = floor + mean
-        return mean, (listed + unlisted) / n, mean.abs()
-
-    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        floor = (
-            self._floor[items]
-            if self._floor_of_items
-            else self._floor[contexts].unsqueeze(1).expand(items.shape)
-        )
-        if len(self._keys) == 0:
-            return floor.clone()
-        wanted = contexts.long().unsqueeze(1) * self.n_items + items.long()
-        place = torch.searchsorted(self._keys, wanted).clamp_(max=len(self._keys) - 1)
-        return self._scores[place].where(self._keys[place] == wanted, floor)
-
-    def score_all(self, contexts: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`."""
-        contexts = contexts.to(self._scores.device)
-        floor = self._floor if self._floor_of_items else self._floor[contexts].unsqueeze(1)
-        scores = floor.expand(len(contexts), self.n_items).clone()
-        rows, places = self._listed.places(contexts)
-        scores[rows, self._listed.ids[places]] = self._scores[places]
-        scores[:, 0] = -torch.inf
-        return scores
-
-    def top_k(self, contexts: Tensor, k: int, unseen: bool = False) -> Tensor:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; only what is listed."""
-        contexts = contexts.to(self._scores.device)
-        rows, places = self._listed.places(contexts)
-        items = self._best_first[places]
-        if unseen:
-            seen_rows, seen_items = self.seen.cells(contexts)
-            left = ~torch.isin(rows * self.n_items + items, seen_rows * self.n_items + seen_items)
-            rows, items = rows[left], items[left]
-        counts = torch.bincount(rows, minlength=len(contexts))
-        rank = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
-        short = rank < k
-        lists = torch.zeros((len(contexts), k), dtype=torch.int64, device=contexts.device)
-        lists[rows[short], rank[short]] = items[short]
-        return lists
-
-    def transposed(self) -> ListedScores:
-        """See :class:`~recbole_rcekd.core.types.TeacherScores`; an unlisted cell keeps the floor of its user."""
-        contexts, items, scores = self.rows()
-        return ListedScores(
-            items, contexts, scores, self._floor, self.seen.transposed(), not self._floor_of_items
-        )
 
 
 class ScoreFileTeacher(Teacher):
     """A teacher that is a file of scores.
 
     Args:
-        path: of the file.
+        path: the file.
         student_dataset: the student's training dataset.
-        settings: what to do with gaps in the file.
+        settings: ``teacher_floor``, ``teacher_unknown`` and ``teacher_missing_users`` are used.
+
+    Attributes:
+        scores: the scores in the file.
     """
 
     def __init__(self, path: str, student_dataset: Any, settings: TeacherSettings) -> None:
@@ -185,7 +60,7 @@ class ScoreFileTeacher(Teacher):
 
     @classmethod
     def recognises(cls, source: str) -> bool:
-        """By the end of the name: .csv, .tsv, .parquet or .npz."""
+        """Accept names that end in .csv, .tsv, .parquet or .npz."""
         return Path(source).suffix.lower() in SCORE_FILES
 
     @classmethod
@@ -197,19 +72,19 @@ class ScoreFileTeacher(Teacher):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the file, the id maps and the settings."""
+        """A hash of the file, the student's data and the settings."""
         digest = hashlib.sha256(Path(self.source).read_bytes())
         digest.update(repr(self._made_by).encode())
         return digest.hexdigest()[:32]
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """See :class:`~recbole_rcekd.teachers.base.Teacher`; what is not listed has the floor."""
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`; unlisted items have the floor."""
         return self.scores.score_all(contexts)
 
     def scores_and_listed(self, contexts: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
         scores = self.score_all(contexts)
-        # 0 in short lists, the padding item, of score −inf.
+        # Short lists end in zeros, the padding item, whose score is −inf.
         listed = self.scores.top_k(contexts, scores.shape[1] - 1)
         only = torch.full_like(scores, -torch.inf).scatter_(1, listed, scores.gather(1, listed))
         return scores, only
@@ -221,7 +96,7 @@ class ScoreFileTeacher(Teacher):
     def open_scores(
         self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
     ) -> TeacherScores:
-        """The scores, which are in memory already."""
+        """The scores in the file, which are in memory; nothing is kept on disk."""
         return self.scores
 
 
@@ -231,19 +106,19 @@ def read_scores(
     """Read a teacher's scores from a file.
 
     Args:
-        path: ``.csv`` or ``.tsv`` (a header; commas or tabs), ``.parquet``, or ``.npz`` with
-            arrays. Columns (or arrays): the data's user and item fields and ``score``, or ``user``,
-            ``item`` and ``score``. Users and items are the tokens of the student's data, as text or
-            whole numbers; a higher score is better.
+        path: ``.csv`` or ``.tsv`` (with a header; commas or tabs), ``.parquet``, or ``.npz`` with
+            arrays. The columns (or arrays) are the data's user field, its item field and ``score``;
+            or ``user``, ``item`` and ``score``. Users and items are the tokens of the student's
+            data, as text or whole numbers. A higher score is better.
         student_dataset: the student's training dataset.
-        settings: ``teacher_floor``, ``teacher_unknown``, ``teacher_missing_users``.
+        settings: ``teacher_floor``, ``teacher_unknown`` and ``teacher_missing_users`` are used.
 
     Returns:
         The scores in the student's ids, on the student's device.
 
     Raises:
-        TeacherError: the file cannot be read, or says something that has no meaning; the message
-            counts and shows it.
+        TeacherError: the file cannot be read, or has rows that cannot be used; the message counts
+            them and shows some.
     """
     settings = settings or TeacherSettings()
     file = _File(path, student_dataset)
@@ -268,7 +143,7 @@ def read_scores(
 
 
 class _File:
-    """The three columns of a score file, and what is wrong with them."""
+    """The three columns of a score file, and the checks of them."""
 
     def __init__(self, path: str | Path, dataset: Any) -> None:
         self._path = path
@@ -296,7 +171,7 @@ class _File:
             )
 
     def _as_tokens(self, field: str, column: Any) -> Any:
-        """The column as text, written as RecBole would hold it."""
+        """The column as text, in the form of RecBole's tokens."""
         if isinstance(column.dtype, pd.CategoricalDtype):
             column = column.astype(column.cat.categories.dtype)
         if column.dtype == object and pd.api.types.infer_dtype(column, skipna=True) == "bytes":
@@ -309,7 +184,7 @@ class _File:
             )
         kind = pd.api.types.infer_dtype(column, skipna=False)
         if kind == "floating":
-            # Whole numbers become decimals where a column once had gaps.
+            # A column of whole numbers with gaps has been read as decimals.
             numbers = column.to_numpy(dtype=np.float64)
             broken = np.flatnonzero(
                 (numbers != np.floor(numbers)) | (np.abs(numbers) >= _EXACT_IN_FLOAT64)
@@ -329,7 +204,10 @@ class _File:
         return column.astype(str)
 
     def ids(self, side: int) -> np.ndarray[Any, Any]:
-        """The student's id of each row's user (0) or item (1); 0 or less where there is none."""
+        """The student's id of each row's user (side 0) or item (side 1).
+
+        0 or less where the student's data do not have it.
+        """
         found: np.ndarray[Any, Any] = (
             pd.Index(self._known[side]).get_indexer(self._tokens[side]).astype(np.int64)
         )
@@ -416,7 +294,7 @@ def _read_columns(path: Path, fields: tuple[str, str]) -> tuple[Any, Any, Any]:
                     f"The arrays in [{path}] must be equally long lists, but have the shapes "
                     f"{shapes}."
                 )
-            # pandas knows text as objects only.
+            # pandas reads text only as objects.
             columns = [
                 column.astype(object) if column.dtype.kind in "SU" else column for column in columns
             ]
@@ -439,7 +317,8 @@ def _read_text(path: Path, fields: tuple[str, str]) -> tuple[Any, Any, Any]:
         header = file.readline()
     options: dict[str, Any] = {"sep": "\t" if "\t" in header else ",", "encoding": "utf-8-sig"}
     names = _choose(path, list(map(str, pd.read_csv(path, nrows=0, **options).columns)), fields)
-    # A user may be called "NA", and 007 is not 7; no score is a gap, to be counted.
+    # Names are read as text: "NA" may be a user, and 007 is not 7. An empty score is a gap, which
+    # is reported.
     as_text = {names[0]: str, names[1]: str}
     table = pd.read_csv(
         path,
@@ -464,12 +343,13 @@ def _choose(path: Path, found: Sequence[str], fields: tuple[str, str]) -> list[s
 
 
 def _some(names: Sequence[str] | np.ndarray[Any, Any], n: int | None = None) -> str:
-    """The first few, and whether there are more."""
+    """The first few names, with "…" if there are more."""
     return ", ".join(map(str, names[:_SHOWN])) + (
         ", …" if (len(names) if n is None else n) > _SHOWN else ""
     )
 
 
 def _rows(positions: np.ndarray[Any, Any]) -> str:
-    """``rows 3, 8``: the first row below the header is 1."""
-    return f"{'row' if len(positions) == 1 else 'rows'} {_some(positions[:_SHOWN] + 1, len(positions))}"
+    """``rows 3, 8``; the first row below the header is row 1."""
+    noun = "row" if len(positions) == 1 else "rows"
+    return f"{noun} {_some(positions[:_SHOWN] + 1, len(positions))}"

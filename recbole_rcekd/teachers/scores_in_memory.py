@@ -1,4 +1,4 @@
-"""A teacher that is a table of scores in memory, in the student's ids."""
+"""A teacher made of scores in memory, in the student's ids."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from recbole_rcekd.teachers.base import Teacher
 
 
 class ScoresInMemory(Teacher):
-    """Scores that a pipeline of your own computed.
+    """A teacher made of scores that a pipeline of your own computed.
 
     Args:
-        scores: of users, or of the rows of a sequential student: whichever they are as many as.
+        scores: the scores for users, or for the rows of a sequential student. They are for rows if
+            there are as many as rows.
         student_dataset: the student's training dataset.
     """
 
@@ -25,20 +26,20 @@ class ScoresInMemory(Teacher):
         super().__init__(student_dataset, "the teacher")
         self._scores = scores
         self.scores_rows = self.for_rows and scores.n_contexts == len(student_dataset)
-        # What cannot be told apart is never taken for something that was kept before.
+        # Scores in memory cannot be recognised in a later run, so the fingerprint is always new.
         self._fingerprint = uuid.uuid4().hex
 
     @property
     def fingerprint(self) -> str:
-        """Another one each time."""
+        """A random text, a new one for each object."""
         return self._fingerprint
 
     def score_all(self, contexts: Tensor) -> Tensor:
-        """As the scores say."""
+        """See :class:`~recbole_rcekd.teachers.base.Teacher`."""
         return self._scores.score_all(contexts)
 
     def open_scores(
         self, settings: KDSettings, show_progress: bool = False, ranks: Ranks | None = None
     ) -> TeacherScores:
-        """The scores as they are; nothing is kept on disk."""
+        """The scores that were given; nothing is kept on disk."""
         return self._scores

@@ -1,7 +1,7 @@
-"""Earlier states of a teacher: kept while it is trained here, found beside its checkpoint, opened for a student.
+"""Earlier states of a teacher: kept while it is trained, and opened for a student.
 
-They lie in ``<teacher>.trajectory/epoch-<n>.pth``, n being RecBole's number of the epoch (from 0),
-and are ordinary checkpoints.
+They are ordinary checkpoints, beside the teacher's: ``<teacher>.trajectory/epoch-<n>.pth``, where n
+is RecBole's number of the epoch, from 0.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.teachers.rescale import rescaled
 
-# -- while a teacher is trained ----------------------------------------------------------------------------------
+# -- while a teacher is trained --------------------------------------------------------------------
 
 
 class Trajectory:
-    """Keeps ``n`` checkpoints of a training, spread evenly over the epochs before the best one, which nobody knows before.
+    """Keeps ``n`` checkpoints of a training, spread evenly over the epochs before the best one.
 
-    At first every epoch is saved. Whenever more than 2n lie before the best epoch so far, every
-    second one goes, and the next are saved twice as far apart. So there are never more than 2n + 1,
-    and those since the best epoch.
+    The best epoch is only known in the end. So at first every epoch is saved. Whenever more than 2n
+    checkpoints are from before the best epoch so far, every second one is deleted, and the next are
+    saved half as often. So there are never more than 2n + 1, besides those since the best epoch.
 
     Args:
-        folder: where they are written.
+        folder: where the checkpoints are written.
         n: how many are kept in the end; fewer if the best epoch was too early.
 
     Attributes:
-        best: number of the best epoch so far; set by who knows.
+        folder: where the checkpoints are written.
+        n: how many are kept in the end.
+        best: the number of the best epoch so far; the trainer sets it.
     """
 
     def __init__(self, folder: Path, n: int) -> None:
@@ -52,7 +54,12 @@ class Trajectory:
         self._epochs: list[int] = []
 
     def add(self, epoch: int, save: Callable[[str], None]) -> None:
-        """An epoch is over; ``save`` writes a checkpoint to the file that it is given."""
+        """Save a checkpoint of an epoch, unless epochs like this one are skipped by now.
+
+        Args:
+            epoch: the number of the epoch that is over.
+            save: a function that writes a checkpoint to a file.
+        """
         if (epoch + 1) % self._apart == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             save(str(self._file(epoch)))
@@ -62,7 +69,14 @@ class Trajectory:
             self._keep([each for each in self._epochs if (each + 1) % self._apart == 0])
 
     def finish(self, place: Path) -> list[int]:
-        """The training is over: thin out, and move to ``place``; the numbers of the epochs that are kept."""
+        """Choose the ``n`` checkpoints when the training is over, and move them to a folder.
+
+        Args:
+            place: the folder.
+
+        Returns:
+            The numbers of the epochs that are kept.
+        """
         self._keep(evenly(self._before_best(), self.best, self.n))
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,7 +84,7 @@ class Trajectory:
         except OSError:
             if not place.exists():
                 raise
-            shutil.rmtree(self.folder)  # another command, which trained the same, was faster
+            shutil.rmtree(self.folder)  # another command has trained the same teacher meanwhile
         return self._epochs
 
     def _before_best(self) -> list[int]:
@@ -86,24 +100,29 @@ class Trajectory:
 
 
 def evenly(epochs: Sequence[int], best: int, n: int) -> list[int]:
-    """Those ``n`` of ``epochs`` (ascending, all before ``best``) that divide the time up to ``best`` best into equal parts."""
+    """Choose ``n`` of ``epochs`` that divide the time up to ``best`` into nearly equal parts.
+
+    Args:
+        epochs: numbers of epochs before ``best``, ascending.
+        best: the number of the best epoch.
+        n: how many to choose; all if there are fewer.
+    """
     chosen: list[int] = []
     left = list(epochs)
     for part in range(1, min(n, len(epochs)) + 1):
         ideal = part * (best + 1) / (n + 1) - 1
-        candidates = left[
-            : len(left) - (min(n, len(epochs)) - part)
-        ]  # the later parts need some, too
-        chosen.append(min(candidates, key=lambda epoch: abs(epoch - ideal)))
+        # One epoch is left for each of the later parts.
+        possible = left[: len(left) - (min(n, len(epochs)) - part)]
+        chosen.append(min(possible, key=lambda epoch: abs(epoch - ideal)))
         left = [epoch for epoch in left if epoch > chosen[-1]]
     return chosen
 
 
-# -- while a student is ------------------------------------------------------------------------------------------
+# -- while a student is trained --------------------------------------------------------------------
 
 
 def folder_beside(teacher: str | Path) -> Path:
-    """Where the earlier states of a teacher lie."""
+    """The folder of a teacher's earlier states."""
     return Path(teacher).with_suffix(".trajectory")
 
 
@@ -111,12 +130,13 @@ def state_files(loss: KDLoss, teachers: Sequence[str]) -> list[list[Path]]:
     """The checkpoints of the earlier states of each teacher, the least trained first.
 
     Args:
-        loss: may name them (``<name>_checkpoints``); otherwise they lie beside the teachers.
-        teachers: files.
+        loss: the method. Its setting ``<name>_checkpoints`` may name the files; by default they are
+            beside the teachers' checkpoints.
+        teachers: the files of the teachers.
 
     Raises:
-        SettingsError: they are named, and there are several teachers.
-        TeacherError: a teacher has none, or a file that was named is not there.
+        SettingsError: the setting names files, but there are several teachers.
+        TeacherError: a teacher has no earlier states, or a file in the setting does not exist.
     """
     name = loss.prefix()
     if loss.checkpoints:
@@ -166,34 +186,35 @@ def open_trajectories(
     show_progress: bool = False,
     ranks: Ranks | None = None,
 ) -> list[list[TeacherScores]]:
-    """The scores of the states of each teacher, the least trained first and the teacher itself last.
+    """The scores of the states of each teacher, the least trained first, the teacher itself last.
 
     Args:
-        teacher: of the student.
-        scores: on the scale that ``settings`` asks for, which all states are brought to.
-        loss: who wants to know.
+        teacher: the student's teacher.
+        scores: the teacher's scores, on the scale that ``settings`` says.
+        loss: the method that learns from the states.
         dataset: the student's training dataset.
-        settings: ``kd_…``; the cache and the scale of scores.
-        device: likewise.
-        show_progress: likewise.
-        ranks: likewise.
+        settings: the keys ``kd_…``: where scores are kept, and their scale, for all states too.
+        device: the device of the student.
+        show_progress: show a progress bar while scores are computed.
+        ranks: this process among those that need the scores.
 
     Raises:
-        SettingsError: see :func:`state_files`.
-        TeacherError: there are no earlier states, or one cannot be used.
+        SettingsError: the loss names files, but there are several teachers.
+        TeacherError: a teacher has no earlier states, or one cannot be used.
     """
     files = state_files(loss, teacher.files())
-    # The rows of a sequential student's batches come to any rank.
+    # The rows of a sequential student come to any rank.
     owners = Ranks() if is_sequential(dataset) else ranks or Ranks()
 
     def open_state(state: Teacher) -> TeacherScores:
-        with full_precision(device):  # a sequential student's step may be the first to ask
+        with full_precision(device):  # the first call may be inside a training step
             opened = state.open_scores(settings, show_progress, ranks)
         return rescaled(opened, settings.kd_teacher_scores, settings.kd_teacher_temperature, device)
 
     def scores_of(state: Teacher) -> TeacherScores:
         if state.scores_rows:
-            return open_state(state)  # what a row has not seen is known when it stands in a batch
+            # Lists are made for the rows of a batch, from their scores.
+            return open_state(state)
         n_contexts = int(dataset.user_num)
         return StateLists(lambda: open_state(state), n_contexts, int(dataset.item_num), owners)
 
@@ -214,13 +235,15 @@ def open_trajectories(
 
 
 class StateLists(TeacherScores):
-    """A state of which lists are asked: its scores are opened to make them, and then let go.
+    """The scores of a state of which only top-K lists are used.
+
+    The scores are opened to make the lists, and their memory is freed afterwards.
 
     Args:
-        open_scores: gives all the scores.
-        n_contexts: padding included.
-        n_items: padding included.
-        ranks: this process among those that share the lists out.
+        open_scores: a function that opens the scores.
+        n_contexts: how many users there are, padding included.
+        n_items: how many items there are, padding included.
+        ranks: this process among those that share the work of the top-K lists.
     """
 
     def __init__(

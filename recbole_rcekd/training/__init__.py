@@ -1,5 +1,5 @@
-"""One student learns: settings, the KD terms of its loss, and RecBole's trainers distilling.
+"""The training of one student: settings, the KD terms of its loss, and the trainers.
 
-A *distiller* says which candidates are learned on and computes one term of the loss; the *trainer*
-adds the terms to RecBole's own loop. Teachers that a command trains itself are trained here too.
+A *distiller* chooses the candidates and computes one KD term of the loss; the *trainer* adds the
+terms to the loss of RecBole's trainer. Teachers that a command trains are trained here too.
 """

@@ -1,9 +1,4 @@
-"""RecBole's Configs of commands, teachers and assistants, and the settings in them, of which ours are checked strictly.
-
-RecBole reads a missing key as ``None`` and accepts every unknown one, so that a typing error means
-"trained with the default". Keys with our prefixes are therefore checked by name here, before
-anything is computed.
-"""
+"""RecBole's Configs of commands, of teachers that are trained, and of assistants."""
 
 from __future__ import annotations
 
@@ -43,11 +38,11 @@ def command_config(
     """RecBole's Config of a command.
 
     Args:
-        model: as of :func:`run_recbole_kd`, and so on.
-        dataset: likewise.
-        config_file_list: likewise.
-        config_dict: likewise.
-        given: keys of ours that were given as arguments; ``None`` where not.
+        model: the student, a RecBole model name; ``None``: it is in the settings.
+        dataset: the RecBole dataset name; ``None``: it is in the settings.
+        config_file_list: RecBole property files.
+        config_dict: RecBole parameters and KD keys.
+        given: KD keys that were given as arguments, with their values; ``None``: not given.
 
     Raises:
         SettingsError: RecBole has no such model, or a file is missing or cannot be read.
@@ -59,13 +54,13 @@ def command_config(
             raise SettingsError(f"[config_files] names [{file}], but there is no such file.")
     try:
         given_negatives = _is_given(_NEGATIVES, config_file_list, settings)
-        # RecBole would read them a second time, and as Python.
+        # RecBole would read these keys from the command line too, and evaluate them as Python.
         with _without_on_the_command_line(extra):
             return _recboles_config(model, dataset, config_file_list, settings, given_negatives)
     except KDError:
         raise
     except ModuleNotFoundError as error:
-        # RecBole looks for a name that it does not know among the models that need these.
+        # RecBole looks for an unknown name among the models that need these packages.
         if error.name not in ("lightgbm", "xgboost"):
             raise
         name = f": {model!r}" if model else ""
@@ -96,7 +91,18 @@ def _recboles_config(
     settings: dict[str, Any],
     given: bool,
 ) -> Any:
-    """Sequential models learn from the whole catalogue by default, and RecBole wants to be told; ``given``: something else was."""
+    """RecBole's Config, with ``train_neg_sample_args: None`` if RecBole asks for that.
+
+    RecBole's sequential models learn from the whole catalogue by default (``loss_type: CE``), but
+    then RecBole wants this key to be set.
+
+    Args:
+        model: the model; ``None``: it is in the settings.
+        dataset: the dataset; ``None``: it is in the settings.
+        files: RecBole property files.
+        settings: RecBole parameters and KD keys.
+        given: the user has set ``train_neg_sample_args``, so it is not changed.
+    """
     try:
         return Config(model, dataset, files, settings)
     except ValueError as error:
@@ -111,33 +117,35 @@ def _is_given(key: str, files: list[str] | None, settings: dict[str, Any]) -> bo
 
 
 def _as_text(value: Any) -> Any:
-    """Paths as text: the Config goes into checkpoints, which hold no other objects."""
+    """A path as text: the Config is saved in checkpoints, which should not contain path objects."""
     if isinstance(value, (list, tuple)):
         return [_as_text(each) for each in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def teacher_config(name: str, student: Any) -> Any:
-    """The Config of a teacher that is trained now.
+    """The Config of a teacher that the command trains.
 
-    Data, evaluation and environment are the student's. The model's and the training's keys are the
-    teacher's own: RecBole's defaults, then ``teacher_config_files``, then keys with the prefix
-    ``teacher_``.
+    Data, evaluation and environment are the student's. The keys of the model and of the training
+    are the teacher's own: RecBole's defaults, then ``teacher_config_files``, then keys with the
+    prefix ``teacher_``.
+
+    Args:
+        name: the teacher's model, a RecBole model name.
+        student: the Config of the command.
 
     Raises:
-        SettingsError: a ``teacher_`` key does not exist for this model, or would give it another
-            split.
+        SettingsError: a ``teacher_`` key does not exist for this model or has no effect; or the
+            teacher would need another split or evaluation than the student.
     """
     shared_keys = {*general_arguments, *evaluation_arguments, *dataset_arguments}
-    shared_keys -= {
-        "save_dataloaders",
-        "dataloaders_save_path",
-    }  # the loaders that are kept are the student's
+    # Only the student's data loaders are saved.
+    shared_keys -= {"save_dataloaders", "dataloaders_save_path"}
     shared = {
         k: v for k, v in student.external_config_dict.items() if k in shared_keys and k != "dataset"
     }
-    # The default differs between sequential models and others, but the split is one.
-    # What a context-aware model measures by default is no ranking.
+    # RecBole's default metrics of context-aware models are not those of a ranking. Its default
+    # split of sequential models differs from that of others, but teacher and student share one.
     shared |= {key: student[key] for key in ("metrics", "topk", "valid_metric")}
     shared["eval_args"] = {**student["eval_args"], "mode": dict(student["eval_args"]["mode"])}
     own = {
@@ -157,7 +165,7 @@ def teacher_config(name: str, student: Any) -> Any:
             "decides."
         )
     if not student["single_spec"]:
-        # The same processes train it.
+        # The same processes train the teacher.
         own |= {
             key: student[key]
             for key in (*PLACE_KEYS, "world_size", "local_rank")
@@ -180,7 +188,7 @@ def teacher_config(name: str, student: Any) -> Any:
             raise SettingsError(
                 f"[teacher_{key}]: {name} has no setting [{key}]. {nearest(key, known)}"
             )
-    config["seed"] = student["seed"]  # the seed is part of the split
+    config["seed"] = student["seed"]  # the split depends on it
     columns = (config["load_col"] or {}).get("inter", "*")
     labelled = config["threshold"] or columns == "*" or config["LABEL_FIELD"] in columns
     if (
@@ -190,8 +198,8 @@ def teacher_config(name: str, student: Any) -> Any:
     ):
         raise SettingsError(
             f"[teacher] {name} is validated as the student is, on labels, but learns from pairs, "
-            f"which have none: say with threshold: {{rating: 4}} what a label is, or rank all "
-            f"items, with eval_args: {{mode: full}}, [metrics] and [valid_metric]."
+            "which have none: say with threshold: {rating: 4} what a label is, or rank all "
+            "items, with eval_args: {mode: full}, [metrics] and [valid_metric]."
         )
     if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["eval_args"]["order"] != "TO":
         raise SettingsError(
@@ -206,20 +214,23 @@ def teacher_config(name: str, student: Any) -> Any:
 
 
 def assistant_config(student: Any, settings: RunSettings, teacher: Any) -> Any:
-    """The Config of the assistant of a method's students (TARec), or ``None`` if there is none.
+    """The Config of the assistant between teacher and students (TARec).
 
-    It is the students' own but for ``embedding_size``, which is ``tarec_assistant_size``, or, for
-    −1, the geometric mean of the teacher's and the student's, rounded. A sum (``rce+tarec``)
-    teaches its assistant all of it.
+    It is the students' Config with another ``embedding_size``: ``tarec_assistant_size``, or for −1
+    the geometric mean of the teacher's and the student's, rounded. With a sum of methods
+    (``rce+tarec``), the assistant learns by the same sum.
 
     Args:
         student: the Config of the method's runs, with the KD settings in it.
-        settings: of these runs.
-        teacher: the teacher's, or ``None`` for one without.
+        settings: the settings of these runs.
+        teacher: the teacher's Config, or ``None`` for a teacher without one.
+
+    Returns:
+        The Config, or ``None`` if the method has no assistant.
 
     Raises:
-        SettingsError: the student's model has no ``embedding_size``; or the teacher has none, for
-            the mean; or the method needs earlier states of its teacher.
+        SettingsError: the student's model has no ``embedding_size``; or the mean is wanted, but the
+            teacher has no ``embedding_size``; or the method needs earlier states of its teacher.
     """
     wanted = student["tarec_assistant_size"] if "tarec" in settings.method.losses else 0
     if wanted == 0:
@@ -249,7 +260,7 @@ def assistant_config(student: Any, settings: RunSettings, teacher: Any) -> Any:
 
 
 def _width(config: Any) -> Any:
-    """``embedding_size`` of a model that has it among its defaults (others are given it in vain)."""
+    """The ``embedding_size`` of a model; ``None`` if the model does not have this setting."""
     return (
         None
         if config is None or "embedding_size" not in config.internal_config_dict
@@ -259,14 +270,17 @@ def _width(config: Any) -> Any:
 
 @contextmanager
 def _no_command_line() -> Iterator[None]:
-    """RecBole's Config reads ``sys.argv`` each time: the student's ``--embedding_size`` must not reach the teacher."""
+    """While this lasts, RecBole's Config finds no keys on the command line.
+
+    Each Config reads ``sys.argv``, but the student's ``--embedding_size`` is not the teacher's.
+    """
     with _command_line(sys.argv[:1]):
         yield
 
 
 @contextmanager
 def _without_on_the_command_line(keys: Iterable[str]) -> Iterator[None]:
-    """While this lasts, RecBole's Config does not find ``--key=…`` of these keys."""
+    """While this lasts, RecBole's Config does not find these keys on the command line."""
     ours = tuple(f"--{key}=" for key in keys)
     with _command_line([word for word in sys.argv if not word.startswith(ours or "\0")]):
         yield

@@ -1,4 +1,4 @@
-"""What the trainer calls once an epoch and once a step: one KD term of one training run."""
+"""The base of all distillers: one KD term, called by the trainer in each epoch and each step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from recbole_rcekd.models.scorer import ModelScorer
 
 
 class Distiller(ABC):
-    """Base of all distillers: draws from a generator of its own, and counts its steps.
+    """The KD term of one loss in one training run.
 
     Args:
-        loss: which method.
+        loss: the method.
         scorer: the student.
-        seed: of all draws; they use a generator of their own, so RecBole's random stream is
-            untouched.
+        seed: the seed of all random draws. They come from a generator of their own, so RecBole's
+            random stream stays the same.
         ranks: this process among those that train the student.
 
     Attributes:
-        loss: as given.
-        generator: the source of all draws.
-        steps: how many there were in this epoch.
-        needs_rows: batches must carry the numbers of their rows, and what the base loss multiplies
-            with the item table is recorded.
+        loss: the method.
+        generator: the source of all random draws.
+        steps: how many steps there were in this epoch.
+        needs_rows: the batches must have the ids of their rows, and the products of the base loss
+            must be recorded.
     """
 
     needs_rows: ClassVar[bool] = False
@@ -49,8 +49,8 @@ class Distiller(ABC):
         """Prepare an epoch.
 
         Args:
-            epoch: its number, from 0.
-            n_steps: how many steps RecBole's loader makes of it.
+            epoch: the number of the epoch, from 0.
+            n_steps: how many steps it has.
         """
         self.steps = 0
         self._prepare(epoch, n_steps)
@@ -60,22 +60,22 @@ class Distiller(ABC):
 
         Args:
             batch: this rank's rows, as RecBole's loader gave them.
-            products: what the base loss multiplied with the item table; empty unless
+            products: the products with the item table that the base loss computed; empty unless
                 ``needs_rows``.
         """
         self.steps += 1
         return self._kd_loss(batch, products)
 
     def diagnostics(self) -> dict[str, float]:
-        """How far the student is from its teacher, by name: on the same few users in every epoch.
+        """How far the student is from its teacher, by name, on the same few users in every epoch.
 
-        The student is asked in evaluation mode, and RecBole's random stream stays where it was.
+        The student is in evaluation mode meanwhile, and RecBole's random stream stays the same.
         """
         with preserved_random_state(), self._scorer.evaluating():
             return self._diagnostics()
 
     def _prepare(self, epoch: int, n_steps: int) -> None:  # noqa: B027  (optional)
-        """What an epoch needs; nothing unless overridden."""
+        """Prepare what an epoch needs; by default nothing."""
 
     @abstractmethod
     def _kd_loss(self, batch: Any, products: Sequence[Product]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Distillation of vectors: the rows of the two tables of student and teacher, for the users and items of a batch."""
+"""Embedding distillation: the KD term of the embeddings of a batch's users and items."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from recbole_rcekd.training.distiller import Distiller
 
 
 class EmbeddingDistiller(Distiller):
-    """The KD term of vectors of one training run.
+    """The KD term of a method of embedding distillation in one training run.
 
     Args:
-        name: of the method, for messages.
+        name: the name of the method, for messages.
         scorer: the student.
-        tables: the teacher's rows of users and of items, ``[n_users, d]`` (``None`` if it has
-            none), ``[n_items, d]``.
-        teacher: the teacher's scores, for the diagnostics.
-        loss: which method; its parts are made here.
-        settings: diagnostics.
-        dataset: the training set, which names the batches' columns.
+        tables: the teacher's embeddings of users ``[n_users, d]`` (``None`` if it has none) and of
+            items ``[n_items, d]``.
+        teacher: the teacher's scores, for the diagnostics; ``None``: no diagnostics.
+        loss: the method; its learned parts are made here.
+        settings: ``kd_diagnostic_users`` is used.
+        dataset: the training set; it has the names of the batches' columns.
         seen: the training interactions.
-        seed: of all draws; they use a generator of their own, so RecBole's random stream is
-            untouched.
-        n_epochs: how long the training may last.
+        seed: the seed of all random draws. They come from a generator of their own, so RecBole's
+            random stream stays the same.
+        n_epochs: how many epochs the training may have.
 
     Raises:
-        SettingsError: the student has no such vectors.
+        SettingsError: the student or the teacher does not have the embeddings that are learned.
     """
 
     loss: EmbeddingLoss
@@ -68,7 +68,7 @@ class EmbeddingDistiller(Distiller):
         self._tables = {side: table.to(scorer.device) for side, table in named if table is not None}
         if "users" in loss.sides and "users" not in self._tables:
             raise _without_users(name, "the teacher")
-        # Where only one side is wanted: the model says both or nothing.
+        # The id for the other side if only one side is learned: the model gives both or none.
         self._any = torch.ones(1, dtype=torch.int64, device=scorer.device)
         seen = seen.to(scorer.device)
         with preserved_random_state():
@@ -84,14 +84,14 @@ class EmbeddingDistiller(Distiller):
             )
 
     def _prepare(self, epoch: int, n_steps: int) -> None:
-        """Tell the loss how far the training is."""
+        """Tell the loss which share of the training is over."""
         self.loss.begin_epoch(epoch / max(1, self._n_epochs))
 
     def _kd_loss(self, batch: Any, products: Sequence[Product]) -> Tensor:
-        """The loss of the batch's distinct users and items, over the number of its rows.
+        """The loss of the batch's distinct users and items, divided by the number of its rows.
 
-        So a weight that goes with a sum over the batch beside a base loss summed likewise is right
-        here.
+        Papers add a sum over the batch to a base loss that is a sum over the batch too. Their
+        weights are right here, since RecBole's base loss is a mean.
         """
         ids, weights = {}, {}
         for side in self.loss.sides:
@@ -99,18 +99,25 @@ class EmbeddingDistiller(Distiller):
             ids[side] = self.loss.needed(side, in_batch)
         found = self._scorer.vectors(ids.get("users", self._any), ids.get("items", self._any))
         student = dict(zip(("users", "items"), found, strict=True))
-        # In half precision only the model computes.
+        # Only the model computes in half precision, not the loss.
         with torch.autocast(self._any.device.type, enabled=False):
             vectors = {
                 side: Vectors(
-                    at, student[side].float(), self._tables[side].index_select(0, at), weights[side]
+                    needed,
+                    student[side].float(),
+                    self._tables[side].index_select(0, needed),
+                    weights[side],
                 )
-                for side, at in ids.items()
+                for side, needed in ids.items()
             }
             return self.loss.forward(vectors.get("users"), vectors.get("items")) / len(batch)
 
     def _kinds(self, side: str, batch: Any) -> list[Tensor]:
-        """The ids of a side in a batch: users; positive and negative items, or all where there are no negatives."""
+        """The ids of a side in a batch, for each kind.
+
+        For users there is one kind. For items there are two, positive and negative, or one if the
+        batch has no negatives.
+        """
         user_field, item_field, negative_field = self._fields
         if side == "users":
             return [batch[user_field]]
@@ -122,7 +129,7 @@ class EmbeddingDistiller(Distiller):
         return [batch[item_field]]
 
     def _diagnostics(self) -> dict[str, float]:
-        """As of a loss of scores, without what such a loss says of itself."""
+        """The distance of the student's ranking from the teacher's."""
         users = self._diagnostic_users
         if users is None or len(users) == 0:
             return {}
@@ -130,15 +137,16 @@ class EmbeddingDistiller(Distiller):
 
 
 def require_vectors(name: str, loss: EmbeddingLoss, scorer: ModelScorer) -> None:
-    """Refuse a student that lacks the vectors which a method learns from, whoever the teacher is.
+    """Refuse a student without the embeddings that a method distils, with any teacher.
 
     Args:
-        name: of the method.
+        name: the name of the method, for messages.
         loss: the method.
         scorer: the student.
 
     Raises:
-        SettingsError: its scores are no product of vectors, or it has none of users.
+        SettingsError: the student's scores are no product of embeddings, or it has no embeddings of
+            users.
     """
     if scorer.kind != "product":
         raise SettingsError(
@@ -157,7 +165,10 @@ def _without_users(name: str, who: str) -> SettingsError:
 
 
 def _distinct(kinds: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Distinct ids of all kinds, with 1/(number of kinds) for each kind that they are of; without the padding."""
+    """The distinct ids of all kinds, without padding, and their weights.
+
+    The weight of an id is the share of the kinds that it belongs to.
+    """
     ids = torch.unique(torch.cat(kinds))
     ids = ids[ids != 0]
     weights = torch.zeros(len(ids), device=ids.device)

@@ -1,4 +1,4 @@
-"""The course of one run: a row per epoch, readable at any moment."""
+"""The history of one run: a row of numbers for each epoch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from recbole_rcekd.core.files import replacing
 
 
 class History:
-    """Rows of named numbers; written whole to a CSV file after every epoch, so that an interrupted run keeps them.
+    """Rows of numbers with names, one row for each epoch.
+
+    They are written to a CSV file whenever numbers are added, so an interrupted run keeps them.
+
+    Args:
+        file: the file; ``None``: nothing is written.
 
     Attributes:
-        file: where it is written; ``None``: nowhere.
-        rows: one dict per epoch.
+        file: the file, or ``None``.
+        rows: one dict for each epoch.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -25,14 +30,14 @@ class History:
         self.rows.append({"epoch": epoch})
 
     def note(self, **numbers: float) -> None:
-        """Add numbers to the current row and write the file."""
+        """Add numbers to the row of the current epoch, and write the file."""
         if not self.rows:
             return
         self.rows[-1].update(numbers)
         if self.file is None:
             return
-        # Epochs without validation lack its columns: the header is the union, in order of
-        # appearance.
+        # Epochs without validation do not have its columns, so the header has the columns of all
+        # rows, in order of appearance.
         header = list(dict.fromkeys(name for row in self.rows for name in row))
         with replacing(self.file) as beside, beside.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, header)

@@ -1,4 +1,4 @@
-"""The KD terms of one training run: for each loss who computes it, from whatever teacher there is."""
+"""The KD terms of one training run: each loss with its weight and its distiller."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from recbole_rcekd.training.user_distiller import UserDistiller
 
 @dataclass(frozen=True)
 class Term:
-    """One summand ``weight · KD`` of the loss.
+    """One term ``weight · KD`` of the training loss.
 
     Args:
-        name: of the method; ``<name>_of_vectors`` for the embedding loss that belongs to a loss of
-            scores.
+        name: the name of the method; ``<name>_of_vectors`` for the embedding loss that is a part of
+            a method of scores.
         weight: λ.
-        distiller: who computes it.
+        distiller: computes the KD loss.
     """
 
     name: str
@@ -43,7 +43,9 @@ class Term:
 
 
 def require_learner(scorer: ModelScorer, losses: Mapping[str, Loss], ranks: Ranks) -> None:
-    """Refuse methods that this student, or several processes, cannot learn by, whoever the teacher is.
+    """Refuse methods that cannot be used with this student or with several processes.
+
+    The teacher does not matter here.
 
     Args:
         scorer: the student.
@@ -51,7 +53,7 @@ def require_learner(scorer: ModelScorer, losses: Mapping[str, Loss], ranks: Rank
         ranks: this process among those that train the student.
 
     Raises:
-        SettingsError: says which and why.
+        SettingsError: a method cannot be used; the message says which and why.
     """
     for name, loss in losses.items():
         for part, _ in _parts(loss):
@@ -68,8 +70,8 @@ def require_learner(scorer: ModelScorer, losses: Mapping[str, Loss], ranks: Rank
 
 
 def _parts(loss: Loss) -> list[tuple[Loss, float]]:
-    """A loss and, if it has one, the loss of vectors that belongs to it, with their weights."""
-    more = loss.feature_side() if isinstance(loss, KDLoss) else None
+    """A loss and, if it has one, the embedding loss that is a part of it, with their weights."""
+    more = loss.embedding_side() if isinstance(loss, KDLoss) else None
     return [(loss, loss.weight)] + ([] if more is None else [(more[0], loss.weight * more[1])])
 
 
@@ -85,18 +87,18 @@ def _saying_how_to_do_without(part: EmbeddingLoss) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KDTermBuilder:
-    """Makes the terms of one run.
+    """Makes the KD terms of one training run.
 
     Args:
         scorer: the student.
         dataset: the training set.
-        teacher: of the student; :class:`~recbole_rcekd.teachers.no_teacher.NoTeacher` for methods
-            that need none.
-        settings: what is common to all methods.
-        seed: of the draws.
+        teacher: the student's teacher; :class:`~recbole_rcekd.teachers.no_teacher.NoTeacher` for
+            methods that need none.
+        settings: the settings that are common to all methods.
+        seed: the seed of all random draws.
         ranks: this process among those that train the student.
-        n_epochs: how long the training may last.
-        show_progress: while the teacher's scores are computed.
+        n_epochs: how many epochs the training may have.
+        show_progress: show a progress bar while the teacher's scores are computed.
     """
 
     scorer: ModelScorer
@@ -110,26 +112,29 @@ class KDTermBuilder:
 
     @cached_property
     def seen(self) -> Seen:
-        """The training interactions; rows of sequential students do without."""
+        """The training interactions of each user."""
         return training_interactions(self.dataset)
 
     @cached_property
     def raw_scores(self) -> TeacherScores:
-        """The teacher's scores, on the teacher's scale."""
+        """The teacher's scores, on their own scale."""
         return self.teacher.open_scores(self.settings, self.show_progress, self.ranks)
 
     @cached_property
     def scores(self) -> TeacherScores:
-        """The teacher's scores, on the scale that the settings ask for."""
+        """The teacher's scores, on the scale that the settings say."""
         how, temperature = self.settings.kd_teacher_scores, self.settings.kd_teacher_temperature
         return rescaled(self.raw_scores, how, temperature, self.scorer.device)
 
     def terms(self, losses: Mapping[str, Loss]) -> list[Term]:
-        """A term for each loss, and for each embedding loss that belongs to one.
+        """A term for each loss, and for each embedding loss that is a part of one.
+
+        Args:
+            losses: the methods, by name.
 
         Raises:
             SettingsError: a loss cannot be used with this student, or with several processes.
-            TeacherError: nor with this teacher.
+            TeacherError: a loss cannot be used with this teacher.
         """
         require_learner(self.scorer, losses, self.ranks)
         scores = self.scores
@@ -144,7 +149,8 @@ class KDTermBuilder:
         terms: list[Term] = []
         for name, loss in losses.items():
             for part, weight in _parts(loss):
-                # Each term draws from a generator of its own; the first as if it were alone.
+                # Each term has a generator of its own; the first term's seed is the run's, so its
+                # draws are the same with further terms or without.
                 seed = self.seed + 7919 * len(terms)
                 if isinstance(part, EmbeddingLoss):
                     with _saying_how_to_do_without(part):
@@ -204,10 +210,14 @@ class KDTermBuilder:
         )
 
     def recording(self, terms: Sequence[Term]) -> tuple[Any, AbstractContextManager[Any]]:
-        """What the terms need while the model trains.
+        """The context managers that the terms need in training.
+
+        Args:
+            terms: the terms of the run.
 
         Returns:
-            What records the products of a batch, and what numbers the rows of batches.
+            A function from a batch to a context manager that records the products of the base loss,
+            and a context manager that adds the ids of rows to the batches.
         """
         if any(term.distiller.needs_rows for term in terms):
             return self.scorer.recording_products, row_ids_in_batches(self.dataset)

@@ -1,8 +1,8 @@
-"""Our settings in RecBole's Config, checked strictly and read once.
+"""The KD settings in RecBole's Config, checked strictly and read once.
 
-RecBole reads a missing key as ``None`` and accepts every unknown one, so that a typing error means
-"trained with the default". Keys with our prefixes are therefore checked by name here, before
-anything is computed.
+RecBole reads a missing key as ``None`` and accepts every unknown key. So with a misspelt key it
+would train with the default. Keys with the prefixes of this package are therefore checked here,
+before anything is computed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUN_KEYS = frozenset(
         *TeacherSettings.keys(),
     }
 )
-# Of the command line alone.
+# Keys of the command line only.
 COMMAND_KEYS = frozenset(
     {
         *("config_files", "tune", "trials", "params_file", "algo"),
@@ -58,11 +58,11 @@ PER_LOSS_KEYS = frozenset(
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What one training distils with, read from a Config once.
+    """The KD settings of one training run.
 
     Args:
-        method: the losses.
-        common: what is common to all losses.
+        method: the method, one loss or a sum of losses.
+        common: the settings that are common to all losses.
         losses: the settings of each loss, by its name.
     """
 
@@ -72,15 +72,15 @@ class RunSettings:
 
     @classmethod
     def read(cls, config: Any) -> RunSettings:
-        """The settings of one distillation, from a Config with RecBole's own precedence.
+        """Read the settings from a Config, which has RecBole's own precedence of sources.
 
         Args:
-            config: RecBole's Config (or any mapping); ``kd_loss`` names one method, default
+            config: RecBole's Config (or any mapping). ``kd_loss`` names one method, by default
                 ``rce``.
 
         Raises:
-            SettingsError: an unknown key (with the nearest known one), a wrong type, or a value out
-                of range.
+            SettingsError: a key is unknown (the message names the nearest known one), or a value
+                has a wrong type or is out of range.
         """
         check_keys(config)
         given = plain(config)
@@ -101,16 +101,16 @@ class RunSettings:
         return settings
 
     def build_losses(self) -> dict[str, Loss]:
-        """New losses, by their names: what they learn of their own belongs to one training."""
+        """New losses, by name; the parameters that they learn belong to one training run."""
         return {name: loss(self.losses[name]) for name, loss in self.method.losses.items()}
 
     def losses_of_earlier_states(self) -> list[KDLoss]:
-        """Those losses that learn from earlier states of the teacher."""
+        """The losses that learn from earlier states of the teacher."""
         losses = self.build_losses().values() if self.method.needs_earlier_states else ()
         return [loss for loss in losses if isinstance(loss, KDLoss) and loss.uses_trajectory]
 
     def as_dict(self) -> dict[str, Any]:
-        """All keys and their values."""
+        """All KD keys and their values."""
         found = self.common.as_dict()
         for settings in self.losses.values():
             found |= settings.as_dict()
@@ -119,12 +119,12 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """How the students of one method are trained.
+    """The Config and the settings with which the students of one method are trained.
 
     Args:
-        method: what ``kd_loss`` named.
-        config: RecBole's Config, with the KD settings written into it, so that log, tensorboard and
-            checkpoint say what was used.
+        method: the method that ``kd_loss`` names.
+        config: RecBole's Config. The KD settings are written into it, so that log, tensorboard and
+            checkpoint show them.
         settings: the KD settings; ``None`` for the student alone.
     """
 
@@ -134,23 +134,27 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of the method, as ``kd_loss`` gave it."""
+        """The name of the method, as in ``kd_loss``."""
         return self.method.name
 
     def build_losses(self) -> dict[str, Loss]:
-        """New losses, by their names; none for the student alone."""
+        """New losses, by name; none for the student alone."""
         return {} if self.settings is None else self.settings.build_losses()
 
     def losses_of_earlier_states(self) -> list[KDLoss]:
-        """Those losses that learn from earlier states of the teacher."""
+        """The losses that learn from earlier states of the teacher."""
         return [] if self.settings is None else self.settings.losses_of_earlier_states()
 
 
 def read_trust(config: Any) -> bool:
-    """``teacher_trust``, which lets a checkpoint run any code.
+    """The key ``teacher_trust``, which lets a checkpoint run any code.
+
+    Args:
+        config: RecBole's Config.
 
     Raises:
-        SettingsError: it is neither True nor False. (``no`` is a text, and a text is true.)
+        SettingsError: it is neither True nor False. (``no``, for example, is a text, which would
+            count as true.)
     """
     value = config["teacher_trust"]
     if value is not None and not isinstance(value, bool):
@@ -159,24 +163,38 @@ def read_trust(config: Any) -> bool:
 
 
 def check_keys(config: Any) -> None:
-    """Refuse keys that look like ours and are not.
+    """Refuse unknown keys that are probably misspelt KD keys.
+
+    Args:
+        config: RecBole's Config, or any mapping.
 
     Raises:
-        SettingsError: names the key and the nearest known one.
+        SettingsError: a key is unknown; the message names it and the nearest known one.
     """
+    given = plain(config)
     ours = set(KDSettings.keys()) | RUN_KEYS
-    losses = {**LOSSES, **_own_losses(plain(config))}
+    losses = {**LOSSES, **_own_losses(given)}
+    retired: dict[str, Any] = {}
     prefixes = {"kd": set(KDSettings.keys()) | {"kd_loss"}}
     for loss in losses.values():
         keys = {f"{loss.prefix()}_{key}" for key in PER_LOSS_KEYS}
         prefixes[loss.prefix()] = set(loss.settings_type.keys()) | keys
         ours |= prefixes[loss.prefix()]
+        retired |= loss.settings_type.retired
     prefixes[SCRATCH] = {f"{SCRATCH}_{key}" for key in PER_LOSS_KEYS}
     known = known_to_recbole(config)
     elsewhere = known | COMMAND_KEYS
-    for key in plain(config):
+    for key in given:
         prefix = "kd" if key.startswith("kd_") else prefix_of(key, prefixes)
         if prefix is not None:
+            if key in retired and given[key] == retired[key]:
+                continue
+            if key in retired:
+                suffix = key.removeprefix(f"{prefix}_")
+                now = [name for name in ours if name.endswith(f"_{suffix}") and name != key]
+                raise SettingsError(
+                    f"[{key}] is no setting of {prefix} any more; {' or '.join(sorted(now))} is."
+                )
             if key not in prefixes[prefix] and key not in known:
                 raise SettingsError(
                     f"[{key}] is not a setting of distillation. {nearest(key, prefixes[prefix])}"
@@ -190,15 +208,20 @@ def check_keys(config: Any) -> None:
 
 
 def _own_losses(given: Mapping[str, Any]) -> dict[str, type[Loss]]:
-    """The losses in ``kd_loss`` that are classes of the user's."""
+    """The losses in ``kd_loss`` that are the user's own classes."""
     methods = read_methods(given["kd_loss"]) if given.get("kd_loss") else []
     return {name: loss for method in methods for name, loss in method.losses.items() if ":" in name}
 
 
 def overrides_for(method: Method, config: Any) -> dict[str, Any]:
-    """RecBole keys that the user set for one method: ``rce_weight_decay: 1e-5`` → ``{"weight_decay": 1e-5}``.
+    """The RecBole keys that the user has set for one method.
 
-    Of a sum, the first of its losses for which a key is set decides.
+    ``rce_weight_decay: 1e-5`` gives ``{"weight_decay": 1e-5}``. In a sum of losses, the first loss
+    for which a key is set decides.
+
+    Args:
+        method: the method.
+        config: RecBole's Config, or any mapping.
     """
     given = plain(config)
     return {
@@ -210,13 +233,17 @@ def overrides_for(method: Method, config: Any) -> dict[str, Any]:
 
 
 def plain(config: Any) -> Mapping[str, Any]:
-    """A Config, or a mapping, as key–value pairs."""
+    """The keys and values of a Config; a mapping is returned as it is."""
     values: Mapping[str, Any] = getattr(config, "final_config_dict", config)
     return values
 
 
 def _keys_of_all_models() -> set[str]:
-    """Of every model of RecBole: one that stands in a file for several models is no mistyped one of ours."""
+    """The keys of all RecBole models.
+
+    A property file for several models has keys that are unknown to the model of this Config. They
+    are no misspelt keys.
+    """
     files = (Path(recbole.__file__).parent / "properties" / "model").glob("*.yaml")
     return {
         key
@@ -226,7 +253,7 @@ def _keys_of_all_models() -> set[str]:
 
 
 def known_to_recbole(config: Any) -> set[str]:
-    """The keys that RecBole reads for the model of this Config; empty of a mapping."""
+    """The keys that RecBole reads for the model of this Config; empty for a mapping."""
     internal = getattr(config, "internal_config_dict", None)
     if internal is None:
         return set()

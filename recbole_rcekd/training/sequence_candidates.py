@@ -1,13 +1,12 @@
-"""The lists that rows of a sequential batch are taught on.
+"""The candidates of the rows of a sequential student's batch.
 
-Two kinds of teachers say different things of a row:
+There are two kinds of teachers:
 
-* A **sequential** teacher scored the row's own sequence. Its lists are taken as they are.
-* A **general** teacher scored the row's *user*, once, from all of the user's training items: its
-  scores are those of the row's history, the target, and what the user took *later*. Taught as they
-  are, a row would learn to look into the future, and to recommend what was just taken. So the
-  user's other training items are *hidden* from the row, in the teacher's lists and in the
-  student's; only the target stays among them.
+* A **sequential** teacher scores the row's own sequence. Its top-K lists are used as they are.
+* A **general** teacher scores the row's *user*, from all of the user's training items: the row's
+  history, its target, and the items that come *later*. From such scores a row would learn the
+  future, and to recommend items that the user has just had. So the user's training items are
+  *masked* for the row, except the target, in the teacher's and in the student's candidates.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from torch import Tensor
 from recbole_rcekd.core.errors import TeacherError
 from recbole_rcekd.core.top_k import Ranking, RowRanking
 from recbole_rcekd.core.types import Seen, TeacherScores
-from recbole_rcekd.data.sequence_dataset import training_pairs
+from recbole_rcekd.data.sequences import training_pairs
 from recbole_rcekd.losses.candidates import Candidates
 
 
 @dataclass(frozen=True)
 class RowTeacher:
-    """What a teacher says to rows.
+    """The teacher's scores for the rows of a sequential training set.
 
     Args:
-        scores: of rows, or of users.
-        n_items: padding included.
-        item_field: column of a row's target.
-        list_field: column of its sequence.
-        users: for each row its user, if the scores are of users.
-        taken: the training items of each user, likewise.
+        scores: the scores for rows, or for users.
+        n_items: how many items there are, padding included.
+        item_field: the column of a row's target.
+        list_field: the column of a row's sequence.
+        users: the user of each row, if the scores are for users.
+        taken: the training items of each user, if the scores are for users.
     """
 
     scores: TeacherScores
@@ -48,7 +47,7 @@ class RowTeacher:
     taken: Seen | None = None
 
     def to(self, device: torch.device) -> RowTeacher:
-        """The same where the student is."""
+        """The same on another device; the scores stay where they are."""
         users = None if self.users is None else self.users.to(device)
         return replace(
             self, users=users, taken=None if self.taken is None else self.taken.to(device)
@@ -56,15 +55,15 @@ class RowTeacher:
 
 
 def row_teacher_of(dataset: Any, scores: TeacherScores, by_rows: bool | None = None) -> RowTeacher:
-    """How scores speak to the rows of a sequential training set.
+    """The teacher of the rows of a sequential training set.
 
     Args:
         dataset: the training set.
-        scores: of its rows, or of its users.
-        by_rows: which; default: of rows if there are as many, else of users.
+        scores: the teacher's scores for its rows, or for its users.
+        by_rows: the scores are for rows; default: they are if there are as many as rows.
 
     Raises:
-        TeacherError: they are of neither.
+        TeacherError: there are neither as many scores as rows nor as many as users.
     """
     n_rows, n_users = len(dataset), int(dataset.user_num)
     if scores.n_contexts not in (n_rows, n_users):
@@ -81,18 +80,18 @@ def row_teacher_of(dataset: Any, scores: TeacherScores, by_rows: bool | None = N
 
 
 class SequenceCandidates(Candidates):
-    """The lists of one batch; contexts are places in it, 0 to B − 1.
+    """The candidates of the rows of one batch; a row is given by its position, 0 to B − 1.
 
     Args:
-        rows: numbers of the rows in the training set, ``[B]``.
-        teaching: what the teacher says of them.
-        batch: the rows.
-        student: ranks of the places.
-        generator: the source of all draws.
+        rows: the ids of the rows in the training set, ``[B]``.
+        teaching: the teacher's scores for rows.
+        batch: the rows, as RecBole's loader gave them.
+        student: the student's ranking, by positions in the batch.
+        generator: the source of all random draws.
         more: further arguments of :class:`~recbole_rcekd.losses.candidates.Candidates`.
 
     Attributes:
-        ids: numbers of the rows.
+        ids: the ids of the rows in the training set.
     """
 
     def __init__(
@@ -104,8 +103,8 @@ class SequenceCandidates(Candidates):
         generator: torch.Generator,
         **more: Any,
     ) -> None:
-        places = torch.arange(len(rows), device=rows.device)
-        super().__init__(places, teaching.scores, student, None, generator, **more)
+        positions = torch.arange(len(rows), device=rows.device)
+        super().__init__(positions, teaching.scores, student, None, generator, **more)
         self.ids = rows
         self._teaching = teaching
         self._batch = batch
@@ -114,50 +113,53 @@ class SequenceCandidates(Candidates):
 
     @property
     def _asked(self) -> Tensor:
-        """Whom the teacher is asked about."""
+        """The ids by which the teacher scores the rows: of rows, or of their users."""
         return self._asked_of_batch[self.contexts]
 
     @cached_property
     def _seen(self) -> Seen:  # type: ignore[override]
-        """The row's sequence and target, or all that its user took."""
+        """The items of the row's sequence and its target, or all training items of its user."""
         if self._teaching.taken is not None:
             return self._local(*self._teaching.taken.cells(self._asked_of_batch))
         listed = torch.cat(
             [self._batch[self._teaching.list_field].long(), self._targets.unsqueeze(1)], dim=1
         )
-        places, columns = listed.nonzero(as_tuple=True)
-        return self._local(places, listed[places, columns])
+        positions, columns = listed.nonzero(as_tuple=True)
+        return self._local(positions, listed[positions, columns])
 
     @cached_property
     def _masked(self) -> Seen | None:
-        """What the row must not hear of: its user's training items but the target."""
+        """The masked items of each row: its user's training items, except the target."""
         if self._teaching.taken is None:
             return None
-        places, ids = self._teaching.taken.cells(self._asked_of_batch)
-        others = ids != self._targets[places]
-        return self._local(places[others], ids[others])
+        positions, ids = self._teaching.taken.cells(self._asked_of_batch)
+        others = ids != self._targets[positions]
+        return self._local(positions[others], ids[others])
 
     def seen(self) -> Seen:
-        """What the places of the batch have: see :attr:`ItemSets.seen <recbole_rcekd.core.types.ItemSets>`."""
+        """The items that each row has, by positions in the batch.
+
+        See :attr:`ItemSets.seen <recbole_rcekd.core.types.ItemSets>`.
+        """
         return self._seen
 
-    def _local(self, places: Tensor, ids: Tensor) -> Seen:
-        return Seen.from_pairs(places, ids, len(self._targets), self._teaching.n_items)
+    def _local(self, positions: Tensor, ids: Tensor) -> Seen:
+        return Seen.from_pairs(positions, ids, len(self._targets), self._teaching.n_items)
 
     def student_top(self, k: int, unseen: bool = False) -> Tensor:
-        """The student's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
+        """The student's top-``k`` items, best first, ``[n, k]``, without masked items."""
         return self._student.top_k(self.contexts, k, self._seen if unseen else self._masked)
 
     def teacher_top(self, k: int, unseen: bool = False) -> Tensor:
-        """The teacher's best ``k`` items, best first, ``[n, k]``; without hidden ones."""
+        """The teacher's top-``k`` items, best first, ``[n, k]``, without masked items."""
         scores = self._teacher
         if self._masked is None:
             if not unseen:
                 return scores.top_k(self._asked, k, unseen=False)
-            by_place = RowRanking(
-                lambda places: scores.score_all(self._asked_of_batch[places]), self.n_items
+            ranking = RowRanking(
+                lambda positions: scores.score_all(self._asked_of_batch[positions]), self.n_items
             )
-            return by_place.top_k(self.contexts, k, self._seen)
+            return ranking.top_k(self.contexts, k, self._seen)
         lists = scores.top_k(self._asked, k, unseen=True)
         return lists if unseen else self._with_target(lists)
 
@@ -166,28 +168,37 @@ class SequenceCandidates(Candidates):
         return self._teacher.score(self._asked, items)
 
     def teacher_scores_of_all(self) -> Tensor:
-        """The teacher's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
+        """The teacher's scores of all items, ``[n, n_items]``.
+
+        −inf at the padding item and at masked items.
+        """
         return self.mask_rows(self._teacher.score_all(self._asked))
 
     def student_scores_of_all(self) -> Tensor:
-        """The student's scores of every item, ``[n, n_items]``; −inf at the padding item and the hidden ones."""
+        """The student's scores of all items, ``[n, n_items]``, without gradient.
+
+        −inf at the padding item and at masked items.
+        """
         return self.mask_rows(super().student_scores_of_all())
 
     def n_allowed(self) -> Tensor:
-        """How many items there are for each row, ``[n]``: the catalogue, without padding and hidden ones."""
+        """How many items each row may be given, ``[n]``: all but padding and masked ones."""
         whole = super().n_allowed()
         return whole if self._masked is None else whole - self._masked.counts()[self.contexts]
 
     def draw(self, n: int, outside: Tensor) -> Tensor:
-        """``n`` distinct items per row, uniform over what is neither hidden nor in ``outside``; 0 where there are fewer."""
+        """Draw ``n`` distinct items per row that are neither masked nor in ``outside [n, P]``.
+
+        They are drawn uniformly; 0 where there are fewer.
+        """
         return self._draw(n, outside, self._masked)
 
     def positives(self, n: int) -> Tensor:
-        """The target, ``[n_contexts, n]``; 0 after it."""
+        """The target of each row, followed by zeros, ``[n_contexts, n]``."""
         return torch.nn.functional.pad(self._targets[self.contexts].unsqueeze(1), (0, n - 1))
 
     def mask_rows(self, rows: Tensor) -> Tensor:
-        """Full rows of scores with −inf at the hidden items."""
+        """Full rows of scores with −inf at masked items."""
         if self._masked is None:
             return rows
         rows = rows.clone()
@@ -195,7 +206,7 @@ class SequenceCandidates(Candidates):
         return rows
 
     def _with_target(self, lists: Tensor) -> Tensor:
-        """Put the target where its score belongs; nowhere if the teacher says nothing of the user."""
+        """Insert the target into lists by its score; not if the teacher does not cover the user."""
         items = torch.cat([self._targets[self.contexts].unsqueeze(1), lists], dim=1)
         scores = self.teacher_scores(items).masked_fill(items == 0, -torch.inf)
         items = items.masked_fill(scores == -torch.inf, 0)

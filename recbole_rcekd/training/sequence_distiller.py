@@ -1,8 +1,7 @@
-"""Distillation of a sequential student: what is scored is a row of the training batch, a sequence and its target.
+"""Distillation of a sequential student, which learns rows: a sequence and its target each.
 
-There is no table of users whose lists could be kept: a row stands in one batch of an epoch, and its
-lists are made there, from the scores that the base loss needs anyway. Each row learns once per
-epoch.
+A row is in one batch of an epoch. Its candidates are chosen there, from scores that the base loss
+needs too. So each row learns once per epoch, and no candidates are kept between steps.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from recbole_rcekd.core.errors import SettingsError
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.core.types import ItemSets, TeacherScores
 from recbole_rcekd.data.contexts import ROW_FIELD, Rows
-from recbole_rcekd.data.sequence_dataset import training_pairs
+from recbole_rcekd.data.sequences import training_pairs
 from recbole_rcekd.losses.base import TUNED_ON, KDLoss
 from recbole_rcekd.models.batch_scores import BatchScores
 from recbole_rcekd.models.product_recorder import Product
@@ -32,14 +31,14 @@ from recbole_rcekd.training.sequence_candidates import RowTeacher, SequenceCandi
 
 
 def require_one_side(loss: KDLoss, scorer: ModelScorer) -> None:
-    """Refuse a method that teaches items their users to a student without users.
+    """Refuse a method with a loss over users for each item, if the student does not score users.
 
     Args:
         loss: the method.
         scorer: the student.
 
     Raises:
-        SettingsError: names the key.
+        SettingsError: the method has such a loss; the message names the key that turns it off.
     """
     if loss.item_side() is not None and not scorer.scores_users:
         prefix = loss.prefix()
@@ -54,21 +53,21 @@ class SequenceDistiller(Distiller):
 
     Args:
         scorer: the student.
-        teaching: the teacher's scores of its rows, or of their users.
-        loss: which method.
-        settings: diagnostics. (``kd_schedule`` and ``kd_refresh_epochs`` speak of users; a row
-            learns when it stands in a batch, from new lists.)
-        dataset: the training set; its rows carry their numbers in the column ``kd_row`` while
-            training lasts.
-        seed: of all draws; they use a generator of their own, so RecBole's random stream is
-            untouched.
+        teaching: the teacher's scores for the rows, or for their users.
+        loss: the method.
+        settings: ``kd_diagnostic_users`` is used. (``kd_schedule`` and ``kd_refresh_epochs`` are
+            for users. A row learns when it is in a batch, from new candidates.)
+        dataset: the training set. In training, its batches have the ids of the rows in the column
+            ``kd_row``.
+        seed: the seed of all random draws. They come from a generator of their own, so RecBole's
+            random stream stays the same.
         ranks: this process among those that train the student.
-        trajectories: earlier states of each teacher, for losses that use them (the teacher itself
-            is the last of each).
+        trajectories: the states of each teacher, for losses that use them; the teacher itself is
+            the last.
 
     Raises:
-        SettingsError: the loss teaches the item side (IR-RRD), which takes users that can be
-            scored.
+        SettingsError: the method has a loss over users for each item (IR-RRD); or it needs more
+            items than the catalogue has.
     """
 
     loss: KDLoss
@@ -101,29 +100,28 @@ class SequenceDistiller(Distiller):
         self._sums: dict[str, float] = defaultdict(float)
 
     def _prepare(self, epoch: int, n_steps: int) -> None:
-        """Begin to count anew; candidates are chosen in the steps."""
+        """Reset the sums of the epoch; candidates are chosen in the steps."""
         self._epoch = epoch
         self._untuned = self.loss.tuned
         self._sums.clear()
 
     def _kd_loss(self, batch: Interaction, products: Sequence[Product]) -> Tensor:
-        """The mean over the batch's rows, each of which counts once."""
+        """The mean of the losses of the batch's rows; each row counts once."""
         rows = batch[ROW_FIELD]
         distinct, first = _first_places(rows)
-        if len(distinct) < len(
-            rows
-        ):  # positives and negatives of one row, for models that learn from labels
+        # A model that learns from labels has a row twice: with a positive and a negative item.
+        if len(distinct) < len(rows):
             rows, batch = distinct, batch[first]
         student = self._scorer.score_batch(batch, list(products))
         with torch.no_grad():
-            lists = self._lists(batch, rows, student)
+            candidates = self._lists(batch, rows, student)
             if self._untuned:
-                self.loss.tune(lists.part(lists.contexts[:TUNED_ON]))
+                self.loss.tune(candidates.part(candidates.contexts[:TUNED_ON]))
                 self._untuned = False
-            sets = self.loss.select(lists)
+            sets = self.loss.select(candidates)
             if sets.gamma is not None:
                 self._sums["gamma"] += float(sets.gamma.mean())
-        return self._losses(student, sets, lists).mean()
+        return self._losses(student, sets, candidates).mean()
 
     def _lists(self, batch: Interaction, rows: Tensor, student: BatchScores) -> SequenceCandidates:
         return SequenceCandidates(
@@ -132,28 +130,30 @@ class SequenceDistiller(Distiller):
             batch,
             student.ranking(),
             self.generator,
-            score=lambda places, items: student.part(places).score(items),
-            score_all=lambda places: student.part(places).score_all().float(),
+            score=lambda positions, items: student.part(positions).score(items),
+            score_all=lambda positions: student.part(positions).score_all().float(),
             popularity=self._popularity,
             trajectories=self._trajectories,
             epoch=self._epoch,
         )
 
-    def _losses(self, student: BatchScores, sets: ItemSets, lists: SequenceCandidates) -> Tensor:
+    def _losses(
+        self, student: BatchScores, sets: ItemSets, candidates: SequenceCandidates
+    ) -> Tensor:
         if not self.loss.scores_all_items:
             return self.loss.forward(student.score(sets.items), sets)
         if self.loss.teaches_all_items:
-            sets = dataclasses.replace(sets, teacher_scores=lists.teacher_scores_of_all())
+            sets = dataclasses.replace(sets, teacher_scores=candidates.teacher_scores_of_all())
         if self.loss.masks_seen:
-            sets = dataclasses.replace(sets, seen=lists.seen())
+            sets = dataclasses.replace(sets, seen=candidates.seen())
         scores = student.score_all()
-        # What is hidden is hidden from the teacher's opinion; a control has none to hide.
+        # Items are masked because of the teacher's scores, so not for a control, which has none.
         return self.loss.forward(
-            lists.mask_rows(scores) if self.loss.needs_teacher else scores, sets
+            candidates.mask_rows(scores) if self.loss.needs_teacher else scores, sets
         )
 
     def _diagnostics(self) -> dict[str, float]:
-        """As of users (:class:`~recbole_rcekd.training.user_distiller.UserDistiller`), of rows."""
+        """The diagnostics of :class:`~recbole_rcekd.training.user_distiller.UserDistiller`."""
         found = self.loss.metrics()
         found |= {name: total / max(1, self.steps) for name, total in self._sums.items()}
         if len(self._diagnostic_rows) == 0:
@@ -161,11 +161,11 @@ class SequenceDistiller(Distiller):
         batch = self._rows.inputs(self._diagnostic_rows)
         student = self._scorer.score_batch(batch, [])
         scores = student.score_all().float()
-        lists = self._lists(batch, self._diagnostic_rows, student)
-        scores = lists.mask_rows(scores)
+        candidates = self._lists(batch, self._diagnostic_rows, student)
+        scores = candidates.mask_rows(scores)
         k = min(OVERLAP_AT, self._teaching.n_items - 1)
-        found |= distance_to_teacher(scores, lists.teacher_top(k))
-        found |= closure_metrics(self.loss, self.loss.select(lists), scores)
+        found |= distance_to_teacher(scores, candidates.teacher_top(k))
+        found |= closure_metrics(self.loss, self.loss.select(candidates), scores)
         return found
 
     def _choose_diagnostic_rows(self) -> Tensor:
@@ -176,8 +176,8 @@ class SequenceDistiller(Distiller):
 
 
 def _first_places(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct values, and where each stands first."""
-    distinct, place = torch.unique(rows, return_inverse=True)
+    """The distinct values, and the first position of each."""
+    distinct, index = torch.unique(rows, return_inverse=True)
     first = torch.full_like(distinct, len(rows))
-    first.scatter_reduce_(0, place, torch.arange(len(rows), device=rows.device), "amin")
+    first.scatter_reduce_(0, index, torch.arange(len(rows), device=rows.device), "amin")
     return distinct, first

@@ -1,4 +1,4 @@
-"""Teachers that a command trains itself, as RecBole would, and finds again when a later one has the same settings."""
+"""Trains the teacher of a command as RecBole would, or finds one with the same settings."""
 
 from __future__ import annotations
 
@@ -23,20 +23,27 @@ from recbole_rcekd.core.files import write_json
 from recbole_rcekd.core.settings import TeacherSettings
 from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
 from recbole_rcekd.data.sequence_dataset import create_dataset
-from recbole_rcekd.models.scorer import require_rankable
+from recbole_rcekd.models.probe import require_rankable
 from recbole_rcekd.teachers.load import kind_of, source_list
 from recbole_rcekd.teachers.trajectory import Trajectory, folder_beside, state_files
 from recbole_rcekd.training.config import teacher_config
+from recbole_rcekd.training.recording import recording_trainer
 from recbole_rcekd.training.run_settings import Run
-from recbole_rcekd.training.trainer import recording_trainer
 
-# None changes the teacher that comes out.
+# Keys that do not change the trained teacher.
 _UNIMPORTANT = frozenset({*MACHINE_KEYS, "eval_batch_size", "show_progress", "state", "log_wandb"})
 
 
 @dataclass
 class Data:
-    """RecBole's dataset and its three loaders."""
+    """RecBole's dataset and its three loaders.
+
+    Attributes:
+        dataset: the dataset, not split.
+        train: the loader of the training data.
+        valid: the loader of the validation data.
+        test: the loader of the test data.
+    """
 
     dataset: Any
     train: Any
@@ -45,28 +52,27 @@ class Data:
 
 
 def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
-    """The Config of the teacher that is to be trained, or ``None`` if it is there already, or none is wanted.
+    """The Config of the teacher that the command must train.
 
     Args:
-        config: of the command.
-        settings: of its teacher.
+        config: the command's Config.
+        settings: the settings of its teacher.
+
+    Returns:
+        The Config, or ``None`` if ``teacher`` names files or is not given.
 
     Raises:
-        SettingsError: ``teacher`` is neither a model nor a file, or keys of its training have no
-            effect.
+        SettingsError: ``teacher`` names neither a model nor a file, or keys of the teacher's
+            training have no effect.
         ScoringError: the model cannot teach.
     """
     given = config["teacher"]
     sources = source_list(given) if given else []
-    # A RecBole model has neither of these in its name.
+    # The name of a RecBole model has neither an ending nor a folder.
     if len(sources) == 1 and not (Path(sources[0]).suffix or os.path.sep in sources[0]):
         try:
             model_class = get_model(sources[0])
-        except (
-            ValueError,
-            AttributeError,
-            ImportError,
-        ) as error:  # it looks among models that need lightgbm, too
+        except (ValueError, AttributeError, ImportError) as error:  # it may import lightgbm
             if not kind_of(sources[0]).is_there(sources[0]):
                 raise SettingsError(
                     f"[teacher] is {given!r}, which is neither a RecBole model (written as in BPR, "
@@ -94,16 +100,16 @@ def teacher_to_train(config: Any, settings: TeacherSettings) -> Any:
 
 
 def require_earlier_states(run: Run, source: Any, teacher: Any, settings: TeacherSettings) -> None:
-    """Refuse a method that learns from earlier states of a teacher that has none.
+    """Refuse a method that learns from earlier states of a teacher, if the teacher has none.
 
     Args:
-        run: the method's.
+        run: the run of the method.
         source: what ``teacher`` names.
         teacher: the Config of a teacher that will be trained, or ``None``.
-        settings: of the teacher.
+        settings: the settings of the teacher.
 
     Raises:
-        SettingsError: there are no states, and none will be kept.
+        SettingsError: there are no earlier states, and none will be kept.
     """
     for loss in run.losses_of_earlier_states():
         if teacher is None or loss.checkpoints:
@@ -118,16 +124,16 @@ def require_earlier_states(run: Run, source: Any, teacher: Any, settings: Teache
 def train_teacher(
     config: Any, data: Data, ranks: Ranks, n_states: int
 ) -> tuple[str, dict[str, Any]]:
-    """Train a teacher as RecBole would, or find the one that the same settings gave before.
+    """Train a teacher as RecBole would, or find one that was trained before with these settings.
 
     Args:
-        config: of the teacher.
-        data: of the student.
-        ranks: this process among those that train it.
-        n_states: how many of its earlier states are kept.
+        config: the teacher's Config.
+        data: the student's data.
+        ranks: this process among those that train the teacher.
+        n_states: how many earlier states of the teacher are kept.
 
     Returns:
-        The checkpoint, and how its training was (:func:`course`).
+        The file of the checkpoint, and the time of the training (:func:`course`).
     """
     evaluate_more(config)
     name = config["model"]
@@ -139,15 +145,14 @@ def train_teacher(
     made_of = [settings, split_hash(data.train._dataset), data_files_hash(config)]
     key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:10]
     file = Path(config["checkpoint_dir"]) / f"teacher-{name}-{config['dataset']}-{key}.pth"
-    file = ranks.broadcast(file)  # settings of the other ranks name the file otherwise
+    file = ranks.broadcast(file)  # other ranks have other settings, so another hash
     states, logger, title = folder_beside(file), getLogger(), set_color("Teacher", "pink")
 
     def train() -> tuple[str, dict[str, Any]]:
         logger.info(f"{title}: training {name}, kept in [{file}]")
         if ranks.first and not file.exists():
-            shutil.rmtree(
-                states, ignore_errors=True
-            )  # of a training that was interrupted in its last step
+            # They may be left from a training that was interrupted in its last step.
+            shutil.rmtree(states, ignore_errors=True)
         logger.info(config)
         init_seed(config["seed"], config["reproducibility"])
         dataset = create_dataset(config)
@@ -180,19 +185,20 @@ def found_or_trained(
     train: Callable[[], tuple[str, dict[str, Any]]],
     complete: bool = True,
 ) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint that an earlier command finished, or a new one, put into its place in the last step of all.
+    """Find the checkpoint that an earlier command trained, or train it.
 
-    So a training that was interrupted is not found the next time.
+    A new checkpoint is moved to its file in the last step, so an interrupted training is not found
+    later.
 
     Args:
-        file: where the checkpoint belongs; how its training was lies beside it, as ``.json``.
+        file: the file of the checkpoint. The time of the training is in a ``.json`` beside it.
         ranks: this process among those that train it.
-        title: for the log.
-        train: gives a checkpoint, and how its training was.
-        complete: whether all else that belongs to the checkpoint is there.
+        title: the name in the log.
+        train: a function that trains, and returns a checkpoint and the time of the training.
+        complete: whether the other files that belong to the checkpoint exist.
 
     Returns:
-        ``file``, and how its training was.
+        ``file``, and the time of the training.
     """
     facts = file.with_suffix(".json")
     known = _read_facts(facts) if file.exists() and complete else None
@@ -220,7 +226,12 @@ def _read_facts(file: Path) -> dict[str, Any] | None:
 
 
 def course(trainer: Any, seconds: float) -> dict[str, Any]:
-    """How long a training was."""
+    """The number of epochs and the time of a training.
+
+    Args:
+        trainer: the trainer, after the training.
+        seconds: the time that ``fit`` took.
+    """
     rows = trainer.history.rows
     in_training = sum(row.get("train_seconds", 0.0) for row in rows)
     return {
@@ -231,6 +242,6 @@ def course(trainer: Any, seconds: float) -> dict[str, Any]:
 
 
 def draw_apart(config: Any, seed: int, ranks: Ranks) -> None:
-    """From here on the ranks draw different numbers (negative items, dropout); the first those of one process."""
+    """Seed each rank differently, for negative items and dropout; the first as a single process."""
     if not ranks.first:
         init_seed(ranks.seed(seed), config["reproducibility"])

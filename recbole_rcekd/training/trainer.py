@@ -1,164 +1,62 @@
-"""RecBole's trainers, distilling.
+"""RecBole's trainers with distillation.
 
-``DistillTrainer(config, model, teacher)`` replaces ``Trainer(config, model)``; for models with a
-trainer of their own,
-:func:`distill_trainer` makes the distilling version of that. RecBole's ``fit`` runs unchanged: the
-KD term enters through the model's ``calculate_loss``, which is wrapped while ``fit`` runs (a
-``loss_func`` handed to ``_train_epoch`` is dropped by several of RecBole's trainers).
+``DistillTrainer(config, model, teacher)`` replaces ``Trainer(config, model)``. For models that
+RecBole trains with another trainer, :func:`distill_trainer` makes the distilling version of that
+trainer. RecBole's ``fit`` runs unchanged. The KD terms are added in the model's ``calculate_loss``,
+which is replaced while ``fit`` runs. (Several of RecBole's trainers ignore the ``loss_func`` that
+is passed to ``_train_epoch``.)
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from recbole.trainer import Trainer
-from recbole.utils import ModelType, get_local_time, get_trainer, set_color
+from recbole.utils import ModelType, get_trainer, set_color
 
-from recbole_rcekd.compat import without_anomaly_detection
-from recbole_rcekd.compat.loading import fast_batches
-from recbole_rcekd.core.distributed import Ranks, note_checkpoint
+from recbole_rcekd.compat.instances import loss_replaced, replaced
 from recbole_rcekd.core.errors import KDError, ScoringError, SettingsError
 from recbole_rcekd.core.files import replacing
 from recbole_rcekd.core.types import TeacherScores
-from recbole_rcekd.models.scorer import ModelScorer, require_rankable
+from recbole_rcekd.models.probe import require_rankable
+from recbole_rcekd.models.product_recorder import Product
+from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.load import as_teacher, require_no_name
-from recbole_rcekd.teachers.trajectory import Trajectory
 from recbole_rcekd.training.distiller import Distiller
-from recbole_rcekd.training.history import History
 from recbole_rcekd.training.kd_terms import KDTermBuilder, Term
+from recbole_rcekd.training.optimizer import OwnGroups, update_in_one_pass
+from recbole_rcekd.training.recording import RecordingMixin
 from recbole_rcekd.training.run_settings import RunSettings, overrides_for
 
 
-class RecordingMixin(Trainer if TYPE_CHECKING else object):  # type: ignore[misc]
-    """What every run here adds to a RecBole trainer: own file names, whole files, a history.
-
-    RecBole names checkpoints to the second, so two runs started together overwrite each other's;
-    and a run stopped while it saves leaves half a file. Here names are unique, and a checkpoint
-    replaces the last one when it is whole. Of several processes the first names the checkpoint and
-    writes; none reads it before it is there.
-
-    Attributes:
-        history: one row per epoch; ``history.file`` is beside the checkpoint unless changed.
-        trajectory: keeps earlier checkpoints, if set.
-        ranks: this process among those that train the model.
-    """
-
-    run_label = "scratch"
-    config: Any
-    optimizer: Any
-
-    def __init__(self, config: Any, model: Any) -> None:
-        os.makedirs(
-            config["checkpoint_dir"], exist_ok=True
-        )  # RecBole's own way fails if two runs do it at once
-        super().__init__(config, model)
-        self.ranks = Ranks.of(config)
-        name = f"{config['model']}-{self.run_label}-{get_local_time()}-{uuid.uuid4().hex[:6]}"
-        name = self.ranks.broadcast(name)
-        self.saved_model_file = str(Path(self.checkpoint_dir) / f"{name}.pth")
-        self.history = History(
-            Path(self.checkpoint_dir) / f"{name}.history.csv" if self.ranks.first else None
-        )
-        self.trajectory: Trajectory | None = None
-
-    def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        if not self.ranks.first:
-            return
-        elsewhere = kwargs.pop("saved_model_file", None)
-        wanted = elsewhere or self.saved_model_file
-        config = self.config
-        if not config["single_spec"]:
-            # It would make one process that opens the checkpoint look for the others.
-            self.config = copy.deepcopy(config)
-            self.config["single_spec"] = True
-        written = False
-        try:
-            with replacing(wanted) as beside:
-                super()._save_checkpoint(
-                    epoch, verbose=False, saved_model_file=str(beside), **kwargs
-                )
-                written = beside.exists()
-        finally:
-            self.config = config
-        if not written:
-            return
-        if elsewhere is None:
-            note_checkpoint(wanted)
-            if self.trajectory is not None:
-                self.trajectory.best = epoch
-        if verbose:
-            self.logger.info(set_color("Saving current", "blue") + f": {wanted}")
-
-    def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
-        """Called before the epoch's first batch, inside its measured time."""
-
-    def _end_epoch(self, epoch_idx: int, n_steps: int) -> dict[str, float]:
-        """Called after its last batch, inside its measured time; what it returns goes into the history."""
-        return {}
-
-    def _train_epoch(self, train_data: Any, epoch_idx: int, *args: Any, **kwargs: Any) -> Any:
-        self.history.begin(epoch_idx)
-        started, n_steps = perf_counter(), len(train_data)
-        self._begin_epoch(epoch_idx, n_steps)
-        with fast_batches(train_data), without_anomaly_detection():
-            losses = super()._train_epoch(train_data, epoch_idx, *args, **kwargs)
-        found = self._end_epoch(epoch_idx, n_steps)
-        total = float(sum(losses) if isinstance(losses, tuple) else losses)
-        loss = self.ranks.mean({"train_loss": total / max(1, n_steps)})
-        self.history.note(train_seconds=perf_counter() - started, **loss, **found)
-        if self.trajectory is not None:
-            self.trajectory.add(
-                epoch_idx,
-                lambda file: self._save_checkpoint(epoch_idx, False, saved_model_file=file),
-            )
-        return losses
-
-    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> Any:
-        started = perf_counter()
-        score, result = super()._valid_epoch(valid_data, show_progress=show_progress)
-        self.history.note(
-            valid_seconds=perf_counter() - started,
-            **{f"valid_{k}": float(v) for k, v in result.items()},
-        )
-        return score, result
-
-    def evaluate(
-        self, eval_data: Any, load_best_model: bool = True, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As RecBole's; the checkpoint to load is there."""
-        if load_best_model:
-            self.ranks.barrier()
-        return super().evaluate(eval_data, load_best_model, *args, **kwargs)
-
-
 class DistillMixin(RecordingMixin):
-    """Adds ``Σ λ · KD`` to the loss of whatever RecBole trainer it is mixed into.
+    """Adds ``Σ λ · KD`` to the loss of a RecBole trainer.
 
     Args:
-        config: the student's stock RecBole Config; KD keys that it lacks take their shipped
-            defaults.
-        model: the student, a stock RecBole model.
+        config: the student's RecBole Config; KD keys that it does not have get their defaults.
+        model: the student, a RecBole model.
         teacher: from :func:`~recbole_rcekd.teachers.load.load_teacher`, or any
             :class:`~recbole_rcekd.core.types.TeacherScores` in the student's ids; ``None`` for
-              methods that need none.
-        seed: of the draws; the Config's ``seed`` unless given.
+            methods that need no teacher.
+        seed: the seed of the random draws; default: the Config's ``seed``.
         settings: the KD settings; default: those in the Config.
 
     Attributes:
+        teacher: the teacher, as it was given.
+        seed: the seed of the random draws.
+        kd_settings: the settings that are common to all losses.
         kd_losses: the losses of the method, by name.
-        terms: of the total loss, while ``fit`` runs.
+        terms: the KD terms, from when ``fit`` is called.
 
     Raises:
-        SettingsError: a KD key is unknown or has a wrong value.
+        SettingsError: a KD key is unknown or has a wrong value, or the teacher is missing.
         ScoringError: the model cannot be a student.
     """
 
@@ -201,17 +99,22 @@ class DistillMixin(RecordingMixin):
 
     @property
     def distiller(self) -> Distiller | None:
-        """Of the first term, while ``fit`` runs."""
+        """The distiller of the first term; ``None`` before ``fit`` is called."""
         return self.terms[0].distiller if self.terms else None
 
     def fit(self, train_data: Any, *args: Any, **kwargs: Any) -> Any:
-        """Train as RecBole does, with the KD terms; arguments and result are RecBole's."""
+        """Train as RecBole's ``fit``, with the KD terms; arguments and result are the same."""
         with self.distilling(train_data, bool(kwargs.get("show_progress", False))):
             return super().fit(train_data, *args, **kwargs)
 
     @contextmanager
     def distilling(self, train_data: Any, show_progress: bool = False) -> Iterator[Distiller]:
-        """While this lasts, the model's ``calculate_loss`` includes the KD terms."""
+        """While this lasts, the model's ``calculate_loss`` includes the KD terms.
+
+        Args:
+            train_data: the loader of the training data.
+            show_progress: show a progress bar while the teacher's scores are computed.
+        """
         dataset = train_data._dataset
         teacher = as_teacher(self.teacher, dataset)
         for part in teacher.parts:
@@ -230,23 +133,20 @@ class DistillMixin(RecordingMixin):
         self.terms = builder.terms(self.kd_losses)
         self._kd_sums = [torch.zeros((), device=self.device) for _ in self.terms]
         recording, row_ids = builder.recording(self.terms)
-        # Other processes' gradients are averaged by a code that expects dense ones.
+        # With several processes, the code that averages their gradients needs dense ones.
         sparse = scorer.sparse_gradients() if self.ranks.world == 1 else nullcontext()
         with (
             self._learning_parts_of_losses(),
             sparse,
             row_ids,
             scorer.shared_forward() as clear_step_memory,
+            loss_replaced(self.model, self._with_kd(recording, clear_step_memory)),
         ):
-            self._wrap_loss(recording, clear_step_memory)
-            try:
-                yield self.terms[0].distiller
-            finally:
-                delattr(self.model, self._loss_name)
+            yield self.terms[0].distiller
 
     @contextmanager
     def _learning_parts_of_losses(self) -> Iterator[None]:
-        """While this lasts, what the losses have of their own is learned as the model is."""
+        """While this lasts, the optimizer also learns the parameters of the losses."""
         self._read_parts()
         parts = list(
             dict.fromkeys(p for term in self.terms for p in term.distiller.loss.parameters())
@@ -263,7 +163,10 @@ class DistillMixin(RecordingMixin):
                 self.optimizer.state.pop(part, None)
 
     def _read_parts(self) -> None:
-        """Of a run that is resumed: what its losses had learned. Their optimizer's state begins anew."""
+        """Read the parameters that the losses of a resumed run had learned.
+
+        The optimizer's state of these parameters is not kept; it begins anew.
+        """
         file = parts_file(self._resumed) if self._resumed else None
         if file is None or not file.exists():
             return
@@ -279,76 +182,79 @@ class DistillMixin(RecordingMixin):
                     ) from error
 
     def resume_checkpoint(self, resume_file: Any) -> None:
-        """As RecBole's; what the losses had learned is read, too, when ``fit`` begins."""
+        """As RecBole's; the learned parameters of the losses are read too, when ``fit`` begins."""
         super().resume_checkpoint(resume_file)
         self._resumed = str(resume_file)
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        """As ever; what the losses learned lies beside the checkpoint, in ``<name>.kd.pth``, and never in it."""
-        optimizer = self.optimizer
-        self.optimizer = _OwnGroups(optimizer, self._n_own_groups)
-        try:
+        """Save the checkpoint, and the learned parameters of the losses in ``<name>.kd.pth``.
+
+        The checkpoint has none of these, so it is one of plain RecBole.
+        """
+        own = OwnGroups(self.optimizer, self._n_own_groups)
+        with replaced(self, "optimizer", own):
             super()._save_checkpoint(epoch, verbose, **kwargs)
-        finally:
-            self.optimizer = optimizer
         learned = {
             term.name: part for term in self.terms if (part := term.distiller.loss.state_dict())
         }
         if learned and self.ranks.first:
-            with replacing(
-                parts_file(kwargs.get("saved_model_file", self.saved_model_file))
-            ) as beside:
+            file = parts_file(kwargs.get("saved_model_file", self.saved_model_file))
+            with replacing(file) as beside:
                 torch.save(learned, beside)
 
-    def _wrap_loss(self, recording: Any, clear_step_memory: Any) -> None:
-        original, base_weight, terms = (
-            getattr(self.model, self._loss_name),
-            self._base_weight,
-            self.terms,
-        )
-        plain = base_weight == 1.0 and all(term.weight == 0.0 for term in terms)
+    def _with_kd(
+        self, recording: Any, clear_step_memory: Callable[[], None]
+    ) -> Callable[[Any], Any]:
+        """A function that makes the total loss of the model's own ``calculate_loss``."""
 
-        def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
-            clear_step_memory()
-            if plain:
-                # Nothing that could shift a random stream or a rounding: plain RecBole, bit for
-                # bit.
-                for term in terms:
-                    term.distiller.steps += 1
-                return original(interaction, *args, **kwargs)
-            base: Any = None
-            products = None
-            if base_weight != 0.0:
-                with recording(interaction) as products:
-                    base = original(interaction, *args, **kwargs)
-            parts = [term.distiller.step(interaction, products or []) for term in terms]
-            clear_step_memory()
-            for place, part in enumerate(parts):
-                self._kd_sums[place] += part.detach()
-            kd: Any = sum(term.weight * part for term, part in zip(terms, parts, strict=True))
-            if base is None:
-                # A step without anybody to teach has no gradient, but RecBole asks for one.
-                return kd if kd.requires_grad else kd.requires_grad_()
-            self._base_sum += sum(
-                each.detach().sum() for each in (base if isinstance(base, tuple) else (base,))
-            )
-            if base_weight != 1.0:
-                base = (
-                    tuple(base_weight * each for each in base)
-                    if isinstance(base, tuple)
-                    else base_weight * base
-                )
-            if isinstance(base, tuple):
-                # To the first term: NCL drops the last ones while it warms up.
-                return (base[0] + kd, *base[1:])
-            return base + kd
+        def total(own_loss: Any) -> Any:
+            def calculate_loss(interaction: Any, *args: Any, **kwargs: Any) -> Any:
+                clear_step_memory()
+                if self._is_plain():
+                    # Nothing else is computed, so the run is bitwise equal to plain RecBole.
+                    for term in self.terms:
+                        term.distiller.steps += 1
+                    return own_loss(interaction, *args, **kwargs)
+                base: Any = None
+                products = None
+                if self._base_weight != 0.0:
+                    with recording(interaction) as products:
+                        base = own_loss(interaction, *args, **kwargs)
+                kd = self._kd_of_step(interaction, products or [])
+                clear_step_memory()
+                if base is None:
+                    # Without users to teach in this step there is no gradient, but RecBole calls
+                    # backward.
+                    return kd if kd.requires_grad else kd.requires_grad_()
+                return self._sum_of(base, kd)
 
-        setattr(self.model, self._loss_name, calculate_loss)
+            return calculate_loss
 
-    @property
-    def _loss_name(self) -> str:
-        """The method with the loss of recommending: MKR's trainer does not call ``calculate_loss``."""
-        return "calculate_rs_loss" if hasattr(self.model, "calculate_rs_loss") else "calculate_loss"
+        return total
+
+    def _is_plain(self) -> bool:
+        """Whether the total loss is the model's own."""
+        return self._base_weight == 1.0 and all(term.weight == 0.0 for term in self.terms)
+
+    def _kd_of_step(self, batch: Any, products: list[Product]) -> torch.Tensor:
+        """Σ λ · KD of a step; the KD losses are also added to the sums for the log."""
+        parts = [term.distiller.step(batch, products) for term in self.terms]
+        for i, part in enumerate(parts):
+            self._kd_sums[i] += part.detach()
+        pairs = zip(self.terms, parts, strict=True)
+        kd: Any = sum(term.weight * part for term, part in pairs)
+        return kd  # type: ignore[no-any-return]
+
+    def _sum_of(self, base: Any, kd: torch.Tensor) -> Any:
+        """The weighted base loss plus the KD loss; a tuple if the model has a tuple of losses."""
+        several = isinstance(base, tuple)
+        parts = base if several else (base,)
+        self._base_sum += sum(each.detach().sum() for each in parts)
+        if self._base_weight != 1.0:
+            parts = tuple(self._base_weight * each for each in parts)
+        # Added to the first loss of the tuple: NCL's trainer drops the last ones while it warms up.
+        parts = (parts[0] + kd, *parts[1:])
+        return parts if several else parts[0]
 
     def _begin_epoch(self, epoch_idx: int, n_steps: int) -> None:
         if not self.terms:
@@ -390,57 +296,29 @@ class DistillMixin(RecordingMixin):
         return found
 
     def _teaches_graph_only(self, epoch_idx: int) -> bool:
-        """Whether RecBole's trainer of knowledge-aware models spends this epoch on the knowledge graph alone (KTUP)."""
+        """Whether RecBole trains only the knowledge graph in this epoch (KTUP)."""
         rec, graph = (getattr(self, f"train_{part}_step", None) for part in ("rec", "kg"))
         return rec is not None and graph is not None and epoch_idx % (rec + graph) >= rec
 
 
-def update_in_one_pass(optimizer: torch.optim.Optimizer) -> None:
-    """Adam's update by torch's own one-pass kernel instead of eight passes over the tables: a fifth of an epoch.
-
-    The same formula with other roundings, so it is left alone where a run must equal plain
-    RecBole's bit for bit.
-    """
-    if type(optimizer) is torch.optim.Adam:
-        for group in optimizer.param_groups:
-            if all(
-                p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"]
-            ):
-                group.update(fused=True, foreach=False)
-
-
 def parts_file(checkpoint: str | os.PathLike[str]) -> Path:
-    """Where what the losses of a run learned lies: ``model.pth`` → ``model.kd.pth``."""
+    """The file of the losses' learned parameters: ``model.kd.pth`` for ``model.pth``."""
     return Path(checkpoint).with_suffix(".kd.pth")
 
 
-class _OwnGroups:
-    """The first groups of an optimizer, as the optimizer of a checkpoint: those of the model itself."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, n: int) -> None:
-        self._optimizer, self._n = optimizer, n
-
-    def state_dict(self) -> dict[str, Any]:
-        content = self._optimizer.state_dict()
-        groups = content["param_groups"][: self._n]
-        places = {place for group in groups for place in group["params"]}
-        state = {place: value for place, value in content["state"].items() if place in places}
-        return {"state": state, "param_groups": groups}
-
-
 class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
-    """``Trainer(config, model)`` that distils: ``DistillTrainer(config, model, teacher)``.
+    """RecBole's ``Trainer`` with distillation: ``DistillTrainer(config, model, teacher)``.
 
-    For every model that RecBole trains with its plain ``Trainer`` (BPR, LightGCN, NeuMF, MultiVAE,
-    …).
+    It is for all models that RecBole trains with its plain ``Trainer`` (BPR, LightGCN, NeuMF,
+    MultiVAE, …). The arguments are those of :class:`DistillMixin`.
 
     Raises:
-        KDError: the model has a trainer of its own in RecBole; use :func:`distill_trainer` then.
+        KDError: RecBole trains the model with another trainer; use :func:`distill_trainer` then.
 
     Example:
         >>> teacher = load_teacher("saved/BPR-teacher.pth", train_data)  # doctest: +SKIP
         >>> trainer = DistillTrainer(config, model, teacher)  # doctest: +SKIP
-        >>> best_valid_score, best_valid_result = trainer.fit(train_data, valid_data)  # doctest: +SKIP
+        >>> best_score, best_result = trainer.fit(train_data, valid_data)  # doctest: +SKIP
     """
 
     def __init__(
@@ -462,16 +340,10 @@ class DistillTrainer(DistillMixin, Trainer):  # type: ignore[misc]
 
 
 def distill_trainer(config: Any) -> type[DistillMixin]:
-    """The distilling version of the trainer that RecBole picks for ``config["model"]``."""
+    """The distilling version of the trainer that RecBole chooses for ``config["model"]``."""
     own = get_trainer(config["MODEL_TYPE"], config["model"])
     return (
         DistillTrainer
         if own is Trainer
         else type(f"Distill{own.__name__}", (DistillMixin, own), {})
     )
-
-
-def recording_trainer(config: Any) -> type[RecordingMixin]:
-    """RecBole's own trainer for ``config["model"]``, with a history and file names of its own."""
-    own = get_trainer(config["MODEL_TYPE"], config["model"])
-    return type(f"Recording{own.__name__}", (RecordingMixin, own), {})

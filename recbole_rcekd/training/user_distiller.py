@@ -1,7 +1,7 @@
-"""Distillation of one model in training: refresh the item sets, plan who learns when, compute the KD loss of a step.
+"""Distillation of a student that scores users.
 
-This is where teacher, student, item sets and loss meet; RecBole's trainer only calls it (see
-:mod:`.trainer`).
+The candidates of the users are chosen once per epoch or less often. A plan says which users learn
+in which step, and each step computes their KD loss.
 """
 
 from __future__ import annotations
@@ -27,16 +27,33 @@ from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.training.diagnostics import DiagnosticUsers, closure_metrics
 from recbole_rcekd.training.distiller import Distiller
 
-# Sets are chosen for so many contexts at a time; what is held per context is a few lists, never a
-# full row.
+# Candidates are chosen for so many users at a time. The memory for each user is that of a few top-K
+# lists, never that of a full row.
 _REFRESHED_AT_A_TIME = 1024
-# Full rows of scores with a gradient: 128 MB of float32.
+# So many scores of full rows are computed at a time, with gradient: 128 MB of float32.
 _SCORED_AT_A_TIME = 32_000_000
 
 
 @dataclass
 class _Side:
-    """One direction of distillation: item lists for users, or (IR-RRD) user lists for items; of this rank's own."""
+    """One side of the distillation, on this rank: items for users, or (IR-RRD) users for items.
+
+    For the second side, read "item" for "user" and "user" for "item" here.
+
+    Attributes:
+        loss: the method.
+        weight: the weight of this side.
+        teacher: the teacher's scores.
+        seen: the training interactions.
+        score: the student's scores of some items for some users.
+        score_all: the student's scores of all items for some users.
+        contexts: the users of this rank.
+        n_of_ranks: how many users each rank has.
+        sets: what the loss chose for the users of this rank, in their order.
+        row_of: the position of each user in ``contexts``; −1 for users of other ranks.
+        group: the group of each user of this rank; a group is refreshed in the same epoch.
+        popularity: how many training interactions each item has.
+    """
 
     loss: KDLoss
     weight: float
@@ -63,22 +80,22 @@ class _Side:
 class UserDistiller(Distiller):
     """The KD term of one training run, or this rank's part of it.
 
-    With several ranks each has the sets of its own users only. RecBole averages the ranks'
-    gradients, so the part is weighed such that the *average* of all parts is the mean over the
-    users of all ranks.
+    With several ranks, each rank has the candidates of its own users only. RecBole averages the
+    gradients of the ranks. So each part is weighted such that the *average* of all parts is the
+    mean over the users of all ranks.
 
     Args:
         scorer: the student.
         teacher: the teacher's scores.
-        loss: which method.
-        settings: schedule, refresh, diagnostics.
+        loss: the method.
+        settings: ``kd_schedule``, ``kd_refresh_epochs`` and ``kd_diagnostic_users`` are used.
         seen: the training interactions.
-        seed: of all draws; they use a generator of their own, so RecBole's random stream is
-            untouched.
+        seed: the seed of all random draws. They come from a generator of their own, so RecBole's
+            random stream stays the same.
         ranks: this process among those that train the student.
-        trajectories: earlier states of each teacher, for losses that use them (``teacher`` itself
-            is the last of each).
-        user_field: the column of a batch that holds the users.
+        trajectories: the states of each teacher, for losses that use them; the teacher itself is
+            the last.
+        user_field: the column of a batch with the users.
     """
 
     loss: KDLoss
@@ -128,12 +145,12 @@ class UserDistiller(Distiller):
         n_diagnostic = -(-settings.kd_diagnostic_users // ranks.world)
         self._diagnostic_users = DiagnosticUsers(n_diagnostic, own, teacher, self.generator)
 
-    # -- once per epoch ------------------------------------------------------------------------------------------
+    # -- once per epoch ----------------------------------------------------------------------------
 
     def _prepare(self, epoch: int, n_steps: int) -> None:
-        """Renew the lists whose turn it is, and share the users out over the steps."""
-        # DiffRec, for example, draws noise in evaluation too; RecBole's random stream stays where
-        # it was.
+        """Choose the candidates of the users whose turn it is, and plan the users of each step."""
+        # DiffRec, for example, draws noise in evaluation too, which must not shift RecBole's random
+        # stream.
         with preserved_random_state(), self._scorer.evaluating():
             for side in self._sides:
                 if side.loss.tuned:
@@ -170,19 +187,23 @@ class UserDistiller(Distiller):
         )
 
     def _some_of(self, side: _Side) -> Tensor:
-        """A few random rows, others in each epoch."""
+        """The positions of a few random users, others in each epoch."""
         device = self.generator.device
         return torch.randperm(len(side.contexts), generator=self.generator, device=device)[
             :TUNED_ON
         ]
 
     def _partition(self, side: _Side, n_steps: int) -> Iterator[tuple[Tensor, float]]:
-        """Random disjoint parts that cover everyone once in ``n_steps`` steps; goes round if there are more steps.
+        """Plan the users of each step: each user once in ``n_steps`` steps, in random order.
 
-        With each part comes the mean length of the parts that the ranks have in this step.
+        If there are more steps, the plan begins anew.
+
+        Yields:
+            The positions of a step's users, and the mean number of users that the ranks have in
+            this step.
         """
         device, n_parts = self.generator.device, max(1, n_steps)
-        # The lengths that tensor_split gives each rank.
+        # The same lengths as those of tensor_split on each rank.
         means = [
             sum((n + n_parts - 1 - i) // n_parts for n in side.n_of_ranks) / self._ranks.world
             for i in range(n_parts)
@@ -191,12 +212,13 @@ class UserDistiller(Distiller):
             order = torch.randperm(len(side.contexts), generator=self.generator, device=device)
             yield from zip(order.tensor_split(n_parts), means, strict=True)
 
-    # -- once per step -------------------------------------------------------------------------------------------
+    # -- once per step -----------------------------------------------------------------------------
 
     def _kd_loss(self, batch: Any, products: Sequence[Product]) -> Tensor:
-        """Who learns is planned (``kd_schedule: users``), or stands in the batch.
+        """The KD loss of the users that are planned for this step, or are in the batch.
 
-        For ``interactions`` the ranks tell each other, since a part of a batch has users of all.
+        With ``kd_schedule: interactions`` they are those in the batch. The ranks share their
+        batches then, because a rank's batch has users of all ranks.
         """
         terms = []
         for side, plan in zip(self._sides, self._plans, strict=True):
@@ -212,7 +234,10 @@ class UserDistiller(Distiller):
         return sum(terms[1:], terms[0]) if terms else torch.zeros((), device=self.generator.device)
 
     def _rows_of_batch(self, side: _Side, users: Tensor) -> tuple[Tensor, Tensor]:
-        """A user who stands in a batch c times counts c times; it is scored once, by the rank that owns it."""
+        """The positions of a batch's users that belong to this rank, and their weights.
+
+        A user that is in the batch c times is scored once, and has c times the weight.
+        """
         users = self._ranks.joined(users)
         distinct, counts = torch.unique(users[users != 0], return_counts=True)
         rows = side.row_of[distinct]
@@ -220,26 +245,28 @@ class UserDistiller(Distiller):
         return rows[known], counts[known] * self._ranks.world / max(1, int(counts.sum()))
 
     def _sum(self, side: _Side, rows: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Σ weights · losses, of the rows ``rows`` of what was chosen."""
+        """Σ weights · losses of the users at the positions ``rows``."""
         if side.sets is None:
             raise RuntimeError("begin_epoch comes before step")
         contexts, sets = side.contexts[rows], side.sets.rows(rows)
         if not side.loss.scores_all_items:
             return _weighted_sum(side.loss.forward(side.score(contexts, sets.items), sets), weights)
 
-        def losses(scores: Tensor, places: Tensor) -> Tensor:
-            return self._losses_of_all_items(side, contexts[places], sets.rows(places), scores)
+        def losses(scores: Tensor, positions: Tensor) -> Tensor:
+            return self._losses_of_all_items(
+                side, contexts[positions], sets.rows(positions), scores
+            )
 
         if self._scorer.kind == "product":
             return sum_over_blocks(*self._scorer.operands(contexts), losses, weights)
 
-        def scored(places: Tensor) -> Tensor:
-            return losses(side.score_all(contexts[places]), places)
+        def scored(positions: Tensor) -> Tensor:
+            return losses(side.score_all(contexts[positions]), positions)
 
-        # Full rows of one block at a time, in the gradient too: they are computed a second time
-        # there.
-        places = torch.arange(len(contexts), device=contexts.device)
-        blocks = torch.split(places, max(1, _SCORED_AT_A_TIME // side.teacher.n_items))
+        # The full rows of one block of users at a time. For the gradient they are computed a second
+        # time, so that this holds there too.
+        positions = torch.arange(len(contexts), device=contexts.device)
+        blocks = torch.split(positions, max(1, _SCORED_AT_A_TIME // side.teacher.n_items))
         found = (
             [scored(*blocks)]
             if len(blocks) == 1
@@ -256,14 +283,15 @@ class UserDistiller(Distiller):
             sets = dataclasses.replace(sets, seen=side.seen.among(contexts))
         return side.loss.forward(scores, sets)
 
-    # -- diagnostics ---------------------------------------------------------------------------------------------
+    # -- diagnostics -------------------------------------------------------------------------------
 
     def _diagnostics(self) -> dict[str, float]:
-        """``overlap@50``, ``ndcg@10_to_teacher``, mean ``gamma`` of all users (RCE-KD), closure.
+        """Overlap and NDCG with the teacher, closure gap, and what the loss reports.
 
-        See :meth:`~recbole_rcekd.training.diagnostics.DiagnosticUsers.distance` and
-        :func:`~recbole_rcekd.training.diagnostics.closure_metrics`; the loss's own
-        :meth:`~recbole_rcekd.losses.base.KDLoss.metrics` stand before them.
+        The keys are those of the loss's :meth:`~recbole_rcekd.losses.base.KDLoss.metrics`,
+        ``gamma`` (the mean over all users, RCE-KD), those of
+        :meth:`~recbole_rcekd.training.diagnostics.DiagnosticUsers.distance` and those of
+        :func:`~recbole_rcekd.training.diagnostics.closure_metrics`.
         """
         side, users = self._sides[0], self._diagnostic_users
         found = side.loss.metrics()

@@ -1,7 +1,8 @@
-"""Each quirk that `recbole_rcekd.compat` mends, seen through RecBole; run on the oldest and the newest stack.
+"""Each fault that `recbole_rcekd.compat` repairs, seen through RecBole.
 
-Expected values are written by hand from the little data sets here, never taken from a run, except
-for the digests of ml-100k at the end, which hold the two stacks to the same tensors.
+The tests are run with the oldest and the newest libraries. Expected values are written by hand from
+the small data sets here, never taken from a run. The exception are the digests of ml-100k at the
+end, which make sure that both sets of libraries give the same tensors.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ TIED = [(f"u{n % 3}", f"i{n}", float(n % 5)) for n in range(18)] + [
 
 @pytest.fixture(autouse=True)
 def _clean_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Hide pytest's command line, which Config reads, and undo what Config does to the environment."""
+    """Hide pytest's command line, which Config reads, and restore the environment afterwards."""
     monkeypatch.setattr(sys, "argv", ["x"])
     monkeypatch.chdir(tmp_path)  # RecBole's trainer writes log_tensorboard/ where it runs
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -65,7 +66,7 @@ def write(folder: Path, suffix: str, header: str, rows: Sequence[Sequence[object
 def build_config(
     folder: Path, model: str = "BPR", dataset: str = "tiny", **settings: Any
 ) -> Config:
-    """Return a Config that writes nowhere but in `folder`."""
+    """Return a Config that writes only in `folder`."""
     fixed = {
         "data_path": str(folder),
         "checkpoint_dir": str(folder / "saved"),
@@ -82,12 +83,12 @@ def build_dataset(folder: Path, model: str = "BPR", **settings: Any) -> Any:
 
 
 def plain_inter(folder: Path) -> None:
-    """Write four interactions; users a, b and items x, y, z are 1, 2 and 1, 2, 3 by order of appearance."""
+    """Write four interactions; users a, b get the ids 1, 2 and items x, y, z the ids 1, 2, 3."""
     rows = [("a", "x", 5), ("a", "y", 3), ("b", "x", 4), ("b", "z", 1)]
     write(folder, "inter", "user_id:token item_id:token rating:float", rows)
 
 
-# --- numpy --------------------------------------------------------------------------------------------------
+# --- numpy ----------------------------------------------------------------------------------------
 
 
 def test_config_builds(tmp_path: Path) -> None:
@@ -107,7 +108,7 @@ def test_numpy_aliases_fill_gaps_and_override_nothing(monkeypatch: pytest.Monkey
 
 @pytest.fixture(scope="module")
 def fresh_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a new interpreter sees in which no Config was built: loading a checkpoint is such a case."""
+    """The results of a new interpreter without a Config, as when a checkpoint is loaded."""
     script = """
 import json, warnings
 with warnings.catch_warnings(record=True) as seen:
@@ -121,7 +122,8 @@ from recbole.evaluator.metrics import NDCG, GAUC
 hits = np.array([[False, True]])
 ndcg = NDCG({"topk": [2], "metric_decimal_place": 4}).metric_info(hits, np.array([1]))
 import recbole.quick_start
-print(json.dumps({"warnings": ours, "ndcg": ndcg.tolist(), "quick_start": "run" in dir(recbole.quick_start)}))
+started = "run" in dir(recbole.quick_start)
+print(json.dumps({"warnings": ours, "ndcg": ndcg.tolist(), "quick_start": started}))
 """
     root = str(Path(compat.__file__).parents[2])
     done = subprocess.run(
@@ -149,12 +151,12 @@ def test_quick_start_imports(fresh_process: Mapping[str, Any]) -> None:
     assert fresh_process["quick_start"]
 
 
-# --- ray ----------------------------------------------------------------------------------------------------
+# --- ray ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["ray", "pkg_resources"])
 def unusable_ray(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Apply the quirk where ray, or what ray needs, is not installed; yield what is missing."""
+    """Apply the repair without ray, or without a package that ray needs; yield what is missing."""
     saved = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "ray"}
     for name in saved:
         del sys.modules[name]
@@ -197,11 +199,11 @@ def test_ray_stand_in_behaves_as_a_module() -> None:
     assert importlib.import_module("ray.tune") is tune
 
 
-# --- torch --------------------------------------------------------------------------------------------------
+# --- torch ----------------------------------------------------------------------------------------
 
 
 class Payload:
-    """Something that the weights-only unpickler refuses."""
+    """An object that the weights-only unpickler refuses."""
 
 
 def load_as(module: str, path: Path, **kwargs: Any) -> Any:
@@ -237,7 +239,7 @@ def test_trainer_resumes_its_checkpoint(tmp_path: Path) -> None:
     assert trainer.start_epoch == 4
 
 
-# --- scipy --------------------------------------------------------------------------------------------------
+# --- scipy ----------------------------------------------------------------------------------------
 
 
 def test_dok_update() -> None:
@@ -257,18 +259,19 @@ def test_lightgcn_builds_its_adjacency(tmp_path: Path) -> None:
     torch.testing.assert_close(adjacency, expected)
 
 
-# --- pandas: missing values ---------------------------------------------------------------------------------
+# --- pandas: missing values -----------------------------------------------------------------------
 
 
 def test_missing_values_are_filled(tmp_path: Path) -> None:
     header = "user_id:token item_id:token rating:float"
     write(tmp_path, "inter", header, [("a", "x", 5), ("a", "y", ""), ("b", "x", 4), ("b", "z", 3)])
+    # User b has no row.
     write(
         tmp_path,
         "user",
         "user_id:token age:float job:token",
         [("a", 20, "cook"), ("c", 40, "smith")],
-    )  # no b
+    )
     write(tmp_path, "item", "item_id:token price:float", [("x", 1), ("y", "")])  # no z
     # By default RecBole would drop the interactions of b and z instead.
     dataset = build_dataset(tmp_path, load_col=None, filter_inter_by_user_or_item=False)
@@ -294,7 +297,7 @@ def test_empty_sequences_are_read(tmp_path: Path) -> None:
     assert dataset.item_feat["levels"].tolist() == [[0, 0], [0, 0], [2, 3], [0, 0]]
 
 
-# --- pandas: lengths of sequences ---------------------------------------------------------------------------
+# --- pandas: lengths of sequences -----------------------------------------------------------------
 
 
 def sequence_dataset(folder: Path, **settings: Any) -> Any:
@@ -376,7 +379,7 @@ def test_ready_made_sequences_keep_their_lengths(tmp_path: Path) -> None:
     assert dataset.inter_feat["item_length"].tolist() == [1, 2, 3, 4]
 
 
-# --- order of ties ------------------------------------------------------------------------------------------
+# --- order of ties --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", ["first", "last"])
@@ -416,13 +419,13 @@ def test_ties_in_time_keep_the_file_order(tmp_path: Path, keep: str) -> None:
     assert held_out["valid"] == {user: seen[-2] for user, seen in of_user.items()}
 
 
-# --- several processes --------------------------------------------------------------------------------------
-# What two processes compute together is in test_processes.py; here, what each is told, with and
-# without GPUs.
+# --- several processes ----------------------------------------------------------------------------
+# test_distributed.py has the results of two processes; here are the settings that each gets, with
+# and without GPUs.
 
 
 class Joined(NamedTuple):
-    """What a process of two saw of the world: its Config, and how it joined the others."""
+    """The Config of one of two processes, and how it joined the other."""
 
     config: Any
     calls: list[dict[str, Any]]
@@ -431,7 +434,7 @@ class Joined(NamedTuple):
 
 @pytest.fixture
 def join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Joined]:
-    """Build a Config as the second of two processes, on a machine with GPUs or without, and start nothing."""
+    """Build a Config as the second of two processes, with or without GPUs; start no process."""
     plain_inter(tmp_path)
 
     def build(gpus: bool, **settings: Any) -> Joined:
@@ -518,11 +521,11 @@ def test_no_tensorboard_for_a_while(tmp_path: Path) -> None:
     assert (tmp_path / "log_tensorboard").exists()
 
 
-# --- evaluation ---------------------------------------------------------------------------------------------
+# --- evaluation -----------------------------------------------------------------------------------
 
 
 def test_counts_of_the_training_data_are_no_tensors(tmp_path: Path) -> None:
-    """By hand: three lists of one item each, of a catalogue of four ids with padding."""
+    """By hand: three lists of one item each, from a catalogue of four ids with padding."""
     plain_inter(tmp_path)
     config = build_config(
         tmp_path,
@@ -538,7 +541,7 @@ def test_counts_of_the_training_data_are_no_tensors(tmp_path: Path) -> None:
     assert found == {"itemcoverage@1": 2 / 4, "averagepopularity@1": round((2 + 1 + 2) / 3, 4)}
 
 
-# --- the rewriting itself -----------------------------------------------------------------------------------
+# --- the rewriting itself -------------------------------------------------------------------------
 
 
 def test_apply_again_changes_nothing() -> None:
@@ -582,7 +585,7 @@ def test_rewriting_an_unknown_recbole_is_an_error() -> None:
         rewrite(Dataset, "_filter_nan_user_or_item", {"gone": "here"})
 
 
-# --- one pipeline, the same tensors on every stack ----------------------------------------------------------
+# --- one pipeline, the same tensors on every stack ------------------------------------------------
 
 
 def digest(*tensors: Any) -> str:

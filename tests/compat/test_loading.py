@@ -1,4 +1,4 @@
-"""Faster batches are RecBole's own, number for number, and leave RecBole as it was."""
+"""The faster batches have exactly RecBole's content, and RecBole stays unchanged."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def states() -> tuple[Any, ...]:
 
 
 def own_states(bundle: Bundle) -> list[Any]:
-    """Those of the loaders' generators."""
+    """The states of the loaders' generators."""
     loaders = [
         bundle.train,
         *(getattr(bundle.train, f"{part}_dataloader", None) for part in ("general", "kg")),
@@ -209,7 +209,7 @@ def test_what_is_set_on_a_loader_meanwhile_stays(folder: Path) -> None:
 @pytest.mark.parametrize("size", [37, 40])
 @pytest.mark.parametrize("before_the_end", [0, 1, 2])
 def test_a_loader_that_is_left_in_the_middle(folder: Path, size: int, before_the_end: int) -> None:
-    """After its last batch too, before it is asked for another; 40 is a size that leaves no rest of 400 rows."""
+    """Also after its last batch, before the next is asked for; 40 divides the 400 rows."""
     courses = []
     for context in (as_it_is, fast_batches):
         bundle = build(folder, "BPR", **{**SMALL, "train_batch_size": size})
@@ -227,7 +227,7 @@ def test_a_loader_that_is_left_in_the_middle(folder: Path, size: int, before_the
     assert courses[0][1:] == courses[1][1:]
 
 
-# -- afterwards ----------------------------------------------------------------------------------------------------
+# -- afterwards ------------------------------------------------------------------------------------
 
 
 def surroundings(bundle: Bundle) -> tuple[Any, ...]:
@@ -292,7 +292,7 @@ def test_without_a_loader_rows_are_still_indexed_faster() -> None:
         assert Interaction.__getitem__ is loading._index_rows
 
 
-# -- rows ----------------------------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,11 +330,11 @@ def test_rows_out_of_range_raise_what_recbole_raises() -> None:
         rows[np.array([3])]
 
 
-# -- negatives -----------------------------------------------------------------------------------------------------
+# -- negatives -------------------------------------------------------------------------------------
 
 
 def both_ways(sampler: Any, keys: Any, num: int = 1) -> tuple[Any, Any]:
-    """What RecBole draws, or the error; and what is drawn here. With the random state afterwards."""
+    """What RecBole draws (or the error) and what we draw, each with the random state afterwards."""
     results: list[Any] = []
     for context in (as_it_is, fast_batches):
         np.random.seed(3)  # noqa: NPY002
@@ -402,14 +402,14 @@ def test_a_sampler_of_another_phase_has_other_marks(folder: Path) -> None:
     plain, fast = both_ways(train, users, 20)
     assert plain == fast
     assert "_used_marks" in vars(train)
-    # A copy takes the marks of the training phase with it; what was added since must not be drawn.
+    # A copy has the marks of the training phase; ids that were added since must not be drawn.
     test = train.set_phase("test") if isinstance(train.used_ids, dict) else every.set_phase("test")
     vars(test)["_used_marks"] = vars(train)["_used_marks"]
     plain, fast = both_ways(test, users, 20)
     assert plain == fast
     for user, item in zip(users * 20, fast[0][1], strict=True):
         assert item not in test.used_ids[user]
-    train.used_ids = test.used_ids  # and if others take their place
+    train.used_ids = test.used_ids  # and if they are replaced
     plain, fast = both_ways(train, users, 20)
     assert plain == fast
 
@@ -442,7 +442,7 @@ def test_any_sets_of_used_ids(used: list[set[int]], keys: list[int], num: int) -
 
 
 def test_marks_that_collide_only_cost_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one slot for all, every drawn id is looked up."""
+    """With one slot for all pairs, every drawn id is looked up."""
     monkeypatch.setattr(loading, "_slots", lambda keys, ids, n: np.zeros(len(keys), dtype=np.int64))
     plain, fast = both_ways(
         Few([{1, 2, 3}, {4, 5, 6, 7, 8}, set(), {9 - 1}]), [1, 2, 3, 4, 2, 2], 5
@@ -460,7 +460,7 @@ def test_pairs_are_spread_over_the_slots() -> None:
 
 
 def test_the_atomic_files_are_not_needed_twice(tmp_path: Path) -> None:
-    """Items without interactions and users with one: ids that no set mentions."""
+    """With items without interactions and users with one: ids that are in no set."""
     folder = write_dataset(tmp_path, pairs=[("u1", "i1"), ("u2", "i2"), ("u3", "i1"), ("u3", "i3")])
     write_atomic_file(
         folder / "tiny" / "tiny.item",

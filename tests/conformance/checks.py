@@ -1,7 +1,7 @@
-"""The two things that are tried with every model: to teach, and to learn.
+"""What is tried with every model: to be a teacher, and to be a student.
 
-What comes out is an :class:`Outcome`, found by running. An error that is not one of ours, or not in
-one line, is a failure of the suite.
+The result is an :class:`Outcome`, found by running the model. An error that is not one of this
+package, or is longer than one line, is a failure of the suite.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.helpers import Bundle, build, build_model, inside, save_untrained
 from recbole.data.interaction import Interaction
 from recbole.data.transform import construct_transform
 
-# Small lists for sixty items, and a weight under which the KD term outweighs base losses that are
+# Short lists for sixty items, and a weight that makes the KD term larger than base losses that are
 # sums over the batch.
 KD: dict[str, Any] = {
     "rce_top_k": 5,
@@ -55,27 +55,27 @@ KD: dict[str, Any] = {
     "kd_refresh_epochs": 1,
 }
 EPOCHS = 10
-# Freshly drawn students and hardly trained teachers both rank all items about alike, and nothing is
-# left to learn. So students begin astray: noise of this size is added to their weights.
+# A new student and a hardly trained teacher both score all items about the same, so there would be
+# nothing to learn. So noise of this size is added to the student's weights.
 ASTRAY = 0.1
-# And of the teacher whose opinions are drawn.
+# The size of the random scores of a teacher
 STUBBORN = 0.7
 WORKS = "works"
 
 
 @dataclass
 class Outcome:
-    """What came out.
+    """The result of a try.
 
     Attributes:
         status: ``works``, ``teacher only``, ``refused``, ``not possible`` or ``failed``.
-        note: why not, in one line.
+        note: the reason in one line, if it does not work.
         scored: how the model is scored: ``product``, ``rows`` or ``pairs``.
-        kd: the KD loss on the item sets of the first epoch, before and after training.
-        users: of a sequential teacher: what came of teaching a general student, by each user's
-            whole sequence.
-        checkpoint: of the student, to be opened by plain RecBole.
-        test_result: the metrics that it must then have.
+        kd: the KD loss on the candidates of the first epoch, before and after training.
+        users: for a sequential teacher, the result with a general student, for which it scores
+            each user's whole sequence.
+        checkpoint: the student's checkpoint, to be opened by plain RecBole.
+        test_result: the metrics that plain RecBole must then find.
     """
 
     status: str
@@ -91,7 +91,7 @@ class Outcome:
 
 
 class WrongError(Exception):
-    """Something that should hold does not."""
+    """A check failed."""
 
 
 def _outcome(attempt: Callable[[Outcome], None]) -> Outcome:
@@ -100,9 +100,8 @@ def _outcome(attempt: Callable[[Outcome], None]) -> Outcome:
         attempt(found)
     except ImpossibleError as error:
         found.status, found.note = "not possible", str(error)
-    except (
-        ModuleNotFoundError
-    ) as error:  # some models import what they need only when they are trained
+    except ModuleNotFoundError as error:
+        # Some models import what they need only when they are trained.
         found.status, found.note = "not possible", reason(error)
     except KDError as error:
         found.status, found.note = "refused", str(error)
@@ -127,7 +126,7 @@ def as_teacher(model: Model, folder: Path) -> Outcome:
         student = registry()[STUDENT_OF[model.package]]
         taught = build(folder, student.name, **_for_pair(student, model), epochs=EPOCHS, **KD)
         teacher: Any = load_teacher(path, taught.train)
-        with _hidden(settings.get("pre_model_path")):  # what it started from is not opened again
+        with _hidden(settings.get("pre_model_path")):  # must not be opened again
             _, used = _distil(found, taught, teacher, folder)
             found.scored = teacher.scorer.kind
         _require_same_scores(found, bundle, _plain_model(bundle, path), taught, used)
@@ -136,7 +135,10 @@ def as_teacher(model: Model, folder: Path) -> Outcome:
 
 
 def as_teacher_of_users(model: Model, folder: Path) -> Outcome:
-    """Let a sequential model teach a general one. It is asked once for each user, with the whole training sequence."""
+    """Let a sequential model teach a general one.
+
+    It is asked once for each user, with the whole training sequence.
+    """
 
     def attempt(found: Outcome) -> None:
         bundle, path = _plain_teacher(model, prepare_or_give_up(model, folder), folder)
@@ -144,8 +146,8 @@ def as_teacher_of_users(model: Model, folder: Path) -> Outcome:
         teacher: Any = load_teacher(path, taught.train)
         _, used = _distil(found, taught, teacher, folder)
         found.scored = teacher.scorer.kind
-        # With one item left out for validation, that item's row holds the whole training sequence
-        # in plain RecBole.
+        # In plain RecBole with one validation item per user, the row of that item has the whole
+        # training sequence.
         plain, rows = _plain_model(bundle, path), bundle.valid._dataset
         users = _translated(
             rows, taught.train._dataset, rows.uid_field, rows.inter_feat[rows.uid_field]
@@ -175,7 +177,7 @@ def as_student_of_users(model: Model, folder: Path) -> Outcome:
 
 
 def as_student(model: Model, folder: Path) -> Outcome:
-    """Let a simple model of the same kind teach it; the checkpoint is left for plain RecBole to open."""
+    """Let a simple model of the same kind teach it; plain RecBole opens the checkpoint later."""
 
     def attempt(found: Outcome) -> None:
         teacher_model = registry()[TEACHER_OF[model.package]]
@@ -193,9 +195,8 @@ def as_student(model: Model, folder: Path) -> Outcome:
         except KDError:
             raise
         except Exception:
-            _plain_teacher(
-                model, own, folder
-            )  # if plain RecBole cannot train it either, this says so
+            # If plain RecBole cannot train it either, this raises its error.
+            _plain_teacher(model, own, folder)
             raise
         found.scored = trainer.distiller._scorer.kind
         _require_scorer_is_the_model(found, taught, trainer)
@@ -216,7 +217,7 @@ def prepare_or_give_up(model: Model, folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def _hidden(path: str | None) -> Iterator[None]:
-    """While this lasts, there is no such file."""
+    """Within the block, the file does not exist."""
     if path is None:
         yield
         return
@@ -228,12 +229,15 @@ def _hidden(path: str | None) -> Iterator[None]:
 
 
 def _for_pair(model: Model, other: Model) -> dict[str, Any]:
-    """The settings of a model, on the data of another."""
+    """The settings of a model with the data of another."""
     return {**settings_of(model), **data_settings(other)}
 
 
 def _plain_teacher(model: Model, settings: dict[str, Any], folder: Path) -> tuple[Bundle, Path]:
-    """Trained in plain RecBole, two epochs if the settings say no more; made once for the same settings."""
+    """A teacher trained in plain RecBole, made once for the same settings.
+
+    It trains two epochs, or more if the settings say so.
+    """
     key = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[
         :12
     ]
@@ -248,7 +252,7 @@ def _plain_teacher(model: Model, settings: dict[str, Any], folder: Path) -> tupl
 
 
 def _stubborn_teacher(model: Model, settings: dict[str, Any], folder: Path) -> Path:
-    """A teacher with random opinions: what it says cannot be learned from the data, only from it."""
+    """A teacher with random scores, which can only be learned from it and not from the data."""
     try:
         bundle = build(folder, model.name, **settings)
         path = folder / "teachers" / f"{model.name}-stubborn.pth"
@@ -259,7 +263,7 @@ def _stubborn_teacher(model: Model, settings: dict[str, Any], folder: Path) -> P
 
 
 def _plain_model(bundle: Bundle, path: Path) -> Any:
-    """The model of a checkpoint, as RecBole itself loads it."""
+    """The model of a checkpoint, loaded by RecBole."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     model = build_model(bundle)
     model.load_state_dict(checkpoint["state_dict"])
@@ -279,11 +283,11 @@ def _astray(model: Any, size: float = ASTRAY) -> Any:
 
 
 def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple[Any, Any]:
-    """Train a student; the trainer, and the teacher scores that it learned from.
+    """Train a student; return the trainer, and the teacher scores that it learned from.
 
-    The KD loss must fall. The lists, and with them γ, change from epoch to epoch; so the loss on
-    the sets of the first epoch is compared, in evaluation mode, before the first step and after the
-    last.
+    The KD loss must fall. The candidates, and with them γ, change from epoch to epoch. So the loss
+    is compared on the candidates of the first epoch, in evaluation mode, before the first step and
+    after the last.
     """
     used: list[Any] = []
     sets: list[Any] = []
@@ -300,9 +304,8 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
             sets.append(_first_sets(distiller))
             found.kd.append(_kd_loss(distiller, sets[0]))
 
-    shutil.rmtree(
-        folder / "saved" / "teacher_scores", ignore_errors=True
-    )  # of other sources, perhaps
+    # They may be from another version of the sources.
+    shutil.rmtree(folder / "saved" / "teacher_scores", ignore_errors=True)
     with (
         inside(folder),
         mock.patch.object(type(teacher), "open_scores", open_scores),
@@ -314,7 +317,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
         )
         trainer.fit(bundle.train, bundle.valid, saved=True, show_progress=False)
     found.kd.append(_kd_loss(trainer.distiller, sets[0]))
-    # KTUP spends every other few epochs on its knowledge graph alone.
+    # KTUP trains its knowledge graph alone in some epochs.
     by_epoch = [float(row["kd_loss"]) for row in trainer.history.rows if "kd_loss" in row]
     if len(by_epoch) < EPOCHS / 2 or not all(
         math.isfinite(value) for value in (*by_epoch, *found.kd)
@@ -327,7 +330,7 @@ def _distil(found: Outcome, bundle: Bundle, teacher: Any, folder: Path) -> tuple
 
 
 def _first_sets(distiller: Any) -> Any:
-    """Item sets of all users, or of all rows."""
+    """The candidates of all users, or of all rows."""
     if isinstance(distiller, UserDistiller):
         side: Any = distiller._sides[0]
         return side.sets.rows(torch.arange(len(side.contexts)))
@@ -351,7 +354,7 @@ def _kd_loss(distiller: Any, sets: Any) -> float:
 
 
 def _inputs(bundle: Bundle, contexts: Tensor) -> Any:
-    """What RecBole's evaluation would hand to the model: rows of a sequential training set, users of any other."""
+    """The model's inputs in RecBole's evaluation: rows of a sequential training set, else users."""
     dataset = bundle.train._dataset
     if is_sequential(dataset):
         return _as_loaded(bundle, dataset, contexts)
@@ -363,7 +366,7 @@ def _as_loaded(bundle: Bundle, dataset: Any, rows: Tensor) -> Any:
 
 
 def _scores_of_rows(bundle: Bundle, model: Any, rows: Any, seed: int = 7) -> Tensor:
-    """What the model itself says, without any of our code."""
+    """The scores of the model itself, without any of our code."""
     forget(model)
     torch.manual_seed(seed)  # for the models that draw in evaluation
     with torch.no_grad():
@@ -377,7 +380,7 @@ def _own_scores(bundle: Bundle, model: Any, contexts: Tensor, seed: int = 7) -> 
 
 
 def _contexts(bundle: Bundle) -> Tensor:
-    """All that can be asked: every row of a sequential training set, every user of any other."""
+    """Every row of a sequential training set, or every user of any other."""
     dataset = bundle.train._dataset
     if is_sequential(dataset):
         return torch.arange(len(dataset))
@@ -395,14 +398,16 @@ def _translated(dataset: Any, other: Any, name: str, ids: Tensor) -> Tensor:
 def _require_same_scores(
     found: Outcome, bundle: Bundle, model: Any, taught: Bundle, used: Any
 ) -> None:
-    """What the student learned from, against the teacher in plain RecBole, every cell."""
+    """All scores that the student learned from must be those of the teacher in plain RecBole."""
     own, other = taught.train._dataset, bundle.train._dataset
     contexts = _contexts(taught)
     if not is_sequential(own):
         rows = _inputs(bundle, _translated(own, other, own.uid_field, contexts))
     elif _same_rows(own, other):
         rows = _inputs(bundle, contexts)
-    else:  # HSTU has one row per user; the others' rows are read with the same ids then, which is looked at here
+    else:
+        # HSTU has one row per user, so it reads the rows of the other model. That is right only if
+        # the ids are the same, which is checked here.
         rows = _as_loaded(bundle, own, contexts)
         for name in (own.uid_field, own.iid_field):
             if list(own.field2id_token[name]) != list(other.field2id_token[name]):
@@ -430,7 +435,7 @@ def _require_same_as(
     contexts: Tensor,
     wanted: Tensor,
 ) -> None:
-    """Teacher scores ``used`` of ``contexts``, and ``wanted`` ones in the teacher's own ids."""
+    """Teacher scores ``used`` of ``contexts`` must equal ``wanted``, in the teacher's own ids."""
     own = taught.train._dataset
     items = torch.arange(int(own.item_num))
     wanted = wanted[:, _translated(own, bundle.train._dataset, own.iid_field, items)]
@@ -441,7 +446,10 @@ def _require_same_as(
 
 
 def _draws(found: Outcome, bundle: Bundle, model: Any) -> bool:
-    """Whether a model has other scores each time it is asked, so that there is nothing to compare; noted then."""
+    """Whether a model has other scores each time, so that there is nothing to compare.
+
+    If so, the outcome notes it.
+    """
     contexts = _contexts(bundle)
     first, second = (
         _own_scores(bundle, model, contexts),
@@ -482,7 +490,7 @@ def _require_close(got: Tensor, wanted: Tensor, what: str) -> None:
         raise WrongError(f"{what} differ from the model's own ({far})")
 
 
-# --- plain RecBole, in a process that cannot import this package ---------------------------------------------
+# --- plain RecBole, in a process that cannot import this package ----------------------------------
 
 PLAIN = """
 import json, sys
@@ -491,7 +499,8 @@ if sys.argv.pop(1) == "plain":
 else:
     import recbole_rcekd  # HSTU and VBPR
 import numpy as np, torch
-kinds = {"float": float, "int": int, "long": int, "bool": bool, "object": object, "str": str, "complex": complex}
+kinds = {"float": float, "int": int, "long": int, "bool": bool, "object": object, "str": str}
+kinds["complex"] = complex
 for name, value in kinds.items():
     setattr(np, name, value)
 load = torch.load
@@ -504,7 +513,8 @@ for file in files:
     try:
         config, model, dataset, train, valid, test = load_data_and_model(file)
         trainer = get_trainer(config["MODEL_TYPE"], config["model"])(config, model)
-        found = {key: float(value) for key, value in trainer.evaluate(test, load_best_model=False).items()}
+        result = trainer.evaluate(test, load_best_model=False)
+        found = {key: float(value) for key, value in result.items()}
     except BaseException as error:
         found = f"{type(error).__name__}: {error}"
     print("PLAIN", json.dumps([file, found]), flush=True)
@@ -512,9 +522,9 @@ for file in files:
 
 
 def open_in_plain_recbole(checkpoints: dict[str, str], place: Path) -> dict[str, Any]:
-    """Test metrics of the models' checkpoints, or what went wrong, by model.
+    """For each model the test metrics of its checkpoint, or the error.
 
-    Of models of RecBole, from a process with RecBole alone; of our own, with this package imported
+    RecBole's models are opened in a process without this package, our models in one that imports it
     first.
     """
     found: dict[str, Any] = {}
@@ -541,7 +551,7 @@ def _open(checkpoints: list[str], way: str, place: Path) -> dict[str, Any]:
 
 
 def judge_plain(found: Outcome, plain: Any) -> None:
-    """Plain RecBole must give a working student's own metrics."""
+    """Plain RecBole must find the same metrics for a student that works."""
     if plain != found.test_result:
         found.status, found.note = (
             "failed",

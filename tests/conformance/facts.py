@@ -1,6 +1,6 @@
-"""What plain RecBole makes of each model on the world dataset: does it train, does it rank, what does it read.
+"""What each model can do in plain RecBole on the world dataset, and what it reads.
 
-RecBole is only mended as :mod:`recbole_rcekd.compat` does; nothing of the distillation is used.
+RecBole is used with the repairs of :mod:`recbole_rcekd.compat`, but without any distillation.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ from recbole.utils import get_trainer
 
 
 class ImpossibleError(Exception):
-    """Plain RecBole itself cannot do it here; the message says why."""
+    """Plain RecBole cannot do it; the message says why."""
 
 
 @dataclass
 class Facts:
-    """The fact sheet of one model.
+    """The facts about one model.
 
     Attributes:
-        impossible: why plain RecBole cannot train it or rank with it; empty where it can.
+        impossible: why plain RecBole cannot train it or rank with it; empty if it can.
         model_type: RecBole's ``ModelType``.
         input_type: whether batches are pointwise (labels) or pairwise (a negative beside each
             positive).
-        trainer: the class that RecBole trains it with.
-        loss_types: of ``CE`` and ``BPR`` those it trains an epoch with, where it has a
-            ``loss_type``.
+        trainer: RecBole's trainer class for it.
+        loss_types: which of ``CE`` and ``BPR`` it can train with, if it has a ``loss_type``.
         through_calculate_loss: whether its trainer calls ``calculate_loss``.
-        scored_by: ``full_sort_predict`` or ``predict``, whichever evaluation takes.
-        gradient: whether its scores have one, in training mode.
-        reads_to_score: columns of an interaction that scoring looks at.
-        reads_to_train: columns that its loss looks at.
-        repeats: two evaluations give the same scores.
-        alone: the scores of a row do not depend on the other rows of the batch.
-        predict_agrees: ``predict`` gives what the full sort gives.
+        scored_by: ``full_sort_predict`` or ``predict``, the one that evaluation calls.
+        gradient: whether its scores have a gradient in training mode.
+        reads_to_score: columns of an interaction that scoring reads.
+        reads_to_train: columns of an interaction that its loss reads.
+        repeats: whether two evaluations give the same scores.
+        alone: whether the scores of a row do not depend on the other rows of the batch.
+        predict_agrees: whether ``predict`` gives the scores of the full sort.
     """
 
     impossible: str = ""
@@ -82,7 +81,7 @@ def reason(error: BaseException) -> str:
 
 
 def prepare(model: Model, folder: Path, **overrides: Any) -> Settings:
-    """The settings of a model; its stages before the last one are trained (S3Rec, RaCT, KD_DAGFM)."""
+    """The settings of a model; its earlier stages are trained first (S3Rec, RaCT, KD_DAGFM)."""
     settings = {**settings_of(model), **overrides}
     for stage in STAGES.get(model.name, []):
         place = folder / "stages" / "-".join(map(str, stage.values()))
@@ -98,7 +97,7 @@ def prepare(model: Model, folder: Path, **overrides: Any) -> Settings:
 
 @contextmanager
 def columns_read(seen: set[str]) -> Iterator[None]:
-    """Note which columns of interactions are looked at."""
+    """Note which columns of interactions are read."""
     original = Interaction.__getitem__
 
     def getitem(self: Any, index: Any) -> Any:
@@ -114,9 +113,9 @@ def columns_read(seen: set[str]) -> Iterator[None]:
 
 
 def train_plain(bundle: Bundle, path: Path, seen: set[str] | None = None) -> tuple[Any, Any]:
-    """Train in plain RecBole and leave a checkpoint at ``path``; model and trainer.
+    """Train in plain RecBole, save a checkpoint at ``path``, and return model and trainer.
 
-    ``seen`` takes the columns that ``calculate_loss`` reads, and ``""`` if it was called at all.
+    The columns that ``calculate_loss`` reads are added to ``seen``, and ``""`` if it was called.
     """
     model = build_model(bundle)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +145,7 @@ def evaluation_rows(bundle: Bundle, n: int = 5) -> Any:
 
 
 def rank_all(model: Any, rows: Any, dataset: Any) -> tuple[torch.Tensor, str]:
-    """Scores of all items ``[n, n_items]`` as RecBole's evaluation gets them, and by which method."""
+    """Scores of all items ``[n, n_items]`` as in RecBole's evaluation, and the method used."""
     n_items = int(dataset.item_num)
     try:
         return model.full_sort_predict(rows).view(-1, n_items), "full_sort_predict"
@@ -164,14 +163,14 @@ def pairs(model: Any, rows: Any, dataset: Any) -> torch.Tensor:
 
 
 def forget(model: Any) -> None:
-    """Evaluation leaves propagated embeddings behind in some graph models."""
+    """Remove the propagated embeddings that some graph models keep after an evaluation."""
     for name in ("restore_user_e", "restore_item_e", "i_embedding"):
         if name in vars(model):
             setattr(model, name, None)
 
 
 def find_facts(model: Model, folder: Path) -> Facts:
-    """Train one epoch, evaluate, and look closely."""
+    """Train one epoch, evaluate, and find the facts."""
     facts = Facts()
     try:
         settings = prepare(model, folder)
@@ -261,7 +260,7 @@ def _trains_with(model: Model, settings: Settings, kind: str, folder: Path) -> b
         seen: set[str] = set()
         _, trainer = train_plain(bundle, folder / "facts" / f"{model.name}-{kind}.pth", seen)
         if kind == "BPR" and not any(name.lower().startswith("neg_") for name in seen):
-            return False  # it takes the word and goes on as before
+            return False  # the model ignores the setting
         return all(
             math.isfinite(sum(x) if isinstance(x, tuple) else x)
             for x in trainer.train_loss_dict.values()

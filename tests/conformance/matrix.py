@@ -1,10 +1,10 @@
-"""The full matrix: every model as teacher and as student, and the table of what came out.
+"""The full matrix: every model as teacher and as student, and the table of the results.
 
     python -m tests.conformance.matrix --out docs/model_support.md
 
-Each model is run in a process of its own, so that one that crashes or hangs does not end the
-others, and its outcome is kept in ``--work``: the same command goes on where it was stopped, and
-runs again whatever was found with other sources or versions. ``--only`` names models or packages.
+Each model is run in a process of its own, so that a crash does not stop the others. The outcomes
+are kept in ``--work``, so the same command goes on where it was stopped. Outcomes of other sources
+or versions are found again. ``--only`` names models or packages.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import torch._dynamo  # Adam's first step imports it: once here, not once per mo
 
 ROOT = Path(__file__).parents[2]
 COMMAND = "python -m tests.conformance.matrix --out docs/model_support.md"
-# Without these RecBole cannot build a few of its models.
+# A few of RecBole's models need these packages.
 OPTIONAL = ("dgl", "torch-scatter", "faiss-cpu", "lightgbm", "xgboost")
 VERSIONS = ("recbole", "torch", "numpy", "pandas", "scipy", *OPTIONAL)
 LIMIT = 300.0  # seconds for a model
 
 
 def version(package: str) -> str:
-    """Of an installed package, or ``none``."""
+    """The version of an installed package, or ``none``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -49,7 +49,7 @@ def version(package: str) -> str:
 
 
 def fingerprint() -> str:
-    """A hash of what decides the outcomes: this package, this suite, versions."""
+    """A hash of all that the outcomes depend on: this package, this suite, and versions."""
     digest = hashlib.sha256(" ".join(f"{name} {version(name)}" for name in VERSIONS).encode())
     for folder in ("recbole_rcekd", "properties", "tests/conformance"):
         for file in sorted((ROOT / folder).rglob("*")):
@@ -60,7 +60,7 @@ def fingerprint() -> str:
 
 
 def run_model(model: Model, work: Path, key: str) -> None:
-    """All that is tried with one model; written to its file when it is done."""
+    """Try one model, and write the outcome to its file."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     os.chdir(work)
@@ -82,12 +82,12 @@ def write(work: Path, model: Model, found: dict[str, Any]) -> None:
 
 
 def outcome_file(work: Path, model: Model) -> Path:
-    """Where it is kept."""
+    """The file of an outcome."""
     return work / "outcomes" / f"{model.name}.json"
 
 
 def kept(work: Path, model: Model, key: str) -> dict[str, Any] | None:
-    """What an earlier run found with the same sources and versions."""
+    """The outcomes of earlier runs with the same sources and versions."""
     file = outcome_file(work, model)
     if not file.exists():
         return None
@@ -96,7 +96,7 @@ def kept(work: Path, model: Model, key: str) -> dict[str, Any] | None:
 
 
 def run_all(models: list[Model], work: Path) -> dict[str, dict[str, Any]]:
-    """Run what is not there yet, then let plain RecBole open all new checkpoints."""
+    """Run the models without an outcome, then let plain RecBole open all new checkpoints."""
     key = fingerprint()
     fork = multiprocessing.get_context("fork")
     (work / "outcomes").mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def run_all(models: list[Model], work: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
-    """``docs/model_support.md``."""
+    """The text of ``docs/model_support.md``."""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     now = datetime.datetime.now(datetime.timezone.utc)
     count = {
@@ -183,7 +183,7 @@ def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
             notes.append(f"with BPR as student: {teacher['users']}")
         if student["note"] not in ("", *notes) and student["status"] != "teacher only":
             notes.append(f"as student: {student['note']}")
-        # Where a checkpoint lay is no news, and a bar would end the cell.
+        # The path of a checkpoint does not matter here, and a bar would end the cell.
         note = re.sub(r"\[/[^\]]*\.pth\]", "[checkpoint]", "; ".join(notes)).replace("|", "\\|")
         scored = student["scored"] or teacher["scored"]
         lines.append(

@@ -1,6 +1,6 @@
-"""Every model that this RecBole has, found in its packages, and what each needs to be small and to run at all.
+"""All models of the installed RecBole, and the settings with which each is small and runs.
 
-Nothing here says what a model can do: that is found by running it (:mod:`tests.conformance.facts`,
+Nothing here says what a model can do. That is found by running it (:mod:`tests.conformance.facts`,
 ``checks``).
 """
 
@@ -33,9 +33,9 @@ import recbole.model
 
 Settings = dict[str, Any]
 
-# The model that teaches and is taught: for each package a simple one, a product of two tables where
-# there is one. Scores of context-aware models are probabilities, nearly all alike when hardly
-# trained: one would have nothing to say to another.
+# The other model of a pair: for each package a simple one, if possible with scores that are a
+# product of two tables. Scores of context-aware models are probabilities, which hardly differ when
+# the model is hardly trained: there would be nothing to learn.
 TEACHER_OF = {
     "general": "BPR",
     "knowledge_aware": "CKE",
@@ -82,8 +82,8 @@ _SMALL: Settings = {
 _LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "mode": "full"}
 _BY_USER = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "group_by": "user", "mode": "full"}
 _ONE_NEGATIVE = {"distribution": "uniform", "sample_num": 1}
-# Auto-encoders and HSTU are trained on users: small batches, or an epoch of forty users were one
-# step.
+# Auto-encoders and HSTU are trained on users. Without small batches an epoch of forty users would
+# be one step.
 _NO_NEGATIVES: Settings = {"train_neg_sample_args": None, "train_batch_size": 12}
 _ITEM_CLASS = {"load_col": {**SEQUENCE_COLUMNS, "item": ["item_id", "class"]}}
 
@@ -101,7 +101,7 @@ _OF_PACKAGE: dict[str, Settings] = {
         "eval_args": _BY_USER,
         "train_neg_sample_args": _ONE_NEGATIVE,
     },
-    # Trees know labels, not rankings: ratings above the threshold count as positive.
+    # Trees learn labels, not rankings: ratings above the threshold are positive.
     "exlib": {
         "load_col": {**CONTEXT_COLUMNS, "inter": ["user_id", "item_id", "rating"]},
         "threshold": {"rating": 4},
@@ -145,7 +145,7 @@ _SPECIAL: dict[str, Settings] = {
     ),
     "RaCT": {**_NO_NEGATIVES, "train_stage": "finetune"},
     "MacridVAE": {**_NO_NEGATIVES, "kfac": 2},
-    "ConvNCF": {"embedding_size": 64},  # its convolutions are cut to this size
+    "ConvNCF": {"embedding_size": 64},  # its convolutions need this size
     "KD_DAGFM": {"phase": "finetuning"},
     "HSTU": {**_NO_NEGATIVES, "attention_dim": 4, "linear_dim": 4, "n_negatives": 20},
     "KTUP": {"use_st_gumbel": False},  # with it, even its evaluation draws noise
@@ -155,8 +155,8 @@ _SPECIAL: dict[str, Settings] = {
     "DIN": _WITH_FEATURES,
     "DIEN": _WITH_FEATURES,
 }
-# Stages that are trained before, with these settings; the next stage starts from the checkpoint at
-# `pre_model_path` or, in KD_DAGFM, `warm_up`.
+# Earlier stages of training and their settings. The next stage starts from the checkpoint at
+# `pre_model_path` or, in KD_DAGFM, at `warm_up`.
 STAGES: dict[str, list[Settings]] = {
     "KD_DAGFM": [{"phase": "teacher_training"}],
     "S3Rec": [{"train_stage": "pretrain"}],
@@ -166,7 +166,7 @@ STAGES: dict[str, list[Settings]] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A model of RecBole: its name and the package that it lies in (``general``, ``sequential``, …)."""
+    """A model of RecBole: its name and its package (``general``, ``sequential``, …)."""
 
     name: str
     package: str
@@ -174,11 +174,11 @@ class Model:
 
 @functools.cache
 def registry() -> dict[str, Model]:
-    """All models that ``recbole.utils.get_model`` finds: RecBole's, read from the sources without importing them, and ours.
+    """All models that ``recbole.utils.get_model`` finds, RecBole's and ours.
 
-    A model's class has the name of its file but for capitals. The sources are parsed once: Python
-    before 3.11.8 fails (SystemError) if a thread that died is being reported, which parses too, at
-    the same moment.
+    RecBole's are read from its sources without importing them. A model's class has the name of its
+    file except for capitals. The sources are parsed once, because Python before 3.11.8 can fail
+    (SystemError) if the error of a thread is reported, which parses too, at the same moment.
     """
     found = {
         name: Model(name, own.kind.removesuffix("_recommender")) for name, own in MODELS.items()
@@ -209,22 +209,21 @@ def shipped(name: str) -> Settings:
 
 
 def settings_of(model: Model) -> Settings:
-    """What to build a model with on the world dataset."""
+    """The settings of a model on the world dataset."""
     # RecBole looks for LightGBM.yaml and ships lightgbm.yaml, so its trees start without settings.
     start = {**shipped(model.name), **_SMALL} if model.package == "exlib" else _SMALL
     settings = {**start, **_OF_PACKAGE[model.package], **_SPECIAL.get(model.name, {})}
     if model.package == "sequential" and shipped(model.name).get("loss_type") == "CE":
-        settings["train_neg_sample_args"] = (
-            None  # cross-entropy over all items; RecBole refuses negatives then
-        )
+        # RecBole refuses negatives with a cross-entropy over all items.
+        settings["train_neg_sample_args"] = None
     return {"train_batch_size": 64, "learning_rate": 0.01, "dataset": NAME, **settings}
 
 
 def data_settings(model: Model) -> Settings:
-    """Of those, the ones that decide interactions and features: teacher and student of a pair share them.
+    """The settings that decide interactions and features, which teacher and student share.
 
-    Pretrained vectors are left out: only the dataset classes of the models made for them can read
-    those.
+    Pretrained vectors are left out, because only the dataset classes of the models made for them
+    can read them.
     """
     settings = settings_of(model)
     shared = (

@@ -1,7 +1,8 @@
-"""Every model of RecBole as teacher and as student: a few of each kind always, all with ``pytest tests/conformance -m slow``.
+"""Every model of RecBole as teacher and as student.
 
-What they may come to stands in no list: a model works, or is refused in one line, or plain RecBole
-itself cannot run it. The few must work.
+A few models of each kind are always tested, and must work. All others are tested with
+``pytest tests/conformance -m slow``. Their results are in no list: a model works, or is refused in
+one line, or plain RecBole itself cannot run it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.conformance.models import Model, registry
 from tests.conformance.world import write_world
 
 MODELS = registry()
-# One for each way to be scored, trained or saved.
+# One model for each way to be scored, trained or saved
 TEACH = ("BPR", "EASE", "NeuMF", "RaCT", "CKE", "FwFM", "SASRecF", "BERT4Rec", "CORE", "HSTU")
 LEARN = (
     "LightGCN",
@@ -51,12 +52,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def students(world: Path) -> dict[str, checks.Outcome]:
-    """What was found of students, for the last test, which opens all their checkpoints at once."""
+    """The outcomes of students, for the last test, which opens all their checkpoints at once."""
     return {}
 
 
 def test_the_registry_is_what_recbole_can_find() -> None:
-    """Its own ``get_model`` finds each of them, where what it needs is installed."""
+    """RecBole's ``get_model`` finds each model, if the packages that it needs are installed."""
     from recbole.utils import get_model
 
     assert len(MODELS) >= 94

@@ -1,8 +1,8 @@
-"""A tiny dataset on disk with all that any RecBole model reads: features, a knowledge graph, pretrained vectors.
+"""A tiny dataset on disk with all that any model of RecBole reads.
 
-40 users and 60 items in four blocks: a user mostly takes items of her own block, and features,
-genres and vectors tell the blocks apart, so that there is something to learn from each of them. An
-epoch of any model takes about a second.
+It has features, a knowledge graph and pretrained vectors. The 40 users and 60 items are in four
+blocks. A user mostly takes items of the same block, and features, genres and vectors differ between
+the blocks, so that a model can learn from each of them. An epoch of any model takes about a second.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ VECTOR = 8  # of the pretrained entity and relation vectors
 INTER = ["user_id", "item_id", "rating", "timestamp"]
 USER = ["user_id", "age", "gender", "tags"]
 ITEM = ["item_id", "price", "brand", "class"]
-# What is loaded for which kind of model; `class` is the item attribute that RecBole's own settings
-# name.
+# The columns that are loaded for each kind of model; `class` is the item attribute in RecBole's own
+# settings.
 GENERAL_COLUMNS = {"inter": ["user_id", "item_id"]}
 SEQUENCE_COLUMNS = {"inter": ["user_id", "item_id", "timestamp"]}
 CONTEXT_COLUMNS = {"inter": ["user_id", "item_id"], "user": USER, "item": ITEM}
@@ -44,8 +44,8 @@ def write_world(folder: Path) -> Path:
     write_dataset(folder, NAME, pairs)
     write_knowledge(folder, NAME, pairs)
     draw = random.Random(1)
-    # Numbers between 0 and 1: models of features multiply by them as they are, and end in a
-    # sigmoid.
+    # Numbers between 0 and 1: models with features multiply by them directly, and have a sigmoid at
+    # the end.
     place = folder / NAME
     write_atomic_file(
         place / f"{NAME}.user",

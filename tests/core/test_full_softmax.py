@@ -1,4 +1,4 @@
-"""Cross-entropy over the catalogue against sums in a loop, and blocks of any size against autograd."""
+"""Cross-entropy over the catalogue against loops, and blocks of any size against autograd."""
 
 from __future__ import annotations
 
@@ -45,15 +45,17 @@ def test_cross_entropy_is_a_sum_over_the_catalogue(seed: int, k: int, temperatur
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_its_gradient(temperature: float) -> None:
     scores, items, weights = case()
-    items[1] = 0  # nobody to learn from
+    items[1] = 0  # no items to learn from
     scores.requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: catalogue_cross_entropy(x, items, weights, temperature), scores
     )
-    catalogue_cross_entropy(scores, items, weights, temperature).sum().backward()  # type: ignore[no-untyped-call]
+    catalogue_cross_entropy(  # type: ignore[no-untyped-call]
+        scores, items, weights, temperature
+    ).sum().backward()
     assert scores.grad is not None
-    # A shift of a row's scores changes nothing, padding has no part in it, and the row without
-    # items stays.
+    # A shift of a row's scores changes nothing, padding does not count, and the row without items
+    # has no gradient.
     torch.testing.assert_close(
         scores.grad.sum(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12
     )
@@ -63,7 +65,7 @@ def test_its_gradient(temperature: float) -> None:
 
 def test_hidden_items_and_padding_are_not_in_the_normaliser() -> None:
     scores = torch.tensor([[7.0, 1.0, -torch.inf, 2.0]], requires_grad=True)
-    # log(e + e²) − 2 for the third item; what stands in column 0 does not matter.
+    # log(e + e²) − 2 for the third item; the values of column 0 do not matter.
     found = catalogue_cross_entropy(scores, torch.tensor([[3, 0]]), torch.tensor([[1.0, 5.0]]))
     assert found.item() == pytest.approx(math.log(math.e + math.e**2) - 2.0, abs=1e-6)
     found.backward()  # type: ignore[no-untyped-call]
@@ -81,7 +83,7 @@ def test_scores_of_any_size() -> None:
     assert scores.grad[0].tolist() == pytest.approx([0.0, 0.5, 0.5, -1.0])
 
 
-# --- blocks -------------------------------------------------------------------------------------------------
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 def tables(rows: int = 7, n_items: int = 5) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def tables(rows: int = 7, n_items: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def curved(scores: Tensor, places: Tensor) -> Tensor:
-    """Something of each row that depends on which row it is."""
+    """A loss of each row that depends on the position of the row."""
     return (scores[:, 1:] * (1.0 + places.unsqueeze(1))).sin().square().sum(1)
 
 
@@ -127,7 +129,7 @@ def test_blocks_are_autograd_in_parts(
 
 
 def test_blocks_within_a_graph() -> None:
-    """Rows and table that come out of layers (LightGCN) pass the gradient on."""
+    """If rows and table are outputs of layers (as in LightGCN), they pass the gradient on."""
     rows, table = tables()
     found = sum_over_blocks(rows.exp(), torch.cat([table, table], dim=0) * 2.0, curved)
     expected = curved(

@@ -1,4 +1,4 @@
-"""Each function against the plainest loop that says the same."""
+"""Each function against the simplest loop that computes the same."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from recbole_rcekd.core import functional
+from recbole_rcekd.core import products
 from recbole_rcekd.core.closure import closure_gap
 from recbole_rcekd.core.functional import (
     at_least_float32,
@@ -25,14 +25,13 @@ from recbole_rcekd.core.functional import (
     masked_softmax,
     mixed_cross_entropy,
     ndcg_against,
-    picked_products,
-    places,
     plackett_luce,
-    scores_at,
+    positions_in,
     soft_cross_entropy,
     unit_rows,
     votes_from_below,
 )
+from recbole_rcekd.core.products import picked_products, scores_at
 
 # Few values, so that ties and repeats are common.
 few_ids = st.integers(0, 4)
@@ -70,7 +69,7 @@ def test_unit_rows() -> None:
     assert unit_rows(torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-# -- softmax, cross-entropy, Plackett–Luce -------------------------------------------------------------------------
+# -- softmax, cross-entropy, Plackett–Luce ---------------------------------------------------------
 
 
 @given(st.data(), st.integers(0, 3), st.integers(1, 6))
@@ -108,8 +107,8 @@ def test_masked_log_softmax_at_the_edges() -> None:
     )
     keep = torch.tensor([[True, True, False], [True, True, False], [False, False, False]])
     found = masked_log_softmax(x, keep)
-    assert found[0].tolist() == [0.0, -2e4, 0.0]  # NaN outside the mask is of no account
-    assert found[1, :2].isnan().all()  # NaN inside stays visible
+    assert found[0].tolist() == [0.0, -2e4, 0.0]  # NaN outside the mask does not matter
+    assert found[1, :2].isnan().all()  # NaN inside the mask stays NaN
     assert found[2].tolist() == [0.0, 0.0, 0.0]
     (gradient,) = torch.autograd.grad(found[[0, 2]].sum(), x)
     assert gradient[[0, 2]].isfinite().all()
@@ -129,8 +128,8 @@ def test_the_mask_is_below_every_score() -> None:
 
 def test_half_precision_is_computed_in_single() -> None:
     assert masked_log_softmax(torch.zeros(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
-    # 300 equal scores: e^−ln 300, 300 times, is 1 but for rounding; in bfloat16 it is off by
-    # percents.
+    # 300 equal scores: 300 times e^−ln 300 is 1, except for rounding. In bfloat16 the error would
+    # be some percent.
     total = masked_log_softmax(torch.zeros(1, 300, dtype=torch.bfloat16)).exp().sum()
     assert total.item() == pytest.approx(1.0, abs=1e-5)
 
@@ -155,7 +154,7 @@ def test_soft_cross_entropy(data: st.DataObject, n: int, width: int, tau: float)
 def plain_mixture(
     s: Tensor, t: Tensor, first: int, gamma: Tensor, keep: Tensor, tau: float
 ) -> Tensor:
-    """Left to autograd: (1 − γ)·CE(first) + γ·CE(rest)."""
+    """(1 − γ)·CE(first) + γ·CE(rest), with the gradient by autograd."""
 
     def cross_entropy(columns: slice, kept: Tensor | None) -> Tensor:
         q = masked_log_softmax(t[:, columns] / tau, kept).exp()
@@ -230,8 +229,7 @@ def test_cross_entropies_pass_gradcheck(tau: float) -> None:
 
 
 def test_a_mixture_by_hand() -> None:
-    # Two sets of two: equal scores on either side give ln 2 each; γ = 0 and 1 take one of them
-    # alone.
+    # Two sets of two items: equal scores in each give ln 2. With γ = 0 or 1 only one set counts.
     s = torch.tensor([[0.0, 0.0, 3.0, 0.0]]).expand(3, 4)
     gamma = torch.tensor([0.0, 0.5, 1.0])
     second = -0.5 * math.log(1 / (1 + math.exp(-3))) - 0.5 * math.log(1 / (1 + math.exp(3)))
@@ -256,7 +254,7 @@ def test_what_is_not_kept_is_of_no_account(bad: float) -> None:
         gradients.append(torch.autograd.grad(value.sum(), student)[0])
     assert torch.equal(*values)
     assert torch.equal(*gradients)
-    s[1, 4] = torch.nan  # and what is kept shows
+    s[1, 4] = torch.nan  # a kept NaN stays NaN
     assert mixed_cross_entropy(s, t, 3, gamma, keep).isnan().tolist() == [False, True, False]
 
 
@@ -334,7 +332,7 @@ def test_plackett_luce_masks_are_optional_and_empty_rows_are_free() -> None:
     assert not torch.autograd.grad(nothing.sum(), head)[0].any()
 
 
-# -- sets and counts -----------------------------------------------------------------------------------------------
+# -- sets and counts -------------------------------------------------------------------------------
 
 
 @given(st.data(), st.integers(0, 3), st.integers(0, 5), st.integers(0, 5))
@@ -387,18 +385,18 @@ def test_first_distinct(data: st.DataObject, n: int, r: int) -> None:
 
 
 def test_ndcg_against() -> None:
-    # Hits at places 1 and 3 of 3: (1 + 1/2) / (1 + 1/log2 3 + 1/2).
+    # Hits at positions 1 and 3 of 3: (1 + 1/2) / (1 + 1/log2 3 + 1/2).
     found = ndcg_against(
         torch.tensor([[4, 9, 5], [7, 8, 9], [6, 5, 4]]), torch.tensor([[5, 4, 6]] * 3)
     )
     assert found.tolist() == pytest.approx([1.5 / (1.5 + 1 / math.log2(3)), 0.0, 1.0], rel=1e-6)
 
 
-# -- draws ---------------------------------------------------------------------------------------------------------
+# -- draws -----------------------------------------------------------------------------------------
 
 
 def inclusion_probabilities(weights: Sequence[float], n: int) -> list[float]:
-    """How likely each position is to be among n drawn one by one, by going through all orders."""
+    """The probability of each position to be among n drawn in turn, summed over all orders."""
     found = [0.0] * len(weights)
     for order in itertools.permutations(range(len(weights)), n):
         probability, left = 1.0, sum(weights)
@@ -466,7 +464,7 @@ def test_extreme_weights_are_no_trouble() -> None:
     assert (draw_without_replacement(log_weights, 3, torch.Generator()) == torch.arange(3)).all()
 
 
-# -- closure gap: see also test_theory.py --------------------------------------------------------------------------
+# -- closure gap: see also test_theory.py ----------------------------------------------------------
 
 
 def test_closure_gap_by_hand() -> None:
@@ -483,7 +481,7 @@ def test_closure_gap_by_hand() -> None:
 
 
 def test_closure_gap_of_entries_that_do_not_count() -> None:
-    # No target; and a target of probability 0 far above a support that it is not in.
+    # No target, and a target of probability 0 far above a support that does not contain it.
     target, support = torch.tensor([[1.0, 200.0]]), torch.tensor([[1.0, 2.0]])
     above = torch.tensor([[2, 0]])
     nothing = closure_gap(
@@ -498,7 +496,7 @@ def test_closure_gap_of_entries_that_do_not_count() -> None:
 @given(st.data(), st.integers(0, 3), st.integers(0, 5), st.integers(1, 5))
 def test_places(data: st.DataObject, n: int, q: int, t: int) -> None:
     query, table = (ids(data.draw(rows(few_ids, n, width)), n, width) for width in (q, t))
-    found = places(query, table)
+    found = positions_in(query, table)
     assert found.shape == (n, q)
     for row in range(n):
         for item, place in zip(query[row].tolist(), found[row].tolist(), strict=True):
@@ -506,10 +504,10 @@ def test_places(data: st.DataObject, n: int, q: int, t: int) -> None:
             assert place in standing if standing else place == -1
 
 
-# -- a few cells of a product --------------------------------------------------------------------------------------
+# -- a few cells of a product ----------------------------------------------------------------------
 
-# With so many kept cells a copy of the picked rows is made, or none; half precision, and what is
-# not on a processor, is gathered bit by bit.
+# With these limits, a copy of the picked rows is made, or not. In half precision, and on other
+# devices than the CPU, rows are gathered in parts.
 BRANCHES = {
     "copied": (torch.float64, 10**9),
     "sampled": (torch.float64, -1),
@@ -523,16 +521,16 @@ def test_the_ways_to_picked_products(
     branch: str, at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype, kept_cells = BRANCHES[branch]
-    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
-    monkeypatch.setattr(functional, "_GATHERED_CELLS", at_a_time)
+    monkeypatch.setattr(products, "_KEPT_CELLS", kept_cells)
+    monkeypatch.setattr(products, "_GATHERED_CELLS", at_a_time)
     sampled: list[int] = []
-    plain_scores_at = functional.scores_at
+    plain_scores_at = products.scores_at
 
     def counted(*args: Tensor) -> Tensor:
         sampled.append(len(args[1]))
         return plain_scores_at(*args)
 
-    monkeypatch.setattr(functional, "scores_at", counted)
+    monkeypatch.setattr(products, "scores_at", counted)
     # Small whole numbers: exact in every precision, so that sums in any order are the same.
     draw = torch.Generator().manual_seed(0)
     left, table = (
@@ -561,7 +559,7 @@ def test_the_ways_to_picked_products(
 def test_picked_products_pass_gradcheck(
     n: int, width: int, kept_cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    monkeypatch.setattr(products, "_KEPT_CELLS", kept_cells)
     left = torch.randn(n, 3, dtype=torch.float64, requires_grad=True)
     table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     items = torch.randint(0, 5, (n, width))
@@ -577,7 +575,7 @@ def test_picked_products_of_parts_of_other_tensors(
     kept_cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Transposed tables, every other column, a gradient that is one number for all cells."""
-    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    monkeypatch.setattr(products, "_KEPT_CELLS", kept_cells)
     whole, turned = torch.randn(6, 8, dtype=torch.float64), torch.randn(4, 9, dtype=torch.float64)
     left, table = whole[:, ::2].requires_grad_(), turned.t().requires_grad_()
     items = torch.randint(0, 9, (12, 6)).t()[:, ::2]
@@ -595,14 +593,14 @@ def test_picked_products_of_parts_of_other_tensors(
 def test_picked_products_under_autocast_are_single_precision(
     kept_cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A product in half precision would hand a gradient in half precision to tables that are not."""
-    monkeypatch.setattr(functional, "_KEPT_CELLS", kept_cells)
+    """A product in half precision would give single-precision tables half-precision gradients."""
+    monkeypatch.setattr(products, "_KEPT_CELLS", kept_cells)
     left, table = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     items = torch.randint(0, 7, (4, 5))
     expected = picked_products(left, table, items)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = picked_products(left, table, items)
-        mixed = picked_products(left.bfloat16(), table, items)  # rows that come out of a layer
+        mixed = picked_products(left.bfloat16(), table, items)  # rows that are a layer's output
     assert torch.equal(found, expected)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, expected, rtol=0.02, atol=0.02)
@@ -625,7 +623,7 @@ def test_picked_products_have_one_derivative() -> None:
 
 @given(st.data(), st.lists(st.integers(0, 4), max_size=4), st.integers(1, 3))
 def test_scores_of_lists_of_any_length(data: st.DataObject, lengths: list[int], d: int) -> None:
-    """In any order, with repeats and lists of nothing."""
+    """In any order, with repeats and empty lists."""
     n = sum(lengths)
     items = torch.tensor(data.draw(st.lists(few_ids, min_size=n, max_size=n)), dtype=torch.int64)
     starts = torch.tensor([0, *itertools.accumulate(lengths)])
@@ -646,7 +644,7 @@ def owners(lengths: list[int]) -> list[int]:
 def test_picked_products_are_cells_of_the_product(
     data: st.DataObject, n: int, width: int, d: int
 ) -> None:
-    """Repeats within and across rows, in any order, in value and in both gradients."""
+    """With repeats within and across rows, in any order; the value and both gradients."""
     items = ids(data.draw(rows(few_ids, n, width)), n, width)
     left = exact(data.draw(rows(scores, n, d)), n, d).requires_grad_()
     table = exact(data.draw(rows(scores, 5, d)), 5, d).requires_grad_()

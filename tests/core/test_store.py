@@ -1,4 +1,4 @@
-"""Entries on disk are whole or not there, whoever writes, reads or damages them."""
+"""Entries on disk are whole or do not exist, whatever writes, reads or damages them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_objects_are_not_pickled(store: Store) -> None:
 
 
 def test_pickled_objects_are_not_read(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    """Even with checksums that fit."""
+    """Even if the checksums are right."""
     with store.writing("y") as folder:
         np.save(folder / "ids.npy", np.array([{}, None], dtype=object), allow_pickle=True)
     assert store.read("y") is None
@@ -203,7 +203,7 @@ def test_full_disk_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_whole_entry_is_kept_when_another_writer_was_faster(store: Store) -> None:
-    """Whoever has mapped its arrays goes on with them."""
+    """A process that has mapped its arrays can go on."""
     before = (store.root / "x" / "users.npy").stat().st_ino
     store.write("x", ARRAYS)
     assert (store.root / "x" / "users.npy").stat().st_ino == before
@@ -212,7 +212,7 @@ def test_whole_entry_is_kept_when_another_writer_was_faster(store: Store) -> Non
 def test_damaged_entry_moved_away_by_another_writer(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between our look at it and our move."""
+    """Between our check and our move."""
     change_byte(store.root / "x")
     rename = os.rename
 

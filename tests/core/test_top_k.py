@@ -1,7 +1,7 @@
-"""Candidates made from half-precision bounds, against a sort of whole rows in float64.
+"""Top-K lists from half-precision bounds, against a sort of whole rows in float64.
 
-Where two scores are closer than float32 can tell, either may come first: it is the scores of the
-lists that are compared, and the ids where the scores are plain numbers that no rounding touches.
+If two scores are equal within the precision of float32, either may come first. So the scores of the
+lists are compared, and the ids only if all scores are exact numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from recbole_rcekd.core import top_k as ranking
-from recbole_rcekd.core.functional import scores_at
+from recbole_rcekd.core.products import scores_at
 from recbole_rcekd.core.top_k import ProductRanking, RowRanking
 from recbole_rcekd.core.types import Seen
 from tests.tables import seen_of
@@ -25,12 +25,12 @@ N_USERS, N_ITEMS, WIDTH = 40, 700, 12
 
 @pytest.fixture(autouse=True)
 def _the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Taken wherever these tests run: slow without the arithmetic, with the same result."""
+    """Use bfloat16 on any CPU: it may be slow, but the result is the same."""
     monkeypatch.setattr(ranking, "has_bfloat16_arithmetic", lambda: True)
 
 
 class Counted(ProductRanking):
-    """Says which contexts went which way."""
+    """Notes which users were ranked in which way."""
 
     def __init__(self, users: Tensor, items: Tensor) -> None:
         super().__init__(lambda contexts: users[contexts], items)
@@ -57,7 +57,7 @@ def tables(
 
 
 def by_rows(users: Tensor, items: Tensor) -> RowRanking:
-    """The same ranking from whole rows, float32."""
+    """The same ranking from whole rows in float32."""
 
     def score_all(contexts: Tensor) -> Tensor:
         scores = users[contexts] @ items.t()
@@ -70,7 +70,7 @@ def by_rows(users: Tensor, items: Tensor) -> RowRanking:
 def check(
     found: Tensor, contexts: Tensor, users: Tensor, items: Tensor, without: Seen | None = None
 ) -> None:
-    """Different items, none of them left out, and as good, place by place, as those of a full sort in float64."""
+    """Check lists: distinct items, none left out, with the scores of a full sort in float64."""
     n, k = found.shape
     assert n == len(contexts)
     scores = users[contexts].double() @ items.double().t()
@@ -78,7 +78,7 @@ def check(
     if without is not None:
         scores[without.cells(contexts)] = -torch.inf
     best = scores.sort(dim=1, descending=True).values[:, :k]
-    # A rounding of each factor's product, relative to the longest that it may have.
+    # The rounding error of a product, relative to the product of the norms.
     size = users[contexts].double().norm(dim=1, keepdim=True) * items.double().norm(dim=1)[found]
     own = scores.gather(1, found)
     listed = best > -torch.inf
@@ -90,14 +90,14 @@ def check(
 
 
 def compare(users: Tensor, items: Tensor, k: int, without: Seen | None = None) -> Counted:
-    """Check the lists of all users, and say who went which way."""
+    """Check the lists of all users, and return which were ranked in which way."""
     fast = Counted(users, items)
     contexts = torch.arange(len(users))
     check(fast.top_k(contexts, k, without), contexts, users, items, without)
     return fast
 
 
-# -- exact ---------------------------------------------------------------------------------------------------------
+# -- exact -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 20])
@@ -115,8 +115,8 @@ def test_lists_of_tables_of_any_shape(seed: int, d: int, k: int, n_items: int) -
 
 
 def test_ids_where_scores_are_distinct_whole_numbers() -> None:
-    # One column, user 1.0: scores are the items' numbers in some order, up to 700, which bfloat16
-    # cannot tell apart.
+    # One column, and user 1.0: scores are the numbers up to 700 in some order. bfloat16 has not all
+    # of them.
     order = torch.randperm(N_ITEMS - 1) + 1
     items = torch.zeros(N_ITEMS, 1)
     items[order, 0] = torch.arange(N_ITEMS - 1, 0, -1).float()
@@ -154,7 +154,7 @@ def test_scores_that_are_all_negative_are_ranked_from_rows() -> None:
 
 def test_scores_of_which_few_are_positive() -> None:
     users, items = (table.abs() for table in tables())
-    items[-3:] *= -1.0  # three positive scores where five are wanted
+    items[-3:] *= -1.0  # three positive scores, but five items are asked for
     compare(-users, items, 5)
 
 
@@ -162,7 +162,7 @@ def test_equal_scores() -> None:
     users = torch.ones(34, 3)
     compare(users, torch.ones(N_ITEMS, 3), 20)
     compare(users, torch.zeros(N_ITEMS, 3), 20)
-    # Two values: 10 of the better ones, of which all are listed.
+    # Two values: the 10 items with the better one are all in the list.
     items = torch.ones(N_ITEMS, 3)
     items[100:110] = 1.0 + 2.0**-20
     assert sorted(Counted(users, items).top_k(torch.arange(1), 10)[0].tolist()) == list(
@@ -173,10 +173,10 @@ def test_equal_scores() -> None:
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-25, 1e-20, 1e-12, 1e12, 1e17, 1e18])
 @pytest.mark.parametrize("which", ["users", "items", "both"])
 def test_tiny_and_huge_scales(scale: float, which: str) -> None:
-    """Norms and products that underflow in half precision, or in the norm's squares."""
+    """Norms and products that underflow in half precision, or in the squares of the norm."""
     users, items = tables()
     if which == "both":
-        scale = max(scale, 1e-18)  # below that the scores themselves are no normal float32 numbers
+        scale = max(scale, 1e-18)  # below that the scores are no normal float32 numbers
         compare(users * scale, items * scale, 6)
     else:
         compare(
@@ -195,7 +195,10 @@ def test_scales_that_cancel(user_scale: float, item_scale: float) -> None:
 
 
 def test_small_items_beside_others() -> None:
-    """Items so small that the squares in their norms are 0, with a user so large that they matter."""
+    """Items so small that the squares in their norms are 0, with a user so large that they matter.
+
+    They must be ranked correctly.
+    """
     users, items = tables(d=300)
     items[::2] *= 1e-25
     items[1::2] = -items[1::2].abs()
@@ -206,7 +209,7 @@ def test_padding_and_zero_rows() -> None:
     users, items = tables()
     users[0] = 0.0
     users[5] = 0.0
-    items[0] = 1e12  # never listed, and of no influence on the others
+    items[0] = 1e12  # padding is never listed, and does not influence the others
     items[::7] = 0.0
     items[0] = 1e12
     fast = compare(users, items, 12)
@@ -224,7 +227,7 @@ def test_a_padding_item_of_any_kind_is_never_listed(value: float) -> None:
 
 
 def test_negative_zero_ranks_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its sign bit is the highest, and would throw the order of a whole block over."""
+    """Its sign bit is the highest bit, and would change the order of a whole block."""
     users, items = torch.eye(2), torch.zeros(N_ITEMS, 2)
     items[40:50] = torch.arange(1.0, 11.0).unsqueeze(1)
     items[100, 1] = 1e-3
@@ -235,14 +238,13 @@ def test_negative_zero_ranks_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ranking, "scores_at", signed)
     monkeypatch.setattr(ranking, "_COLUMNS", 1e3)  # all items are candidates
-    monkeypatch.setattr(
-        ranking, "_SPARE", (137.0,)
-    )  # nearly all of the sampled 44 are above the threshold
+    # Nearly all of the 44 sampled items are above the threshold.
+    monkeypatch.setattr(ranking, "_SPARE", (137.0,))
     found = Counted(users, items).top_k(torch.arange(2), 5)
     assert (found == torch.tensor([49, 48, 47, 46, 45])).all()
 
 
-# -- what is not a number ------------------------------------------------------------------------------------------
+# -- what is not a number --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf, 1e38, -1e38])
@@ -256,7 +258,7 @@ def test_what_is_no_number_ranks_as_in_whole_rows(value: float, which: str) -> N
     fast = Counted(users, items)
     found = fast.top_k(torch.arange(N_USERS), 8)
     assert torch.equal(found, by_rows(users, items).top_k(torch.arange(N_USERS), 8))
-    if which == "a user":  # and only she is slow
+    if which == "a user":  # only this user is ranked from rows
         assert fast.from_rows == [17]
 
 
@@ -268,7 +270,7 @@ def test_overflow_of_some_scores_is_no_crash() -> None:
     assert found[3, 0] == 9
 
 
-# -- without what was seen -----------------------------------------------------------------------------------------
+# -- without what was seen -------------------------------------------------------------------------
 
 
 def test_the_seen_are_left_out() -> None:
@@ -292,7 +294,7 @@ def test_users_who_have_seen_nearly_everything() -> None:
     assert torch.equal(found, by_rows(users, items).top_k(torch.arange(7), 5, seen))
 
 
-# -- bounds, threshold and certificate -----------------------------------------------------------------------------
+# -- bounds, threshold and certificate -------------------------------------------------------------
 
 
 @given(
@@ -307,7 +309,7 @@ def test_bounds_are_not_below_the_scores(
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     users, items = torch.randn(4, d, generator=draw), torch.randn(50, d, generator=draw)
-    if kind in ("equal", "opposite"):  # all terms of one sign, so that all roundings may go one way
+    if kind in ("equal", "opposite"):  # all terms have one sign, so all roundings may add up
         users = users.abs()
         items = items.abs() * (1.0 if kind == "equal" else -1.0)
     elif kind == "one":  # all entries just above the middle between two bfloat16 numbers
@@ -319,20 +321,21 @@ def test_bounds_are_not_below_the_scores(
         users, items = (
             t * 10.0 ** (4 * torch.rand(t.shape, generator=draw) - 2) for t in (users, items)
         )
-    # By powers of two, which change no rounding.
+    # Powers of two change no rounding.
     users, items = users * 2.0 ** round(left * 3.3), items * 2.0 ** round(right * 3.3)
     bounds = bounds_of(users, items).double()
     scores = users.double() @ items.double().t()
-    # The product is rounded too, which keeps the order: what counts is how thresholds, bfloat16
-    # numbers, lie to both. Of scores below all thresholds the certificate makes no claim.
+    # The product is rounded too, which keeps the order. So only the comparison with a threshold, a
+    # bfloat16 number, must be right. Scores below all thresholds need no certificate.
     below = torch.where(
         scores.bfloat16().double() > scores, before(scores.bfloat16()), scores.bfloat16()
     )
     claimed = scores >= torch.finfo(torch.bfloat16).tiny
     assert (bounds >= below.double())[claimed].all()
     sizes = users.double().norm(dim=1, keepdim=True) * items.double().norm(dim=1)
-    # They are not far above either: what two roundings of relative size 2^-8 can take and the
-    # columns give back, and a third rounding, of the product; and a little for the columns' own.
+    # The bounds are not far above the scores either. Two roundings of relative size 2^-8 count
+    # twice (the columns add what they may take), the rounding of the product once, and there is a
+    # little for the columns.
     sizes = users.double().norm(dim=1, keepdim=True) * items.double().norm(dim=1)
     if min(users.norm(dim=1).min(), items.norm(dim=1).min()) > ranking._SMALLEST_NORM:
         assert (bounds - scores <= 5.2 * 2.0**-8 * sizes).all()
@@ -351,10 +354,10 @@ def before(positive: Tensor) -> Tensor:
 
 
 def unlucky() -> tuple[Tensor, Tensor]:
-    """All roundings make item 7, the best, look worse than it is; item 5 is the second best, item 16 the threshold.
+    """A case in which all roundings lower the score of item 7, the best one.
 
-    1 + 2^-8 lies halfway between two bfloat16 numbers: ``down`` and ``up`` are rounded away from
-    it.
+    Item 5 is the second best, and item 16 gives the threshold. 1 + 2^-8 is halfway between two
+    bfloat16 numbers: ``down`` and ``up`` are rounded away from it.
     """
     down, up = 1.0 + 2.0**-8 - 2.0**-20, 1.0 + 2.0**-8 + 2.0**-20
     users, items = torch.tensor([[down, up / 2, up / 2]]), torch.zeros(N_ITEMS, 3)
@@ -368,7 +371,7 @@ def unlucky() -> tuple[Tensor, Tensor]:
     ("left", "right"), [(0, 0), (50, -83), (-83, 50), (-30, -30), (-60, -60), (30, 30)]
 )
 def test_the_best_item_is_found_with_all_roundings_against_it(left: int, right: int) -> None:
-    """At any scale. 1/160 of the norms' product, for example, would be too little for the bound."""
+    """At any scale. A bound with only 1/160 of the product of the norms would be too low."""
     users, items = unlucky()
     scores = (users.double() @ items.double().t())[0]
     assert scores.topk(2).indices.tolist() == [7, 5]
@@ -378,7 +381,7 @@ def test_the_best_item_is_found_with_all_roundings_against_it(left: int, right: 
 
 
 def test_without_the_two_columns_it_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And then the certificate is worth nothing."""
+    """And then the certificate is wrong."""
     monkeypatch.setattr(ranking, "_COLUMNS", 0.0)
     assert Counted(*unlucky()).top_k(torch.arange(1), 1).tolist() == [[5]]
 
@@ -394,8 +397,8 @@ def test_both_ways_are_taken() -> None:
 def test_who_fails_is_tried_again_with_more() -> None:
     users, items = tables()
     fast = Counted(users, items)
-    # The sampled items, every 16th, are the best of all: too high a threshold for a short list of
-    # candidates.
+    # Every 16th item is sampled, and these are the best of all. So the threshold is too high, and
+    # there are too few candidates.
     direction = torch.zeros(WIDTH)
     direction[0] = 1.0
     users = direction.expand(3, WIDTH)
@@ -417,7 +420,10 @@ def test_scores_that_half_precision_cannot_tell_apart() -> None:
 def test_thresholds_that_are_too_high_get_no_certificate(
     monkeypatch: pytest.MonkeyPatch, spare: tuple[float, ...]
 ) -> None:
-    """The best sampled item alone is the threshold: few items reach it, and who has too few is ranked from rows."""
+    """If the best sampled item gives the threshold, few items reach it.
+
+    Users with too few of them are ranked from rows.
+    """
     monkeypatch.setattr(ranking, "_SPARE", spare)
     users, items = tables()
     fast = compare(users, items, 21)
@@ -426,13 +432,13 @@ def test_thresholds_that_are_too_high_get_no_certificate(
 
 
 def test_bounds_that_are_far_too_high_are_as_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then the candidates' own scores do not reach the threshold, though there are enough of them."""
+    """Then there are enough candidates, but their exact scores do not reach the threshold."""
     monkeypatch.setattr(ranking, "_COLUMNS", 100.0)
     fast = compare(*tables(), 20)
     assert fast.from_rows
 
 
-# -- who goes the fast way -----------------------------------------------------------------------------------------
+# -- when the fast way is used ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -481,7 +487,6 @@ def test_whether_this_processor_has_the_arithmetic(monkeypatch: pytest.MonkeyPat
             torch.cpu, "_is_avx512_bf16_supported", lambda answer=answer: answer, raising=False
         )
         assert ranking.has_bfloat16_arithmetic() is answer
-    monkeypatch.delattr(
-        torch.cpu, "_is_avx512_bf16_supported"
-    )  # a version of torch without the question
+    # A version of torch without this function
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert ranking.has_bfloat16_arithmetic() is False

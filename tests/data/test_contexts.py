@@ -1,4 +1,4 @@
-"""Numbers become inputs: each column of each row derived again from the lines of the .inter file."""
+"""The inputs of models: each column of each row, derived again from the .inter file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HEADER = (
 
 
 class Event(NamedTuple):
-    """A line; ``n`` is its number, which travels through RecBole as a float column."""
+    """A line of the file; its number ``n`` is a float column in RecBole."""
 
     user: str
     item: str
@@ -52,7 +52,10 @@ class Event(NamedTuple):
 
 
 def make_events() -> list[Event]:
-    """u0 and u1 come first in the file and have one and two lines; the others have 4 to 9, with items of their own too."""
+    """Users u0 and u1, the first in the file, have one and two lines; the others have 4 to 9.
+
+    The others also have items of their own.
+    """
     draw = random.Random(4)
     owners = ["u0", "u1", "u1"] + [f"u{u}" for u in range(2, 8) for _ in range(4 + u % 6)]
     return [
@@ -70,7 +73,7 @@ def make_events() -> list[Event]:
 
 
 EVENTS = make_events()
-# Leaving these two out moves the ids of users, items and moods.
+# Without these two, users, items and moods get other ids.
 OTHER_FILTER: dict[str, Any] = {"user_inter_num_interval": "[3,inf)"}
 
 
@@ -101,7 +104,7 @@ def training_set(folder: Path, **overrides: Any) -> Any:
 
 
 def history(n: int, length: int) -> list[Event]:
-    """What the user of line ``n`` took before it, as much as a list holds."""
+    """The lines of the same user before line ``n``, as many as fit in a list."""
     before = sorted((e for e in EVENTS if e.user == EVENTS[n].user), key=lambda e: e.time)
     return before[: before.index(EVENTS[n])][-length:]
 
@@ -111,7 +114,10 @@ def token(dataset: Any, field: str, number: Any) -> str:
 
 
 def check(dataset: Any, inputs: Any, length: int, left_out: Sequence[str] = ()) -> None:
-    """That every row of ``inputs`` says, in the ids of ``dataset``, what the file says of its target line."""
+    """Check that every row of ``inputs`` has the content of its target's line in the file.
+
+    Its ids are those of ``dataset``.
+    """
     unknown_items = {e.item for e in EVENTS} - {e.item for e in EVENTS if e.user not in left_out}
     unknown_moods = {e.mood for e in EVENTS} - {e.mood for e in EVENTS if e.user not in left_out}
 
@@ -144,7 +150,7 @@ def check(dataset: Any, inputs: Any, length: int, left_out: Sequence[str] = ()) 
         torch.testing.assert_close(inputs["v_list"][row, :size], torch.tensor(vectors))
 
 
-# --- rows ---------------------------------------------------------------------------------------------------
+# --- rows -----------------------------------------------------------------------------------------
 
 
 def test_rows_are_the_files(folder: Path) -> None:
@@ -185,9 +191,8 @@ def test_rows_in_other_ids_and_another_length(folder: Path, width: int) -> None:
     for name in inputs:
         if name.endswith("_list"):
             assert inputs[name].shape[1] == width
-            assert not inputs[name][
-                :, LENGTH:
-            ].any()  # what the student's lists do not hold cannot be known
+            # Items that are not in the student's lists cannot be known.
+            assert not inputs[name][:, LENGTH:].any()
             inputs[name] = inputs[name][:, :LENGTH]
     check(other, inputs, min(width, LENGTH), left_out=("u0", "u1"))
     ages = [token(other, "age", age) for age in inputs["age"]]
@@ -246,7 +251,7 @@ def test_ids_of_tokens() -> None:
     assert ids_of_tokens(["[PAD]", "b", "x"], {"[PAD]": 0, "a": 1, "b": 2}).tolist() == [0, 2, 0]
 
 
-# --- numbers of rows ----------------------------------------------------------------------------------------
+# --- numbers of rows ------------------------------------------------------------------------------
 
 
 def test_numbers_go_with_their_rows_and_then_away(folder: Path) -> None:
@@ -267,7 +272,7 @@ def test_numbers_go_with_their_rows_and_then_away(folder: Path) -> None:
     assert list(dataset.inter_feat) == before
 
 
-# --- users --------------------------------------------------------------------------------------------------
+# --- users ----------------------------------------------------------------------------------------
 
 
 def test_users_by_id(folder: Path) -> None:
@@ -307,7 +312,7 @@ def test_what_a_student_learns_on(folder: Path) -> None:
     assert isinstance(of_training(general), Users)
 
 
-# --- whole sequences ----------------------------------------------------------------------------------------
+# --- whole sequences ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["rows", "interactions"])
@@ -338,17 +343,17 @@ def test_whole_sequences_are_the_files(folder: Path, split: str) -> None:
         user = token(dataset, "user_id", number)
         events = sorted((e for e in EVENTS if e.user == user), key=lambda e: e.time)
         if user == "u0" and split == "rows":
-            # One line, so no row: nothing is asked of this user, who must only not be in the way
+            # With one line the user has no row and is never asked for, but must not cause errors.
             continue
-        # RecBole leaves a user something to train on: one interaction, or, where it splits rows,
-        # one row, which has two.
+        # RecBole leaves a user at least one interaction for training, or, if it splits rows, one
+        # row, which has two.
         held_out = min(2, len(events) - (1 if split == "interactions" else 2))
         taken = events[: len(events) - held_out][-LENGTH:]
         assert int(inputs["user_id"][number]) == number
         assert int(inputs["item_length"][number]) == len(taken)
         listed = [token(dataset, "item_id", i) for i in inputs["item_id_list"][number]]
         assert listed == [e.item for e in taken] + ["[PAD]"] * (LENGTH - len(taken))
-        if len(taken) > 1:  # else there is no row that has the other columns
+        if len(taken) > 1:  # otherwise there is no row with the other columns
             assert inputs["price_list"][number, : len(taken)].tolist() == pytest.approx(
                 [e.price for e in taken]
             )

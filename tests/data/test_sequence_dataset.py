@@ -1,4 +1,7 @@
-"""Sequential data on the split of general models: against RecBole's own code, and derived again in plain Python."""
+"""Sequential data with the split of general models.
+
+They are compared with RecBole's own code, and with a second derivation in plain Python.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +22,12 @@ from recbole.data.dataset import Dataset, SequentialDataset
 from recbole.utils import get_model, get_trainer, init_seed
 
 from recbole_rcekd.core.errors import SettingsError, TeacherError
-from recbole_rcekd.data import sequence_dataset as sequences
-from recbole_rcekd.data.sequence_dataset import (
-    SequenceDataset,
-    create_dataset,
-    training_pairs,
-    whole_sequences,
-)
-from tests.helpers import build_config, write_atomic_file
+from recbole_rcekd.data import sequences
+from recbole_rcekd.data.sequence_dataset import SequenceDataset, create_dataset
+from recbole_rcekd.data.sequences import training_pairs, whole_sequences
+from recbole_rcekd.teachers.safe_load import read_checkpoint
+from tests.conformance.world import write_world
+from tests.helpers import Bundle, build_config, save_untrained, write_atomic_file
 
 LENGTH = 5
 HEADER = ("user_id:token", "item_id:token", "timestamp:float", "n:float")
@@ -41,7 +42,7 @@ SPLITS: dict[str, dict[str, Any]] = {
 
 
 class Event(NamedTuple):
-    """An interaction; ``n`` is its number in the files, which travels through RecBole as a float column."""
+    """An interaction; its number ``n`` in the files is a float column in RecBole."""
 
     user: str
     item: str
@@ -51,7 +52,7 @@ class Event(NamedTuple):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Written over by every example."""
+    """A folder that every example overwrites."""
     return tmp_path_factory.mktemp("sequences")
 
 
@@ -81,7 +82,7 @@ def write_events(folder: Path, events: Sequence[Event], part: str = "") -> None:
 
 @st.composite
 def tables(draw: st.DrawFn, most: int = 5) -> list[Event]:
-    """Users with 1 to ``most`` interactions, many at the same time, in any order; two users at least."""
+    """At least two users with 1 to ``most`` interactions each, in any order, with equal times."""
     counts = draw(st.lists(st.integers(1, most), min_size=2, max_size=6))
     owners = draw(
         st.permutations([user for user, count in enumerate(counts) for _ in range(count)])
@@ -106,7 +107,7 @@ Rows = list[tuple[str, int, list[str], list[int]]]
 
 
 def expected_rows(sequence_of: dict[str, list[Event]], part_of: dict[int, int], part: int) -> Rows:
-    """User, target's number, listed items and times, of a part."""
+    """For each row of a part: user, number of the target, listed items and their times."""
     rows: Rows = []
     for user, sequence in sequence_of.items():
         for place in range(1, len(sequence)):
@@ -156,7 +157,7 @@ def assert_same_features(one: Any, other: Any) -> None:
         assert torch.equal(one[field], other[field]), field
 
 
-# --- augmentation -------------------------------------------------------------------------------------------
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 @given(tables(most=9), st.sampled_from([1, 2, LENGTH, 50]), st.randoms(use_true_random=False))
@@ -209,14 +210,14 @@ def test_augmentation_equals_recboles_bit_for_bit(
 
 
 def with_blocks(size: int, work: Callable[[], Any]) -> Any:
-    """As many rows at once as a test has, to see more than one block."""
+    """Process few rows at once, so that a test has more than one block."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sequences, "_BLOCK", size)
         return work()
 
 
 def test_augmentation_has_the_fields_of_every_kind(folder: Path) -> None:
-    """What the test above compares: shapes of list fields, by hand."""
+    """The shapes of the list fields that the test above compares, by hand."""
     rows = [("u", f"i{n}", n, 0.5 * n, "a b", "1 2 3") for n in range(3)]
     header = (
         "user_id:token",
@@ -243,7 +244,7 @@ def test_augmentation_has_the_fields_of_every_kind(folder: Path) -> None:
     assert "user_id_list" not in shapes
 
 
-# --- split by interactions ----------------------------------------------------------------------------------
+# --- split by interactions ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -270,7 +271,10 @@ def test_interactions_are_split_as_a_general_models(
 
 
 def test_where_both_ways_agree_the_datasets_are_equal(folder: Path) -> None:
-    """Leave-one-out, four interactions or more: rows in RecBole's order, so a seed gives the same training."""
+    """Leave-one-out with at least four interactions: rows in RecBole's order.
+
+    So the same seed gives the same training.
+    """
     draw = torch.Generator().manual_seed(3)
     events = [
         Event(
@@ -317,13 +321,13 @@ def test_columns_that_are_not_used_go_after_the_split(folder: Path) -> None:
         assert set(one.inter_feat) - set(other.inter_feat) == {"timestamp"}
 
 
-# --- ready split --------------------------------------------------------------------------------------------
+# --- ready split ----------------------------------------------------------------------------------
 
 PARTS = ("train", "valid", "test")
 
 
 def write_ready_split(folder: Path, events: Sequence[Event]) -> dict[int, int]:
-    """Every third event to validation, another to the test; returns the part of each."""
+    """Put every third event in the validation and another in the test; return the part of each."""
     part_of = {event.n: (event.n * 7 + event.time) % 5 for event in events}
     part_of = {n: part if part in (1, 2) else 0 for n, part in part_of.items()}
     part_of[events[0].n] = 0
@@ -405,7 +409,7 @@ def test_files_with_lists_are_read_as_recbole_reads_them(folder: Path) -> None:
         ]
 
 
-# --- pairs and whole sequences ------------------------------------------------------------------------------
+# --- pairs and whole sequences --------------------------------------------------------------------
 
 
 @given(tables(most=9))
@@ -449,7 +453,7 @@ def test_whole_sequences_end_with_the_last_training_interaction(
         )
         assert int(whole["item_length"][row]) == len(last)
         assert int(whole["item_id"][row]) == ids["item_id"][sequence[-1].item]
-        alone = len(sequence) == 1  # no row: nothing but its item is known
+        alone = len(sequence) == 1  # no row: only its item is known
         assert (
             whole["timestamp_list"][row].tolist()
             == [0 if alone else e.time for e in last] + padding
@@ -518,7 +522,7 @@ def test_a_list_without_its_column_is_left_out(folder: Path) -> None:
     assert "timestamp_list" not in whole_sequences(train, torch.tensor([1]))
 
 
-# --- which dataset ------------------------------------------------------------------------------------------
+# --- which dataset --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -648,7 +652,7 @@ def test_a_missing_file_is_recboles_to_report(written: Path) -> None:
         create_dataset(config_for(written, benchmark_filename=["nowhere", "valid", "test"]))
 
 
-# --- end to end ---------------------------------------------------------------------------------------------
+# --- end to end -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -690,3 +694,32 @@ def test_a_sequential_model_trains_on_what_a_general_one_does(
         result = trainer.evaluate(test, load_best_model=False, show_progress=False)
         assert 0 <= result["ndcg@10"] <= 1
     assert trained["SASRec"] == trained["BPR"]
+
+
+def test_a_built_split_is_recboles_own(written: Path) -> None:
+    """GRU4RecF, FDSA, DIN and DIEN put it in their checkpoints, which plain RecBole must open."""
+    config = config_for(written, kd_sequence_split="interactions")
+    for part in create_dataset(config).build():
+        assert type(part) is SequentialDataset
+        assert b"recbole_rcekd" not in pickle.dumps(part)
+
+
+def test_a_checkpoint_that_holds_the_data_opens(tmp_path: Path) -> None:
+    config = build_config(
+        write_world(tmp_path),
+        "GRU4RecF",
+        "world",
+        kd_sequence_split="interactions",
+        selected_features=["class"],
+        load_col={"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "class"]},
+        eval_args={"split": {"RS": [8, 1, 1]}, "group_by": "user", "order": "TO", "mode": "full"},
+        train_neg_sample_args=None,
+        hidden_size=4,
+        embedding_size=4,
+        num_layers=1,
+    )
+    dataset = create_dataset(config)
+    bundle = Bundle(config, dataset, *data_preparation(config, dataset))
+    model = save_untrained(bundle, tmp_path / "GRU4RecF.pth")
+    content = read_checkpoint(tmp_path / "GRU4RecF.pth")
+    assert content["state_dict"].keys() == model.state_dict().keys()

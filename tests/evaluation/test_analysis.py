@@ -1,4 +1,4 @@
-"""Two checkpoints compared without training: every number a second time, from whole matrices of scores and loops."""
+"""Two checkpoints compared without training; every number is derived again from full scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recbole_rcekd.cli import main
 from recbole_rcekd.core.errors import KDError, SettingsError, TeacherError
 from recbole_rcekd.core.settings import KDSettings, TeacherSettings
 from recbole_rcekd.data.fingerprint import training_interactions
-from recbole_rcekd.evaluation import analysis
+from recbole_rcekd.evaluation import model_analysis
 from recbole_rcekd.evaluation.comparison import (
     quartile_groups,
     ranks_of,
@@ -114,7 +114,7 @@ def compared(
     return analyse(teacher, checkpoint(place, student), users=users, config_dict=config, **more)
 
 
-# --- a second derivation ------------------------------------------------------------------------------------
+# --- a second derivation --------------------------------------------------------------------------
 
 
 class Slow:
@@ -327,6 +327,19 @@ def test_transfer_ratios(found: dict[str, Any], place: Path) -> None:
     assert without["distance"]["student"] == found["distance"]["student"]
 
 
+def test_transfer_of_a_metric_where_less_is_better(place: Path) -> None:
+    """GiniIndex: whoever has less of it is ahead."""
+    metrics = {"metrics": ["NDCG", "GiniIndex"]}
+    several = compared(place, baseline=checkpoint(place, "alone"), config_dict=metrics)
+    result = several["test"]["result"]
+    student, alone, teacher = (
+        result[name]["giniindex@10"] for name in ("student", "baseline", "teacher")
+    )
+    expected = (student - alone) / (teacher - alone) if teacher < alone else None
+    ratio = several["test"]["transfer_ratio"]["giniindex@10"]
+    assert ratio == (expected if expected is None else pytest.approx(expected))
+
+
 def test_a_sample_of_users(
     found: dict[str, Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,7 +348,7 @@ def test_a_sample_of_users(
     assert some["distance"] == compared(place, users=7)["distance"]
     assert some["distance"]["student"] != found["distance"]["student"]
     assert some["test"]["result"]["student"] == found["test"]["result"]["student"]  # all users
-    monkeypatch.setattr(analysis, "CELLS_AT_A_TIME", 3 * 61)
+    monkeypatch.setattr(model_analysis, "CELLS_AT_A_TIME", 3 * 61)
     in_blocks = compared(place, users=7)["distance"]["student"]
     for name, numbers in some["distance"]["student"].items():
         assert in_blocks[name] == (numbers if name == "rank" else pytest.approx(numbers))
@@ -369,12 +382,12 @@ def test_the_scale_of_the_teacher(place: Path, found: dict[str, Any]) -> None:
     )
 
 
-# --- all kinds of teachers and students ---------------------------------------------------------------------
+# --- all kinds of teachers and students -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def kinds(place: Path) -> Path:
-    """Sequential models and general ones on one split, a file of scores, and a teacher with other ids of items."""
+    """Sequential and general models with one split, a score file, and a teacher with other ids."""
     with inside(place):
         trained(place, "in_time", **IN_TIME)
         trained(place, "GRU4Rec", "GRU4Rec", **SEQUENTIAL, **IN_TIME)
@@ -414,7 +427,7 @@ PAIRS = [
     ("teacher", "student"), PAIRS, ids=[f"{teacher}-{student}" for teacher, student in PAIRS]
 )
 def test_the_numbers_of_a_training_are_the_same(kinds: Path, teacher: str, student: str) -> None:
-    """What the distiller says of all its contexts after an epoch is what the analysis says of them."""
+    """After an epoch, the distiller's diagnostics of all users are those of the analysis."""
     result = compared(kinds, sources(kinds, teacher), student, config_dict=SKIP)
     model = student if student != "in_time" else "BPR"
     bundle = build(kinds, model, **IN_TIME, **(SEQUENTIAL if student != "in_time" else {}))
@@ -422,7 +435,8 @@ def test_the_numbers_of_a_training_are_the_same(kinds: Path, teacher: str, stude
     learner.load_state_dict(
         torch.load(checkpoint(kinds, student), weights_only=False)["state_dict"]
     )
-    loaded = load_teacher(sources(kinds, teacher), bundle.train, settings=TeacherSettings(**SKIP))  # type: ignore[arg-type]
+    skipping = TeacherSettings(**SKIP)  # type: ignore[arg-type]
+    loaded = load_teacher(sources(kinds, teacher), bundle.train, settings=skipping)
     data, settings = bundle.train._dataset, KDSettings(kd_diagnostic_users=10_000)
     scorer = ModelScorer(learner, data)
     scores = loaded.open_scores(settings)
@@ -456,7 +470,7 @@ def test_asking_some_gives_what_training_asks_of_all(kinds: Path, names: str, ho
         loaded.weights = [1.0, 2.0, 1.0][: len(loaded.parts)]
     n_users, n_items = int(bundle.dataset.user_num), int(bundle.dataset.item_num)
     asked, known = (
-        analysis._Asked(loaded, n_users, n_items),
+        model_analysis._Asked(loaded, n_users, n_items),
         loaded.open_scores(KDSettings()),
     )
     users = torch.arange(1, n_users)
@@ -482,7 +496,7 @@ def test_beyond_what_is_ranked_nothing_is_listed(
     users, n_users = torch.arange(1, 41), int(bundle.dataset.user_num)
     parts = [part.open_scores(KDSettings()) for part in loaded.parts]
     known = ensemble.reciprocal_rank(parts, [1.0, 1.0], loaded.seen, longest=5)
-    lists = analysis._Asked(loaded, n_users, 61).top_k(users, 20)
+    lists = model_analysis._Asked(loaded, n_users, 61).top_k(users, 20)
     assert torch.equal(lists == 0, known.top_k(users, 20) == 0)
     assert (lists[:, 10:] == 0).all()
 
@@ -518,7 +532,7 @@ def test_other_metrics(place: Path) -> None:
     }
 
 
-# --- pieces -------------------------------------------------------------------------------------------------
+# --- pieces ---------------------------------------------------------------------------------------
 
 
 def test_shared_items_of_short_lists() -> None:
@@ -556,7 +570,7 @@ def test_no_ratio_without_an_advantage() -> None:
     assert transfer_ratio(0.2, 0.1, 0.3) == pytest.approx(0.5)
 
 
-# --- what is written, and what is refused -------------------------------------------------------------------
+# --- what is written, and what is refused ---------------------------------------------------------
 
 
 def test_nothing_is_left_behind(place: Path, tmp_path: Path) -> None:
@@ -577,7 +591,9 @@ def test_files(place: Path, tmp_path: Path) -> None:
     assert set(written) == {"format", "dataset", "metric", "models", "test", "distance", "groups"}
     text = (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
     assert "| student alone |" in text
-    documented = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text(encoding="utf-8")
+    documented = (Path(__file__).parents[2] / "docs" / "guides" / "analysis.md").read_text(
+        encoding="utf-8"
+    )
     for key in (
         *written,
         *written["test"],
@@ -753,7 +769,7 @@ def test_what_the_command_refuses(
 def test_a_student_is_for_an_analysis(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--student=a.pth", "--model=BPR"])
-    assert "--student is for --analyse" in capsys.readouterr().err
+    assert "--student is for analyse" in capsys.readouterr().err
 
 
 def test_what_lies_beside_a_checkpoint_is_not_read(kinds: Path, tmp_path: Path) -> None:

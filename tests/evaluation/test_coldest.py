@@ -1,4 +1,4 @@
-"""``benchmarks/coldest.py``: the same numbers as RecBole's where RecBole has them, and the rest by hand."""
+"""``benchmarks/coldest.py``: the numbers of RecBole if it has them, the others by hand."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def as_sets(seen: Seen) -> list[set[int]]:
     ]
 
 
-# -- Seen ----------------------------------------------------------------------------------------------------------
+# -- Seen ------------------------------------------------------------------------------------------
 
 
 @given(pairs_of_any_kind)
@@ -46,7 +46,7 @@ def test_seen_cells_of_any_users_in_any_order(
     found = list(zip(rows.tolist(), items.tolist(), strict=True))
     assert len(found) == len(expected)
     assert set(found) == expected
-    assert found == sorted(found)  # one ascending key, as the binary search of draw_unseen wants
+    assert found == sorted(found)  # one ascending key, for the binary search of draw_unseen
 
 
 @given(pairs_of_any_kind)
@@ -60,7 +60,7 @@ def test_seen_transposed(pairs: list[tuple[int, int]]) -> None:
     assert torch.equal(back.ids, seen.ids)
 
 
-# -- lists ---------------------------------------------------------------------------------------------------------
+# -- candidates ------------------------------------------------------------------------------------
 
 
 def test_top_k_marks_what_has_no_score() -> None:
@@ -71,7 +71,7 @@ def test_top_k_marks_what_has_no_score() -> None:
 
 @given(st.data(), st.integers(0, 3), st.integers(1, 70), st.integers(1, 5))
 def test_top_k_of_long_rows_with_ties(data: st.DataObject, n: int, width: int, k: int) -> None:
-    """Rows long enough for the two-step selection, and others; scores from few values, many without any."""
+    """Rows with and without the two-step selection; few distinct scores, many missing ones."""
     values = data.draw(
         st.lists(
             st.sampled_from([-torch.inf, -1.0, 0.0, 2.0]), min_size=n * width, max_size=n * width
@@ -97,13 +97,13 @@ def test_top_k_of_long_rows(width: int) -> None:
 
 @pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 30])
-def test_lists_of_teacher_and_student(k: int, unseen: bool) -> None:
+def test_the_top_k_of_teacher_and_student(k: int, unseen: bool) -> None:
     world = make_world()
     contexts = torch.tensor([4, 1, 4])
-    lists = world.lists(contexts)
+    candidates = world.lists(contexts)
     for found, scores in (
-        (lists.teacher_top(k, unseen), world.teacher.score_all(torch.arange(7))),
-        (lists.student_top(k, unseen), world.student),
+        (candidates.teacher_top(k, unseen), world.teacher.score_all(torch.arange(7))),
+        (candidates.student_top(k, unseen), world.student),
     ):
         for row, user in enumerate(contexts.tolist()):
             allowed = [i for i in range(1, 31) if not (unseen and i in (user, 2 * user, 3 * user))]
@@ -123,29 +123,29 @@ def test_users_with_fewer_items_than_asked_for_get_0() -> None:
         assert (found[1] != 0).all()
 
 
-def test_the_student_is_asked_only_where_its_list_is_wanted() -> None:
+def test_the_students_scores_are_computed_only_on_demand() -> None:
     world, calls = make_world(), []
 
     def student_rows(contexts: torch.Tensor) -> torch.Tensor:
         calls.append(contexts.tolist())
         return world.student[contexts]
 
-    lists = Candidates(
+    candidates = Candidates(
         torch.tensor([2, 3]),
         world.teacher,
         RowRanking(student_rows, 31),
         world.seen,
         torch.Generator(),
     )
-    lists.teacher_top(3)
-    lists.draw_unseen(2, outside=torch.zeros(2, 0, dtype=torch.int64))
+    candidates.teacher_top(3)
+    candidates.draw_unseen(2, outside=torch.zeros(2, 0, dtype=torch.int64))
     assert calls == []
-    lists.student_top(3)
+    candidates.student_top(3)
     assert calls == [[2, 3]]
 
 
 @pytest.mark.parametrize("unseen", [False, True])
-def test_the_students_lists_do_not_depend_on_the_blocks(
+def test_the_students_top_k_does_not_depend_on_the_blocks(
     unseen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = make_world()
@@ -165,7 +165,7 @@ def test_scores_of_the_teacher() -> None:
     )
 
 
-# -- draws ---------------------------------------------------------------------------------------------------------
+# -- draws -----------------------------------------------------------------------------------------
 
 
 def nothing(world: World) -> torch.Tensor:
@@ -174,7 +174,7 @@ def nothing(world: World) -> torch.Tensor:
 
 @given(st.data(), st.integers(1, 12))
 def test_draws_are_distinct_unseen_and_outside(data: st.DataObject, n: int) -> None:
-    """In a catalogue of nine, from plenty to nothing at all."""
+    """In a catalogue of nine items, of which all, some or none are allowed."""
     pairs = data.draw(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 9)), max_size=36))
     forbidden = data.draw(
         st.lists(st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=4, max_size=4),
@@ -193,8 +193,8 @@ def test_draws_are_distinct_unseen_and_outside(data: st.DataObject, n: int) -> N
 
 @pytest.mark.parametrize("n_allowed", [8, 60])
 def test_draws_are_uniform_whether_by_rejection_or_exactly(n_allowed: int) -> None:
-    # 200 items, of which 8 or 60 are allowed: with 8, most rows run short and are drawn from the
-    # full row.
+    # 200 items, of which 8 or 60 are allowed. With 8, most rows cannot be filled by rejection and
+    # are drawn from the full row.
     total = 4000
     world = make_world(total, 200, pairs=[])
     outside = torch.arange(n_allowed + 1, 201).expand(total, -1)
@@ -202,8 +202,8 @@ def test_draws_are_uniform_whether_by_rejection_or_exactly(n_allowed: int) -> No
     counts = torch.bincount(drawn.flatten(), minlength=n_allowed + 1)
     assert counts[0] == 0
     assert len(counts) == n_allowed + 1
-    # Each row holds 4 different items, which makes the counts steadier than χ² supposes: the test
-    # is on the safe side.
+    # Each row has 4 different items, so the counts vary less than χ² supposes: the test is on the
+    # safe side.
     assert scipy.stats.chisquare(counts[1:].numpy()).pvalue > 1e-3
     by_place = torch.bincount(drawn[:, 0], minlength=n_allowed + 1)[1:]
     assert scipy.stats.chisquare(by_place.numpy()).pvalue > 1e-3
@@ -215,8 +215,8 @@ def test_draws_follow_the_generator() -> None:
     first, again, other = (world.lists(seed=seed).draw_unseen(5, outside) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    lists = world.lists()
-    assert not torch.equal(lists.draw_unseen(5, outside), lists.draw_unseen(5, outside))
+    candidates = world.lists()
+    assert not torch.equal(candidates.draw_unseen(5, outside), candidates.draw_unseen(5, outside))
 
 
 def test_draws_leave_the_global_random_state_alone() -> None:
@@ -227,13 +227,13 @@ def test_draws_leave_the_global_random_state_alone() -> None:
 
 
 def test_draws_for_no_users() -> None:
-    lists = make_world().lists(torch.zeros(0, dtype=torch.int64))
-    assert lists.draw_unseen(3, torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 3)
-    assert lists.student_top(3, unseen=True).shape == (0, 3)
-    assert lists.teacher_top(3, unseen=True).shape == (0, 3)
+    candidates = make_world().lists(torch.zeros(0, dtype=torch.int64))
+    assert candidates.draw_unseen(3, torch.zeros(0, 2, dtype=torch.int64)).shape == (0, 3)
+    assert candidates.student_top(3, unseen=True).shape == (0, 3)
+    assert candidates.teacher_top(3, unseen=True).shape == (0, 3)
 
 
-# -- ItemSets ------------------------------------------------------------------------------------------------------
+# -- ItemSets --------------------------------------------------------------------------------------
 
 
 def test_sets_can_be_cut_and_filled_by_rows() -> None:

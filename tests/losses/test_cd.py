@@ -63,10 +63,12 @@ def test_authors_numbers(golden: Golden) -> None:
         )
     )
     users = golden.batch()
-    items, lists = golden.ids("cd_items")[users], golden.lists(users)
-    pool = lists.student_top(settings["cd_sample_num"], unseen=True)
+    items, candidates = golden.ids("cd_items")[users], golden.lists(users)
+    pool = candidates.student_top(settings["cd_sample_num"], unseen=True)
     assert (items.unsqueeze(2) == pool.unsqueeze(1)).any(2).all()
-    golden.check("cd_", "loss_sum", loss, users, ItemSets(items, lists.teacher_scores(items)), 1e-7)
+    golden.check(
+        "cd_", "loss_sum", loss, users, ItemSets(items, candidates.teacher_scores(items)), 1e-7
+    )
 
 
 def test_gradient_is_probability_minus_label() -> None:
@@ -85,12 +87,13 @@ def test_gradient_is_probability_minus_label() -> None:
 @pytest.mark.parametrize("guide", ["student", "teacher"])
 def test_items_are_distinct_unseen_and_from_the_guides_pool(guide: str) -> None:
     world = make_world()
-    sets = CDLoss(CDSettings(cd_items=6, cd_pool=9, cd_guide=guide)).select(world.lists())  # type: ignore[arg-type]
-    lists = world.lists()
+    loss = CDLoss(CDSettings(cd_items=6, cd_pool=9, cd_guide=guide))  # type: ignore[arg-type]
+    sets = loss.select(world.lists())
+    candidates = world.lists()
     pool = (
-        lists.student_top(9, unseen=True)
+        candidates.student_top(9, unseen=True)
         if guide == "student"
-        else lists.teacher_top(9, unseen=True)
+        else candidates.teacher_top(9, unseen=True)
     )
     assert sets.keep is not None
     assert sets.keep.all()
@@ -103,8 +106,8 @@ def test_items_are_distinct_unseen_and_from_the_guides_pool(guide: str) -> None:
 
 @pytest.mark.parametrize("guide", ["student", "teacher"])
 def test_no_shortage_while_unseen_items_are_left(guide: str) -> None:
-    # 30 items: user 1 has seen all but 3, user 2 all but 6, user 3 none. 5 are wanted, from a pool
-    # of all.
+    # 30 items: user 1 has seen all but 3, user 2 all but 6, user 3 none. 5 are drawn from a pool of
+    # all unseen items.
     pairs = [(1, i) for i in range(1, 28)] + [(2, i) for i in range(1, 25)]
     loss = CDLoss(CDSettings(cd_items=5, cd_guide=guide))  # type: ignore[arg-type]
     sets = loss.select(make_world(3, 30, pairs).lists())
@@ -114,7 +117,7 @@ def test_no_shortage_while_unseen_items_are_left(guide: str) -> None:
     assert torch.equal(sets.items != 0, sets.keep)
 
 
-def test_draws_are_duels_of_two_positions() -> None:
+def test_each_item_is_the_better_of_two_drawn_positions() -> None:
     # One item per user, from a pool of 6: how often each position wins (χ², 5 degrees of freedom).
     n = 6000
     world = make_world(n, 8, pairs=[])

@@ -16,7 +16,7 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def test_two_items_by_hand() -> None:
-    # Teacher: 3/4 and 1/4. Student: 1/2 and 1/2, so whatever the teacher says costs ln 2.
+    # Teacher: 3/4 and 1/4. Student: 1/2 and 1/2, which costs ln 2 with any teacher.
     sets = ItemSets(torch.tensor([[5, 7]]), torch.tensor([[LN3, 0.0]], dtype=torch.float64))
     loss = CELoss(CESettings())
     indifferent = loss.forward(torch.zeros(1, 2, dtype=torch.float64), sets)
@@ -27,8 +27,8 @@ def test_two_items_by_hand() -> None:
 
 
 def test_temperature_divides_both_sides_and_nothing_else() -> None:
-    # Scores 2·ln 3 at τ = 2 are ln 3: teacher and student both (3/4, 1/4), the entropy of which is
-    # left; no τ² factor.
+    # Scores 2·ln 3 at τ = 2 are ln 3: teacher and student are both (3/4, 1/4), so the loss is its
+    # entropy; no τ² factor.
     scores = torch.tensor([[2 * LN3, 0.0]], dtype=torch.float64)
     value = CELoss(CESettings(ce_temperature=2.0)).forward(
         scores, ItemSets(torch.tensor([[1, 2]]), scores)
@@ -42,9 +42,9 @@ def test_union_by_hand() -> None:
     world = make_world(1, 4)._replace(
         student=torch.tensor([[-torch.inf] + [0.0] * 4, [-torch.inf, 0.0, 2.0, 2.0, -1]])
     )
-    lists = world.lists()
-    lists._teacher = teacher
-    sets = CELoss(CESettings(ce_items="union", ce_top_k=2)).select(lists)
+    candidates = world.lists()
+    candidates._teacher = teacher
+    sets = CELoss(CESettings(ce_items="union", ce_top_k=2)).select(candidates)
     assert sets.keep is not None
     assert sorted(sets.items[sets.keep].tolist()) == [1, 2, 3]
     assert sets.overlap is not None
@@ -57,10 +57,11 @@ def test_equals_the_slow_version(which: str, tau: float) -> None:
     world = make_world(8, 25, seed=3)
     student = world.student.double()
     teacher = Table(world.teacher.score_all(torch.arange(9)).double(), world.seen)
-    lists = world.lists()
-    lists._teacher = teacher
-    loss = CELoss(CESettings(ce_items=which, ce_top_k=6, ce_temperature=tau))  # type: ignore[arg-type]
-    sets = loss.select(lists)
+    candidates = world.lists()
+    candidates._teacher = teacher
+    settings = CESettings(ce_items=which, ce_top_k=6, ce_temperature=tau)  # type: ignore[arg-type]
+    loss = CELoss(settings)
+    sets = loss.select(candidates)
     found = loss.forward(student[1:].gather(1, sets.items), sets)
     for user in range(1, 9):
         q_t = sorted(range(1, 26), key=lambda i: -float(teacher.scores[user, i]))[:6]
@@ -90,7 +91,11 @@ def test_authors_numbers(golden: Golden, which: str) -> None:
     prefix = f"ce_{which}_"
     settings = golden.meta[prefix]
     loss = CELoss(
-        CESettings(ce_top_k=settings["kd_K"], ce_temperature=settings["kd_tau"], ce_items=which)  # type: ignore[arg-type]
+        CESettings(
+            ce_top_k=settings["kd_K"],
+            ce_temperature=settings["kd_tau"],
+            ce_items=which,  # type: ignore[arg-type]
+        )
     )
     users = golden.batch()
     sets = loss.select(golden.lists(users))
@@ -98,7 +103,7 @@ def test_authors_numbers(golden: Golden, which: str) -> None:
     golden.check(prefix, "loss_sum", loss, users, sets, 1e-10)
 
 
-def test_the_students_list_is_the_first_term_of_rce() -> None:
+def test_the_students_top_k_is_the_first_term_of_rce() -> None:
     world = make_world()
     ce_loss = CELoss(CESettings(ce_top_k=5, ce_items="student"))
     rce_loss = RCELoss(RCESettings(rce_top_k=5, rce_samples=4, rce_pool=10, rce_terms="l1"))
@@ -109,7 +114,7 @@ def test_the_students_list_is_the_first_term_of_rce() -> None:
     assert torch.equal(*values)
 
 
-def test_all_items_is_the_full_catalogue_in_value_and_gradient() -> None:
+def test_a_top_k_of_all_items_is_fce_in_value_and_gradient() -> None:
     world = make_world()
     settings = CESettings(ce_top_k=30, ce_temperature=1.5)
     student = world.student[1:].clone().requires_grad_()
@@ -122,7 +127,7 @@ def test_all_items_is_the_full_catalogue_in_value_and_gradient() -> None:
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
-def test_the_student_pays_least_when_it_agrees() -> None:
+def test_the_loss_is_least_when_the_student_agrees() -> None:
     teacher = torch.randn(5, 8, dtype=torch.float64)
     sets = ItemSets(torch.ones(5, 8, dtype=torch.int64), teacher)
     student = teacher.clone().requires_grad_()
@@ -152,7 +157,7 @@ def test_at_a_high_temperature_only_differences_are_learned() -> None:
     torch.testing.assert_close(gradient * tau**2, centred.detach() / 6, atol=1e-3, rtol=0)
 
 
-def test_only_the_teachers_list_is_chosen_once() -> None:
+def test_only_the_teachers_top_k_is_chosen_once() -> None:
     renewed = {
         which: CELoss(CESettings(ce_items=which)).renewed
         for which in ("teacher", "student", "union")

@@ -1,15 +1,19 @@
-"""What every loss of scores promises, whatever its formula.
+"""What every loss on scores promises, whatever its formula.
 
-``tests/reference/<name>.py`` has, besides the slow formula: ``SMALL``, settings that fit a
-catalogue of 30 items; ``CASES``, what to try beyond them; ``value(user, settings)``, the slow
-formula for one :class:`~tests.tables.User`; and where they differ from the defaults: ``RELATIVE``
-(True: only differences of scores count), ``BLOCKS`` (first columns of blocks that are told apart by
-their place), ``ORDERED`` (so many first columns stand in an order to be learned), ``TAIL`` (the
-setting that says how many the last columns are), ``ZERO`` (True: a row may learn nothing, as where
-the student agrees), ``support(settings, sets)`` (bool ``[6, T]``: which columns count; default:
-``sets.keep``, or all), ``NO_TEACHER`` (True: a control that learns the same whatever the teacher
-says), ``CONSTANTS`` (True: something that is computed from the student's scores has no gradient, so
-the gradient is not that of the value).
+Besides the slow formula, ``tests/reference/<name>.py`` has ``SMALL``: settings that fit a catalogue
+of 30 items; ``CASES``: what to try beyond them; and ``value(user, settings)``: the slow formula for
+one :class:`~tests.tables.User`. These are there only if they differ from the default:
+
+* ``RELATIVE``: whether only differences of scores count (default: True);
+* ``BLOCKS``: the first columns of blocks that are told apart by their position;
+* ``ORDERED``: how many first columns are in an order that matters;
+* ``TAIL``: the setting that says how many the last columns are;
+* ``ZERO``: True if a row may have nothing to learn, as where the student agrees;
+* ``support(settings, sets)``: which columns count, bool ``[6, T]`` (default: ``sets.keep``, or
+    all);
+* ``NO_TEACHER``: True for a control that learns the same whatever the teacher's scores are;
+* ``CONSTANTS``: True if something computed from the student's scores has no gradient, so that the
+  gradient is not that of the value.
 """
 
 from __future__ import annotations
@@ -28,10 +32,10 @@ from recbole_rcekd.core.types import ItemSets, Seen
 from recbole_rcekd.losses import LOSSES as ALL_LOSSES
 from recbole_rcekd.losses import KDLoss
 from recbole_rcekd.losses.methods import find_loss
-from recbole_rcekd.teachers.score_file import ListedScores
+from recbole_rcekd.teachers.listed_scores import ListedScores
 from tests.tables import World, make_world
 
-# Those of vectors have a contract of their own.
+# Losses on embeddings have a contract of their own.
 LOSSES: dict[str, type[KDLoss]] = {
     name: loss for name, loss in ALL_LOSSES.items() if issubclass(loss, KDLoss)
 }
@@ -42,7 +46,7 @@ def make_loss(name: str, **settings: Any) -> KDLoss:
     return LOSSES[name](LOSSES[name].settings_type(**{**SMALL[name], **settings}))
 
 
-# What tests/reference/<name>.py says of a loss besides its formula.
+# What tests/reference/<name>.py says about a loss.
 REFERENCE: dict[str, Any] = {
     name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES
 }
@@ -51,10 +55,10 @@ SMALL: dict[str, dict[str, Any]] = {name: reference.SMALL for name, reference in
 CASES: list[tuple[str, dict[str, Any]]] = [
     (name, settings) for name, reference in REFERENCE.items() for settings in reference.CASES
 ]
-# Losses that look only at differences of scores: cross-entropies and Plackett–Luce. CD looks at
-# each score alone.
+# Losses in which only differences of scores count: cross-entropies and Plackett–Luce. In CD each
+# score counts by itself.
 RELATIVE = {name for name, reference in REFERENCE.items() if getattr(reference, "RELATIVE", True)}
-# Losses whose rows may be 0 though the teacher speaks.
+# Losses whose rows may be 0 though the teacher lists items.
 ZERO = {name for name, reference in REFERENCE.items() if getattr(reference, "ZERO", False)}
 
 
@@ -90,7 +94,7 @@ class Case:
 
 
 def build(name: str, settings: dict[str, Any]) -> Case:
-    """Select from a random teacher and student, then strike some columns where the loss has a mask."""
+    """Select from a random teacher and student, then mask some columns if the loss has a mask."""
     world, users = make_world(), torch.arange(1, 7)
     loss, reference = make_loss(name, **settings), REFERENCE[name]
     loss.prepare(7, torch.device("cpu"))
@@ -100,8 +104,8 @@ def build(name: str, settings: dict[str, Any]) -> Case:
     if loss.teaches_all_items:
         sets = dataclasses.replace(sets, teacher_scores=world.teacher.score_all(users))
     elif sets.keep is not None:
-        struck = torch.rand(sets.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.25
-        sets = dataclasses.replace(sets, keep=sets.keep & ~struck)
+        masked = torch.rand(sets.keep.shape, generator=torch.Generator().manual_seed(1)) < 0.25
+        sets = dataclasses.replace(sets, keep=sets.keep & ~masked)
     if loss.scores_all_items:
         support = torch.ones(6, 31, dtype=torch.bool)
         support[:, 0] = False
@@ -137,7 +141,7 @@ def only(*names: str, having: str = "") -> Callable[[Any], Any]:
 
 
 def learns(name: str, value: Tensor) -> bool:
-    """All rows have something to learn, or some of them where that is all a loss promises."""
+    """Whether all rows have something to learn, or some of them if that is all a loss promises."""
     return bool((value >= 0).all() and (value > 0).any() if name in ZERO else (value > 0).all())
 
 
@@ -152,7 +156,7 @@ def test_one_value_per_row(case: Case) -> None:
 
 
 def test_finite_at_extreme_scores(case: Case) -> None:
-    # Signs at random: some rows agree with the teacher, some contradict it entirely.
+    # Random signs: some rows agree with the teacher, some contradict it entirely.
     draw = torch.Generator().manual_seed(3)
     for _ in range(5):
         scores = torch.randint(-1, 2, case.scores.shape, generator=draw) * 1e4
@@ -248,7 +252,7 @@ def test_what_goes_up_comes_down(case: Case) -> None:
 
 
 def test_the_order_of_items_does_not_matter(case: Case) -> None:
-    """Where the method has an order (the head of RRD) or blocks (RCE), it is kept."""
+    """Where a method has an order (the head of RRD) or blocks (RCE-KD), it is kept."""
     case = case.double()
     width = case.scores.shape[1]
     order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
@@ -366,11 +370,11 @@ def test_selection_follows_the_generator(case: Case) -> None:
         assert torch.equal(first["items"], other.items)
 
 
-# --- teachers that list little --------------------------------------------------------------------------------
+# --- teachers that list few items -----------------------------------------------------------------
 
 
 def short_world(lengths: dict[int, int]) -> World:
-    """The world of :func:`make_world` with a teacher that lists only so many of each user's best items."""
+    """The world of :func:`make_world`, with a teacher that lists only a user's best items."""
     world = make_world()
     rows = [
         (user, int(item), float(world.teacher.score_all(torch.tensor([user]))[0, item]))
@@ -383,7 +387,7 @@ def short_world(lengths: dict[int, int]) -> World:
 
 
 def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
-    """What is selected, the loss of each row, and its gradient by all student scores ``[6, 31]``."""
+    """The item sets, the loss of each row, and its gradient by all student scores."""
     loss.prepare(7, torch.device("cpu"))
     sets = loss.select(world.lists())
     student = world.student[1:].clone().requires_grad_()
@@ -398,7 +402,7 @@ def learned_from(loss: KDLoss, world: World) -> tuple[ItemSets, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_of_whom_the_teacher_says_nothing_nothing_is_learned(
+def test_users_without_teacher_scores_learn_nothing(
     case: tuple[str, dict[str, Any]],
 ) -> None:
     loss = make_loss(case[0], **case[1])
@@ -409,9 +413,9 @@ def test_of_whom_the_teacher_says_nothing_nothing_is_learned(
         return
     assert value.isfinite().all()
     assert gradient.isfinite().all()
-    for silent in (0, 2):
-        assert value[silent] == 0
-        assert not gradient[silent].any()
+    for untaught in (0, 2):
+        assert value[untaught] == 0
+        assert not gradient[untaught].any()
     assert learns(case[0], value[[1, 3, 5]])
     assert not gradient[:, 0].any()  # padding
     if sets.keep is not None:
@@ -419,7 +423,7 @@ def test_of_whom_the_teacher_says_nothing_nothing_is_learned(
         assert not sets.keep[masked == 0].any()
         assert (
             not sets.keep[[0, 2]].any() or case[0] == "rrd"
-        )  # there a head is missing, with the rest there is no loss
+        )  # its head is empty there, so the loss is 0
     for part in loss.closure_sets(sets) or ():
         assert part.keep is not None
         assert not part.keep[part.items == 0].any()
@@ -436,7 +440,7 @@ def test_a_short_list_is_the_formula_on_what_it_has(case: tuple[str, dict[str, A
             world.user(user, sets.items[user - 1].tolist()), {**SMALL[name], **settings}
         )
         assert value[user - 1].item() == pytest.approx(expected, rel=1e-5), user
-    if sets.overlap is not None:  # of what is listed, not of K
+    if sets.overlap is not None:  # a share of the listed items, not of K
         first = set(world.teacher.top_k(torch.tensor([2]), 5, False)[0].tolist()) - {0}
         assert sets.overlap[1] == len(first & set(world.lists().student_top(5)[1].tolist())) / 2
 
@@ -456,7 +460,9 @@ def test_a_short_list_leaves_the_pool_of_rrd_whole() -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_a_list_of_all_items_is_no_other_teacher(case: tuple[str, dict[str, Any]]) -> None:
+def test_a_teacher_that_lists_all_items_is_no_other_teacher(
+    case: tuple[str, dict[str, Any]],
+) -> None:
     loss = make_loss(case[0], **case[1])
     for found, expected in zip(
         learned_from(loss, short_world(dict.fromkeys(range(1, 7), 30))),
@@ -473,7 +479,7 @@ def test_a_list_of_all_items_is_no_other_teacher(case: tuple[str, dict[str, Any]
 def test_settings_class_and_weight(case: Case) -> None:
     weighted = dataclasses.replace(case.loss.settings, **{f"{case.name}_weight": 0.25})
     assert type(case.loss)(weighted).weight == 0.25
-    assert case.loss.closure_sets(case.sets) is None or case.name in ("rce", "ce")
+    assert case.loss.closure_sets(case.sets) is None or case.name in ("rce", "srce", "ce")
     assert case.loss.item_side() is None
 
 

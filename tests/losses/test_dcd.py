@@ -30,7 +30,7 @@ def test_by_hand() -> None:
 
 
 def test_corrections_by_hand() -> None:
-    # The first item stands third, two places too low; the others each one place too high.
+    # The first item has the third position, two too low; the others are one too high.
     under, over = corrections(torch.tensor([[2, 0, 1]]), 10.0)
     assert under[0].tolist() == pytest.approx([math.tanh(0.2), 0.0, 0.0])
     assert over[0].tolist() == pytest.approx([0.0, math.tanh(0.1), math.tanh(0.1)])
@@ -63,7 +63,7 @@ def test_what_is_too_low_is_taught_in_order_above_what_is_too_high() -> None:
         )
         assert sets.items[row, :9].tolist() == head + [0] * (
             9 - len(head)
-        )  # what is missing stands last
+        )  # missing items come last
         too_low, too_high = (
             [i for i, e in zip(top, errors, strict=True) if e > 0] for errors in (under, over)
         )
@@ -73,19 +73,19 @@ def test_what_is_too_low_is_taught_in_order_above_what_is_too_high() -> None:
         assert (len(head), len(tail)) == (min(9, len(too_low)), min(9, len(too_high)))
 
 
-def test_a_student_in_the_teachers_order_is_left_alone() -> None:
+def test_a_student_in_the_teachers_order_learns_nothing() -> None:
     world = make_world()
     agreed = World(world.teacher, world.teacher.score_all(torch.arange(7)), world.seen)
     loss = DCDLoss(DCDSettings(dcd_items=4, dcd_pool=14))
     sets = loss.select(agreed.lists())
     assert not sets.items.any()
     assert loss.forward(agreed.student[1:].gather(1, sets.items), sets).tolist() == [0.0] * 6
-    # A student to whom all are the same contradicts nobody.
+    # A student with equal scores does not contradict the teacher.
     same = World(world.teacher, torch.zeros(7, 31), world.seen)
     assert not loss.select(same.lists()).items.any()
 
 
-def test_draws_are_as_likely_as_the_places_are_wrong() -> None:
+def test_draws_follow_the_weights() -> None:
     n = 6000
     pool = torch.arange(1, 6).expand(n, 5)
     weights = torch.tensor([0.1, 0.0, 0.3, 0.2, 0.4]).expand(n, 5)
@@ -96,7 +96,7 @@ def test_draws_are_as_likely_as_the_places_are_wrong() -> None:
     assert scipy.stats.chisquare(counts[[1, 3, 4, 5]], expected).pvalue > 1e-3
 
 
-def test_where_fewer_are_wrong_the_rest_is_no_item() -> None:
+def test_where_fewer_items_have_a_weight_the_others_are_0() -> None:
     pool, weights = torch.tensor([[7, 8, 9]]), torch.tensor([[0.5, 0.0, 0.1]])
     generator = torch.Generator().manual_seed(0)
     assert drawn_items(pool, weights, 3, generator, in_order=True).tolist() == [[7, 9, 0]]
@@ -117,7 +117,7 @@ def test_item_side() -> None:
     loss, weight = side
     assert weight == 1.0
     assert loss.item_side() is None
-    # Candidates of users, for items: here user u has seen item u, 2u and 3u.
+    # Users are drawn for each item. User u has seen the items u, 2u and 3u.
     world = make_world(30, 6)
     sets = loss.select(world.transposed().lists())
     assert sets.items.shape == (6, 8)
@@ -131,7 +131,7 @@ def test_item_side() -> None:
 
 
 def test_with_fewer_users_than_items_wanted() -> None:
-    # The "catalogue" of the item side: 3 users, of whom 4 are wanted on each side.
+    # The "catalogue" of the item side has 3 users, fewer than the 4 to be drawn.
     world = make_world(3, 20)
     sets = DCDLoss(DCDSettings(dcd_items=4, dcd_pool=4)).select(world.transposed().lists())
     assert sets.items.shape == (20, 8)

@@ -30,8 +30,8 @@ def test_authors_numbers(golden: Golden) -> None:
     # https://github.com/woriazzc/RCEKD, commit 771322a, class DCD
     settings = golden.meta["dcd_"]
     users = golden.batch(unique=True)
-    lists = golden.lists(users)
-    top = lists.teacher_top(settings["dcd_mxK"], unseen=True)
+    candidates = golden.lists(users)
+    top = candidates.teacher_top(settings["dcd_mxK"], unseen=True)
     assert torch.equal(top, golden.ids("dcd_teacher_top")[users])
     items = torch.cat([golden.ids("dcd_under"), golden.ids("dcd_over")], 1)[users]
     loss = DCDPortLoss(
@@ -59,8 +59,8 @@ def test_equals_the_slow_version_under_any_mask(n: int, k: int) -> None:
 
 
 def test_draws_follow_the_ranks_among_all_items() -> None:
-    # One user many times over; its training items 2 and 3 are the student's best, so they put all
-    # others two places down.
+    # One user many times. Its training items 2 and 3 are the student's best, so all others rank two
+    # lower.
     n = 6000
     world = make_world(1, 12, [(1, 2), (1, 3)])
     top = world.lists().teacher_top(6, unseen=True)[0].tolist()
@@ -74,15 +74,15 @@ def test_draws_follow_the_ranks_among_all_items() -> None:
     for column, expected in zip((0, 2), weights(student[1].tolist(), top, 10.0), strict=True):
         counts = torch.bincount(sets.items[:, column], minlength=13)[top].numpy()
         likely = np.array(expected) / sum(expected) * n
-        often = likely > 5  # the others have the smallest weight
+        often = likely > 5  # the other items have the smallest weight
         assert often.sum() in (2, 4)
         assert counts[~often].sum() < 5
         share = likely[often] / likely[often].sum() * counts[often].sum()
         assert scipy.stats.chisquare(counts[often], share).pvalue > 1e-3
 
 
-def test_the_head_stands_in_the_order_of_the_draw() -> None:
-    # A student that has the whole list equally wrong: any order is as likely as another.
+def test_the_head_is_in_the_order_of_the_draw() -> None:
+    # A student that ranks the whole top-P equally wrong: all orders are equally likely.
     world = make_world(1, 12, [])
     top = world.lists().teacher_top(3).tolist()[0]
     student = torch.zeros(2, 13)
@@ -105,7 +105,7 @@ def test_the_head_stands_in_the_order_of_the_draw() -> None:
 
 
 def test_no_weight_is_0() -> None:
-    # A student in the teacher's order: all of the pool is drawn on both sides, each with the
+    # A student in the teacher's order: the whole pool is drawn for both, each item with the
     # smallest weight.
     world = make_world(pairs=[])
     agreed = World(world.teacher, world.teacher.score_all(torch.arange(7)), world.seen)

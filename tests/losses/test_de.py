@@ -81,7 +81,7 @@ def test_experts_begin_as_networks_do() -> None:
 
 
 def test_how_often_an_expert_is_drawn() -> None:
-    """By the Gumbel trick as often as α says; within five deviations of a share of 20,000."""
+    """As often as α says, within five standard deviations of a share of 20,000."""
     loss = built(1, 1, de_experts=3)
     wanted = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
     for progress in (1.0, 0.35):
@@ -91,7 +91,7 @@ def test_how_often_an_expert_is_drawn() -> None:
 
 
 def test_shares_that_change_nothing_cost_no_expert() -> None:
-    """At T = 0.03 the others are within T·36 of the best, in float64, for one or two of thirty experts."""
+    """At T = 0.03 only one or two of thirty experts are within T·36 of the best, in float64."""
     loss = built(1, 1, de_experts=30)
     loss.begin_epoch(0.15)
     drawn = loss._shares(torch.zeros(2_000, 30, dtype=torch.float64))

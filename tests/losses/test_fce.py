@@ -19,11 +19,11 @@ LN3 = math.log(3)
 def test_by_hand() -> None:
     # Three items with student probabilities 1/5, 3/5, 1/5; the padding score counts nowhere.
     student = torch.tensor([[99.0, 0.0, LN3, 0.0]], dtype=torch.float64)
-    # The teacher wants items 1 and 2, 1/4 and 3/4.
+    # The teacher gives items 1 and 2 the probabilities 1/4 and 3/4.
     sets = ItemSets(torch.tensor([[2, 1]]), torch.tensor([[LN3, 0.0]], dtype=torch.float64))
     value = FCELoss(FCESettings()).forward(student, sets)
     assert value.item() == pytest.approx(3 / 4 * math.log(5 / 3) + 1 / 4 * math.log(5), abs=1e-12)
-    # All items as targets, wanted equally.
+    # All items as targets, with equal probabilities.
     sets = ItemSets(
         torch.zeros(1, 0).long(), torch.tensor([[-torch.inf, 7.0, 7.0, 7.0]], dtype=torch.float64)
     )
@@ -50,7 +50,7 @@ def test_equals_the_slow_version(tau: float) -> None:
         assert every[row].item() == pytest.approx(fce(s, t, range(1, 15), tau), abs=1e-10)
 
 
-def test_a_target_list_of_all_items_is_the_other_mode() -> None:
+def test_a_top_k_of_all_items_is_the_other_mode() -> None:
     world = make_world()
     short = FCELoss(FCESettings(fce_top_k=30))
     sets = short.select(world.lists())
@@ -66,7 +66,7 @@ def test_a_target_list_of_all_items_is_the_other_mode() -> None:
     )
 
 
-def test_what_is_asked_for() -> None:
+def test_selection() -> None:
     world = make_world()
     teacher, full = FCELoss(FCESettings(fce_top_k=4)), FCELoss(FCESettings(fce_target="all"))
     assert torch.equal(teacher.select(world.lists()).items, world.lists().teacher_top(4))
@@ -76,9 +76,8 @@ def test_what_is_asked_for() -> None:
     assert not teacher.renewed
 
 
-def test_it_bounds_ndcg_of_the_teachers_list_without_closure() -> None:
-    # P5: −ln NDCG_{Q_T} ≤ loss, with the item's rank in the whole catalogue, ties counted against
-    # it.
+def test_it_bounds_ndcg_of_the_teachers_top_k_without_closure() -> None:
+    # P5: −ln NDCG_{Q_T} ≤ loss, with the items' ranks among all items; ties count against them.
     student = torch.randn(200, 21, dtype=torch.float64) * torch.logspace(
         -2, 2, 200, dtype=torch.float64
     ).unsqueeze(1)
@@ -93,7 +92,7 @@ def test_it_bounds_ndcg_of_the_teachers_list_without_closure() -> None:
         assert loss[row].item() >= -math.log(dcg / ideal) - 1e-12
 
 
-# --- an estimated normaliser ----------------------------------------------------------------------------------
+# --- an estimated normaliser ----------------------------------------------------------------------
 
 
 def sampled(**settings: Any) -> FCELoss:
@@ -151,10 +150,10 @@ def test_the_estimated_sum_is_unbiased_and_its_logarithm_is_low() -> None:
     world, loss, n = make_world(), sampled(fce_top_k=2, fce_samples=3), 4000
     whole = FCELoss(FCESettings(fce_top_k=2))
     for user in (1, 4):
-        lists = world.lists(torch.full((n,), user))
-        sets, student = loss.select(lists), world.student[user].double().expand(n, -1)
-        exact = whole.forward(student, whole.select(lists))
-        # loss = log Z − what the targets have; both have the same there.
+        candidates = world.lists(torch.full((n,), user))
+        sets, student = loss.select(candidates), world.student[user].double().expand(n, -1)
+        exact = whole.forward(student, whole.select(candidates))
+        # loss = log Z − a sum over the targets, which is the same in both.
         surplus = loss.forward(student.gather(1, sets.items), sets) - exact
         ratio = surplus.exp()
         assert ratio.std() > 0.05
@@ -162,7 +161,7 @@ def test_the_estimated_sum_is_unbiased_and_its_logarithm_is_low() -> None:
         assert surplus.mean() < 0
 
 
-def test_a_tail_without_its_weight_would_be_too_low() -> None:
+def test_without_the_weight_of_the_tail_the_loss_would_be_too_low() -> None:
     world, loss = make_world(), sampled(fce_top_k=2, fce_samples=3)
     sets = loss.select(world.lists())
     scores = world.student[1:].gather(1, sets.items)

@@ -54,7 +54,7 @@ def test_a_hidden_layer_by_hand() -> None:
     assert loss.forward(rows([[2.0]], [[0.0, 0.0, 0.0]], [1.0]), None).item() == 29
 
 
-def test_of_length_1_only_the_angle_counts() -> None:
+def test_at_length_1_only_the_angle_counts() -> None:
     loss = built(2, 2, fitnet_normalise=True, fitnet_sides="items")
     set_to(loss.projectors["of_items"], [[1.0, 0.0], [0.0, 1.0]], [0.0, 0.0])
     # The angle between (1, 1) and (1, 0) is 45°: 2·(1 − cos) = 2 − √2, whatever the lengths.
@@ -80,7 +80,7 @@ def test_a_linear_projector_of_the_teacher_itself_can_be_learned() -> None:
     assert loss.forward(users, None).item() < 1e-8
 
 
-def test_a_projector_for_each_side_that_is_learned() -> None:
+def test_a_projector_for_each_side_that_is_distilled() -> None:
     assert set(built(2, 3).projectors) == {"of_users", "of_items"}
     only = built(2, 3, fitnet_sides="items")
     assert isinstance(only.projectors["of_items"], nn.Linear)

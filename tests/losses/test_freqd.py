@@ -34,7 +34,7 @@ def build(
 
 
 def vectors(loss: FreqDLoss, side: str, ids: list[int], weights: Tensor | None = None) -> Vectors:
-    """Random vectors of these and of whatever else is needed."""
+    """Random embeddings of these ids and of all others that are needed."""
     draw = torch.Generator().manual_seed(len(side))
     needed = loss.needed(side, torch.tensor(ids, dtype=torch.int64))
     student, teacher = (
@@ -44,7 +44,7 @@ def vectors(loss: FreqDLoss, side: str, ids: list[int], weights: Tensor | None =
     return Vectors(needed, student.requires_grad_(), teacher, weights)
 
 
-# -- the graph -----------------------------------------------------------------------------------------------------
+# -- the graph -------------------------------------------------------------------------------------
 
 
 def test_graph_by_hand() -> None:
@@ -61,9 +61,9 @@ def test_graph_by_hand() -> None:
     ]
 
 
-def test_nobody_is_a_neighbour_of_its_own() -> None:
-    # User 1 shares as much with user 2 as with itself; dropping the first hit would drop one of the
-    # two by chance.
+def test_no_user_is_its_own_neighbour() -> None:
+    # User 1 shares as many items with user 2 as with itself. To drop the best one would drop one of
+    # the two by chance.
     graph = neighbour_graph(seen_of([(1, 1), (2, 1), (2, 2), (3, 2), (3, 3)], 4, 4), 3)
     assert as_sets(graph) == [set(), {2}, {1, 3}, {2}]
 
@@ -79,16 +79,16 @@ def test_graph_equals_the_slow_version(monkeypatch: pytest.MonkeyPatch, cells: i
         assert as_sets(found) == neighbours(as_sets(side), k)
 
 
-def test_graph_of_nobody() -> None:
+def test_graph_without_interactions() -> None:
     graph = neighbour_graph(Seen.nothing(4, 9), 5)
     assert graph.counts().tolist() == [0, 0, 0, 0]
 
 
-# -- the loss ------------------------------------------------------------------------------------------------------
+# -- the loss --------------------------------------------------------------------------------------
 
 
 def test_by_hand() -> None:
-    # Users 1 and 2 are joined, and nobody else: H = ½ [[1, 1], [1, 1]]. The student projects to 0.
+    # Only users 1 and 2 are joined: H = ½ [[1, 1], [1, 1]]. The student projects to 0.
     loss = build(seen_of([(1, 1), (2, 1)], 3, 2), (1, 1), freqd_sides="users", freqd_keep=1.0)
     with torch.no_grad():
         for parameter in loss.parameters():
@@ -104,7 +104,7 @@ def test_by_hand() -> None:
     assert of([2, 1], [3.0, 5.0], [1.0]) == pytest.approx(4**2)
     assert of([1, 2], [3.0, 5.0], [1.0, 1.0]) == pytest.approx(4**2 + 4**2)
     assert of([1, 2], [3.0, 5.0], [1.0, 0.5]) == pytest.approx(4**2 + 4**2 / 2)
-    # What neighbours do not have in common does not pass.
+    # The filter removes what neighbours do not have in common.
     assert of([1, 2], [3.0, -3.0], [1.0, 1.0]) == pytest.approx(0.0)
 
 
@@ -162,7 +162,7 @@ def test_without_a_filter_neighbours_do_not_count() -> None:
     torch.testing.assert_close(loss.forward(users, None), expected)
 
 
-def test_whoever_is_alone_has_a_share_of_itself() -> None:
+def test_a_user_without_neighbours_keeps_a_share_of_itself() -> None:
     # Users 4 and 5 have no neighbours: H is (1 − α) there.
     loss = build(SEEN, freqd_alpha=0.25, freqd_dropout=0.0)
     users = vectors(loss, "users", [4, 5])
@@ -205,7 +205,7 @@ def test_a_network_of_several_is_their_mean() -> None:
     torch.testing.assert_close(wide.second(wide.first(x).relu()), torch.stack(each).mean(0))
 
 
-def test_what_is_needed() -> None:
+def test_which_embeddings_are_needed() -> None:
     loss = build(SEEN, freqd_neighbours=1)
     assert loss.needed("users", torch.tensor([3, 1])).tolist() == [3, 1, 2]
     assert loss.needed("users", torch.tensor([2, 3, 1])).tolist() == [2, 3, 1]
@@ -214,7 +214,7 @@ def test_what_is_needed() -> None:
     assert loss.needed("users", torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 
-def test_a_batch_of_nobody() -> None:
+def test_a_batch_without_users() -> None:
     loss = build(SEEN)
     value = loss.forward(vectors(loss, "users", []), vectors(loss, "items", [1]))
     torch.testing.assert_close(value, build(SEEN).forward(None, vectors(loss, "items", [1])))
@@ -222,7 +222,7 @@ def test_a_batch_of_nobody() -> None:
 
 
 @pytest.mark.parametrize("normalise", [False, True])
-def test_vectors_of_zeros(normalise: bool) -> None:
+def test_embeddings_of_zeros(normalise: bool) -> None:
     loss = build(SEEN, freqd_normalise=normalise)
     users = vectors(loss, "users", [1, 2, 4])
     student = torch.zeros_like(users.student).requires_grad_()

@@ -30,7 +30,7 @@ def random_vectors(m: int, n: int | None = None, seed: int = 0) -> Vectors:
 
 
 def angles(*degrees: float) -> Tensor:
-    """Vectors of these directions, of different lengths."""
+    """Vectors in these directions, of different lengths."""
     radians = torch.tensor(degrees, dtype=torch.float64) * math.pi / 180
     return torch.stack([radians.cos(), radians.sin()], 1) * torch.arange(
         1, len(degrees) + 1
@@ -80,8 +80,8 @@ def test_rows_beyond_the_batch_do_not_count() -> None:
     assert torch.equal(LOSS.forward(long, None), LOSS.forward(short, None))
 
 
-def test_turned_and_stretched_tables_are_the_same() -> None:
-    # Only angles count: a student that is the teacher turned, row by row of another length, has
+def test_rotated_and_stretched_tables_are_the_same() -> None:
+    # Only angles count: a student that is the teacher rotated, with rows of other lengths, has
     # nothing to learn.
     teacher = torch.randn(12, 5, dtype=torch.float64)
     turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64)).Q
@@ -100,7 +100,7 @@ def test_float32_is_near_enough() -> None:
     )
 
 
-def test_a_vector_of_zeros_has_no_angle() -> None:
+def test_an_embedding_of_zeros_has_no_angle() -> None:
     student, teacher = angles(0, 60, 0), angles(0, 90, 30)
     student[2] = 0.0
     student.requires_grad_()

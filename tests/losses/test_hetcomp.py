@@ -25,12 +25,12 @@ def make_loss(objective: str = "dynamic", **settings: Any) -> HetCompLoss:
     return HetCompLoss(HetCompSettings.from_mapping({"hetcomp_objective": objective, **settings}))
 
 
-# --- the formulas -------------------------------------------------------------------------------------------
+# --- the formulas ---------------------------------------------------------------------------------
 
 
 def test_by_hand() -> None:
-    # Item 1 is a training item, drawn, of weight e^s = 3; item 2 another, not drawn; then ten in
-    # the list and two others.
+    # Item 1 is a training item that was drawn, with e^s = 3, item 2 one that was not. Then come ten
+    # items of the top-K and two others.
     scores = torch.zeros(1, 15, dtype=torch.float64)
     scores[0, [0, 2]], scores[0, 1] = 9.0, LN(3)
     sets = ItemSets(
@@ -39,8 +39,8 @@ def test_by_hand() -> None:
     )
     found = make_loss(hetcomp_top_k=10).forward(scores, sets)
     assert found.item() == pytest.approx(2 * (LN((3 + 2) / 3) + 10 * LN(1 + 2)), abs=1e-12)
-    # Five in order, above the other five and the two; the best one, above the other nine and the
-    # two.
+    # Five in order above the other five and the two others; the best one above the other nine and
+    # the two others.
     found = make_loss("hard", hetcomp_top_k=10).forward(scores, sets)
     five = LN(12) + LN(11) + LN(10) + LN(9) + LN(8)
     assert found.item() == pytest.approx(LN((3 + 7) / 3) + (five + LN(12)) / 2, abs=1e-12)
@@ -50,7 +50,7 @@ def test_by_hand() -> None:
 def test_equals_the_slow_version(objective: str) -> None:
     student = torch.randn(20, 41, dtype=torch.float64) * 2
     order = 1 + torch.stack([torch.randperm(40) for _ in range(20)])
-    for width in (20, 13, 0):  # of the list of 20; the last row has nothing
+    for width in (20, 13, 0):  # how many of the top-20 there are
         items = torch.nn.functional.pad(
             torch.cat([order[:, :2], order[:, 5 : 5 + width]], 1), (0, 20 - width)
         )
@@ -66,8 +66,8 @@ def test_equals_the_slow_version(objective: str) -> None:
 
 @pytest.mark.parametrize(("objective", "factor"), [("easy", 2), ("hard", 1)])
 def test_authors_numbers(golden: Golden, objective: str, factor: int) -> None:
-    # https://github.com/woriazzc/RCEKD, commit 771322a, class HetComp; the factor 2 stands outside
-    # of what was recorded.
+    # https://github.com/woriazzc/RCEKD, commit 771322a, class HetComp. The recorded value lacks the
+    # factor 2.
     users = golden.batch()
     items = torch.cat([golden.ids("hetcomp_pos"), golden.ids("hetcomp_top")], 1)[users]
     sets = ItemSets(items, seen=golden.seen().among(users))
@@ -94,7 +94,7 @@ def test_authors_numbers(golden: Golden, objective: str, factor: int) -> None:
 @pytest.mark.parametrize("objective", ["easy", "hard"])
 def test_scores_of_more_than_40_still_teach(objective: str) -> None:
     # The authors cut scores at 40, which stops the gradient, and subtract exponentials, which loses
-    # what is small.
+    # small terms.
     scores = torch.tensor(
         [[0.0, 50.0, *(100.0 - place for place in range(10)), 98.0]], requires_grad=True
     )
@@ -107,8 +107,8 @@ def test_scores_of_more_than_40_still_teach(objective: str) -> None:
     assert (gradient[0, [1, 2, 12]].abs() > 1e-3).all()
 
 
-def test_nobody_is_left_below_the_list() -> None:
-    # Ten unseen items, all of them in the list.
+def test_no_item_remains_below_the_top_k() -> None:
+    # Ten unseen items, all of them in the top-K.
     scores = torch.randn(1, 12, dtype=torch.float64, requires_grad=True)
     sets = ItemSets(
         torch.arange(1, 12).unsqueeze(0), seen=Seen.from_pairs(torch.zeros(1), torch.ones(1), 1, 12)
@@ -122,12 +122,12 @@ def test_nobody_is_left_below_the_list() -> None:
         assert torch.autograd.grad(value.sum(), scores)[0].isfinite().all()
 
 
-def test_who_has_what_is_required() -> None:
+def test_training_items_are_required() -> None:
     with pytest.raises(ValueError, match="seen"):
         make_loss().forward(torch.zeros(1, 2), ItemSets(torch.ones(1, 1).long()))
 
 
-# --- how far lists are from each other, and what they agree on ----------------------------------------------
+# --- how far rankings are from each other, and what they agree on ---------------------------------
 
 
 def gain(place: int) -> float:
@@ -154,32 +154,31 @@ def test_discrepancy_by_hand() -> None:
 
 
 def test_most_important_by_hand() -> None:
-    # e^(−.1) + e^(−.3) > 2 e^(−.2) > e^(−.1) > e^(−.3): item 5, then 6, then 7; 0 is no item, in
-    # both lists or not.
-    lists = [
+    # e^(−.1) + e^(−.3) > 2 e^(−.2) > e^(−.1) > e^(−.3): item 5, then 6, then 7. 0 is no item.
+    rankings = [
         torch.tensor([[5, 6, 0], [0, 0, 0], [4, 0, 0]]),
         torch.tensor([[7, 6, 5], [0, 0, 0], [0, 4, 0]]),
     ]
-    found = most_important(lists, 4)
+    found = most_important(rankings, 4)
     assert found.tolist() == [[5, 6, 7, 0], [0, 0, 0, 0], [4, 0, 0, 0]]
-    assert most_important(lists, 2).tolist() == [[5, 6], [0, 0], [4, 0]]
-    # Places so late that their weight is no float32.
+    assert most_important(rankings, 2).tolist() == [[5, 6], [0, 0], [4, 0]]
+    # Positions so low that their weight is 0 in float32.
     late = [torch.arange(1, 3001).unsqueeze(0), torch.arange(3000, 0, -1).unsqueeze(0)]
     assert sorted(most_important(late, 3000)[0].tolist()) == list(range(1, 3001))
 
 
-# --- who is taught by which state ---------------------------------------------------------------------------
+# --- which checkpoint teaches a user --------------------------------------------------------------
 
 
 class History:
-    """One student after another in front of the same teachers."""
+    """One student after another with the same teachers."""
 
     def __init__(
         self, trajectories: Sequence[Sequence[TeacherScores]], seen: Seen, n_items: int
     ) -> None:
         self.trajectories, self.seen, self.n_items = trajectories, seen, n_items
 
-    def lists(self, student: Tensor, epoch: int, users: Tensor) -> Candidates:
+    def candidates(self, student: Tensor, epoch: int, users: Tensor) -> Candidates:
         student = student.clone()
         student[:, 0] = -torch.inf
         teacher = self.trajectories[0][-1]
@@ -209,7 +208,7 @@ def random_history(n_states: Sequence[int], n_users: int = 12, n_items: int = 60
 def slow_rule(
     history: History, students: Sequence[Tensor], interval: int, alpha: float
 ) -> list[list[list[int]]]:
-    """The state of each user and teacher after each epoch, by the published rule, one at a time."""
+    """The checkpoint of each user and teacher after each epoch, by the published rule."""
     n_users = len(students[0])
     stage = [[0] * len(history.trajectories) for _ in range(n_users)]
     stored: dict[tuple[int, int], float] = {}
@@ -252,7 +251,7 @@ def test_the_published_rule(alpha: float) -> None:
     history = random_history([3, 4])
     draw = torch.Generator().manual_seed(2)
     students, student = [], torch.randn(13, 61, generator=draw)
-    for _ in range(31):  # slowly on its way, as a student is
+    for _ in range(31):  # the student changes slowly, as in training
         student = student + 0.25 * torch.randn(13, 61, generator=draw)
         students.append(student)
     expected = slow_rule(history, students, 2, alpha)
@@ -261,33 +260,33 @@ def test_the_published_rule(alpha: float) -> None:
     users, hard_at = torch.arange(1, 13), []
     for epoch, student in enumerate(students):
         for part in torch.split(users, 5):
-            sets = loss.select(history.lists(student, epoch, part))
+            sets = loss.select(history.candidates(student, epoch, part))
             for row, user in enumerate(part.tolist()):
-                lists = [
+                rankings = [
                     history.trajectories[m][v].top_k(torch.tensor([user]), 10, True)
                     for m, v in enumerate(expected[epoch][user])
                 ]
-                assert sets.items[row, 1:].tolist() == most_important(lists, 10)[0].tolist()
+                assert sets.items[row, 1:].tolist() == most_important(rankings, 10)[0].tolist()
                 assert sets.items[row, 0] == user + 1  # the only training item
         assert loss.stage[1:].tolist() == expected[epoch][1:]
         if loss.hard:
             hard_at.append(epoch)
-    # All have arrived: from here on, the loss looks at the order.
+    # All users have reached the last checkpoints: from here on the loss learns the order.
     first = min(e for e in range(31) if all(row == [2, 3] for row in expected[e][1:]))
     assert hard_at == list(range(first, 31))
-    # Not all at the same time, or the test would show little.
+    # Not all users get there at the same time, or the test would show little.
     assert 0 < sum(row == [2, 3] for row in expected[first - 1][1:]) < 12
 
 
-def test_when_a_state_takes_over() -> None:
-    """One user, whose discrepancy from the second state is as we like: it falls, stays or grows."""
+def test_when_a_user_goes_on() -> None:
+    """One user, whose discrepancy from the second checkpoint falls, stays or grows."""
     seen = Seen.from_pairs(torch.tensor([1]), torch.tensor([60]), 2, 61)
     target = torch.zeros(2, 61)
     target[1] = -torch.arange(61.0)  # 1, 2, 3, …
     history = History([[Table(-target, seen), Table(target, seen)]], seen, 60)
 
     def student(first: int) -> Tensor:
-        """A list that begins with ``first``, … and goes round."""
+        """A ranking that begins with ``first`` and goes round."""
         scores = torch.zeros(2, 61)
         scores[1, 1:] = -((torch.arange(60.0) - first + 1) % 60)
         return scores
@@ -306,63 +305,63 @@ def test_when_a_state_takes_over() -> None:
             (16, later),
             (17, later),
         ):
-            loss.select(history.lists(now, epoch, user))
+            loss.select(history.candidates(now, epoch, user))
             stages.append(int(loss.stage[1, 0]))
-        # 8 and 16 are looks: 8 remembers, 16 compares.
+        # The rankings are compared in epochs 8 and 16: 8 remembers, 16 decides.
         assert stages == [0, 0, 0, 0, 0, int(moves), int(moves)]
         assert loss.hard == moves
-    # An unchanged list does move on when α·0.995^n has fallen below 1: 1.05·0.995^9 > 1 >
-    # 1.05·0.995^10.
+    # With an unchanged ranking the user goes on when α·0.995^n has fallen below 1:
+    # 1.05·0.995^9 > 1 > 1.05·0.995^10.
     loss = make_loss(hetcomp_top_k=10)
     loss.prepare(2, CPU)
     found = []
     for look in range(1, 11):
-        loss.select(history.lists(far, 8 * look, user))
+        loss.select(history.candidates(far, 8 * look, user))
         found.append(int(loss.stage[1, 0]))
     assert found == [0] * 9 + [1]
 
 
-def test_who_agrees_entirely_goes_on() -> None:
+def test_a_user_goes_on_if_the_student_agrees_entirely() -> None:
     history = random_history([2])
     loss = make_loss(hetcomp_top_k=10)
     loss.prepare(13, CPU)
     for epoch in (0, 8, 16):
         loss.select(
-            history.lists(
+            history.candidates(
                 history.trajectories[0][1].score_all(torch.arange(13)), epoch, torch.arange(1, 13)
             )
         )
         assert loss.hard == (epoch == 16)
 
 
-def test_a_second_look_in_one_epoch_counts_once() -> None:
-    """As the diagnostics of rows make one."""
+def test_a_second_comparison_in_one_epoch_counts_once() -> None:
+    """The diagnostics of a sequential student compare a second time."""
     history, users = random_history([3]), torch.arange(1, 13)
     loss = make_loss(hetcomp_top_k=10, hetcomp_interval=1)
     loss.prepare(13, CPU)
-    loss.select(history.lists(torch.randn(13, 61), 1, users))
+    loss.select(history.candidates(torch.randn(13, 61), 1, users))
     better = history.trajectories[0][1].score_all(torch.arange(13))
-    loss.select(history.lists(better, 1, users))
+    loss.select(history.candidates(better, 1, users))
     assert not loss.stage.any()
-    loss.select(history.lists(better, 2, users))
+    loss.select(history.candidates(better, 2, users))
     assert loss.stage[1:].all()
 
 
-def test_states_are_left_as_they_are() -> None:
-    """The authors' port overwrites the first state's list with the list in use."""
+def test_checkpoints_are_left_unchanged() -> None:
+    """The authors' port overwrites the first checkpoint's top items with those in use."""
     history = random_history([3])
     loss = make_loss(hetcomp_top_k=10, hetcomp_interval=1)
     loss.prepare(13, CPU)
     users = torch.arange(1, 13)
     before = [state.top_k(users, 50, True).clone() for state in history.trajectories[0]]
     for epoch in range(8):
-        loss.select(history.lists(torch.randn(13, 61), epoch, users))
+        loss.select(history.candidates(torch.randn(13, 61), epoch, users))
     assert loss.hard
-    for state, lists in zip(history.trajectories[0], before, strict=True):
-        assert torch.equal(state.top_k(users, 50, True), lists)
+    for state, top in zip(history.trajectories[0], before, strict=True):
+        assert torch.equal(state.top_k(users, 50, True), top)
     # Nor are all users cut to the shortest history: each has its own training items.
     assert torch.equal(
-        loss.select(history.lists(torch.randn(13, 61), 9, users)).items[:, 0], users + 1
+        loss.select(history.candidates(torch.randn(13, 61), 9, users)).items[:, 0], users + 1
     )
 
 
@@ -379,20 +378,20 @@ def test_selection() -> None:
     assert torch.equal(items[:, 2:], world.earlier[0].top_k(torch.arange(1, 7), 20, True))
 
 
-def test_new_training_begins_anew() -> None:
+def test_a_new_training_begins_with_the_first_checkpoint() -> None:
     history, users = random_history([2]), torch.arange(1, 13)
     loss = make_loss(hetcomp_top_k=10, hetcomp_interval=1)
     for _ in range(2):
         loss.prepare(13, CPU)
         assert not loss.hard
         for epoch in range(13):
-            loss.select(history.lists(torch.randn(13, 61), epoch, users))
+            loss.select(history.candidates(torch.randn(13, 61), epoch, users))
         assert loss.hard
 
 
-def test_without_earlier_states() -> None:
+def test_without_earlier_checkpoints() -> None:
     history = random_history([1])
-    alone = history.lists(torch.randn(13, 61), 0, torch.arange(1, 13))
+    alone = history.candidates(torch.randn(13, 61), 0, torch.arange(1, 13))
     nothing = Candidates(
         alone.contexts,
         history.trajectories[0][0],
@@ -400,14 +399,14 @@ def test_without_earlier_states() -> None:
         history.seen,
         alone.generator,
     )
-    for lists in (alone, nothing):
+    for candidates in (alone, nothing):
         loss = make_loss(hetcomp_top_k=10)
         loss.prepare(13, CPU)
-        with pytest.raises(ValueError, match="earlier states"):
-            loss.select(lists)
+        with pytest.raises(ValueError, match="earlier checkpoints"):
+            loss.select(candidates)
 
 
-# --- settings -----------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def test_checkpoints_are_a_list_of_files() -> None:
@@ -429,7 +428,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     loss.prepare(13, CPU)
     stages, hard = [], []
     for epoch, student in enumerate(students):
-        loss.select(history.lists(student, epoch, users))
+        loss.select(history.candidates(student, epoch, users))
         stages.append(loss.stage.clone())
         hard.append(loss.hard)
         if epoch in (2, 25):
@@ -441,14 +440,14 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path) -> None:
         resumed.prepare(13, CPU)
         resumed.load_state_dict(torch.load(file.with_suffix(f".{stopped}"), weights_only=True))
         for epoch in range(stopped + 1, 30):
-            resumed.select(history.lists(students[epoch], epoch, users))
+            resumed.select(history.candidates(students[epoch], epoch, users))
             assert torch.equal(resumed.stage, stages[epoch])
             assert resumed.hard == hard[epoch]
 
 
-def test_a_state_of_other_data_is_refused() -> None:
+def test_a_saved_state_of_other_data_is_refused() -> None:
     loss, other = make_loss(), make_loss()
     loss.prepare(5, CPU)
     other.prepare(6, CPU)
-    with pytest.raises(RuntimeError, match="of 5 contexts, not of 6"):
+    with pytest.raises(RuntimeError, match="has 5 users or rows, but this training has 6"):
         other.load_state_dict(loss.state_dict())

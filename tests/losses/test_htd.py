@@ -37,7 +37,7 @@ def angles(*degrees: float) -> Tensor:
 
 
 def test_within_groups_by_hand() -> None:
-    # 0° and 60° are alike (½); 0° and 120° are not (−½); 60° and 120° are (½). The last is in a
+    # 0° and 60° are alike (½), 0° and 120° are not (−½), 60° and 120° are (½). The last one is in a
     # group of its own.
     teacher, student = angles(0, 60, 120, 0), angles(0, 90, 90, 45)
     groups = torch.tensor([3, 3, 3, 1])
@@ -46,8 +46,8 @@ def test_within_groups_by_hand() -> None:
 
 
 def test_among_groups_by_hand() -> None:
-    # Means of the group of two: at 45° for the teacher, 0° for the student; of the group of one:
-    # itself.
+    # The mean of the group of two is at 45° for the teacher, at 0° for the student; that of the
+    # group of one is its member.
     teacher, student = angles(0, 90, 180), torch.cat([angles(0, 0), angles(90)])
     groups = torch.tensor([0, 0, 5])
     to_two = 2 * (math.sqrt(1 / 2) - 1) ** 2 + (-math.sqrt(1 / 2) - 0) ** 2
@@ -123,8 +123,8 @@ def test_equals_the_slow_version(alpha: float) -> None:
 
 
 def test_in_one_group_and_all_alike_it_is_ftd() -> None:
-    # Teacher's vectors in one quarter: every pair is alike. One side, one group, without the
-    # prototype's share.
+    # The teacher's embeddings have positive entries, so every pair is alike. One side, one group,
+    # without the cosines to means.
     rows = vectors(12)
     teacher = rows.teacher.abs()
     found = within_groups(rows.student, teacher, torch.zeros(12, dtype=torch.int64))
@@ -136,8 +136,8 @@ def test_in_one_group_and_all_alike_it_is_ftd() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_who_learns_from_what() -> None:
-    # α = 1: the topology of the student alone; α = 0: experts and gates too.
+def test_experts_and_gates_learn_from_de_only() -> None:
+    # α = 1: only the student learns, from the topology; α = 0: experts and gates learn too.
     for alpha in (1.0, 0.0):
         loss = build(htd_groups=3, htd_alpha=alpha)
         users = vectors(8)

@@ -23,8 +23,8 @@ def value(pool: list[int], targets: list[int], teacher: list[float], student: Te
 
 
 def test_by_hand() -> None:
-    # Gains 3/4 and 1/4 of items 1 and 2. The student's list is 3, 1: ranks 2, 3 and 1 of the items
-    # 1, 2 and 3.
+    # Gains 3/4 and 1/4 of items 1 and 2. The student's top-2 is 3, 1, so the items 1, 2 and 3 have
+    # the ranks 2, 3 and 1.
     student = torch.tensor([9.0, 0.5, -1.0, 2.0], dtype=torch.float64)
     d1, d2, d3 = 1.0, 1 / math.log2(3), 1 / 2
     ideal = 3 / 4 * d1 + 1 / 4 * d2
@@ -34,7 +34,7 @@ def test_by_hand() -> None:
         + 1 / 4 * (d1 - d3) * math.log(1 + math.exp(2.0 + 1.0))
     ) / ideal
     assert value([3, 1], [1, 2], [LN3, 0.0], student).item() == pytest.approx(expected, abs=1e-12)
-    # A list of one, and a place of the student's list that is empty.
+    # A single target, and an empty column of the student's top-M.
     one = (d1 - d2) * math.log(1 + math.exp(2.0 - 0.5))
     assert value([3, 1], [1, 0], [LN3, 0.0], student).item() == pytest.approx(one, abs=1e-12)
     assert value([3, 1, 0], [1, 0], [LN3, 0.0], student).item() == pytest.approx(one, abs=1e-12)
@@ -57,8 +57,8 @@ def test_equals_the_slow_version() -> None:
 
 
 def test_a_pair_weighs_what_its_swap_changes_in_ndcg() -> None:
-    # All five items in the student's list, three of them targets; log(1 + e^x) = x for the one pair
-    # that is far apart.
+    # All five items are in the student's top-M, three of them are targets. log(1 + e^x) = x for the
+    # one pair that is far apart.
     ranking, gain = [4, 2, 5, 1, 3], {1: 0.5, 2: 0.3, 3: 0.2}
     ideal = sum(g / math.log2(2 + k) for k, g in enumerate(gain.values()))
 
@@ -70,13 +70,13 @@ def test_a_pair_weighs_what_its_swap_changes_in_ndcg() -> None:
         if gain.get(i, 0.0) <= gain.get(j, 0.0):
             continue
         swapped = [{i: j, j: i}.get(item, item) for item in ranking]
-        # The slope of the loss by s_i is −Σ_j w_ij σ(s_j − s_i): with j far above i and all others
-        # far below i, −w_ij.
+        # The gradient of the loss by s_i is −Σ_j w_ij σ(s_j − s_i): it is −w_ij with j far above i
+        # and all others far below i.
         scores = torch.full((6,), -200.0, dtype=torch.float64)
         scores[i], scores[j] = 0.0, 200.0
         table = scores.requires_grad_()
         (slope,) = torch.autograd.grad(value(ranking, [1, 2, 3], teacher, table).sum(), table)
-        above = sum(  # those of more gain, which are far below i
+        above = sum(  # items of more gain, which are far below i
             (gain[k] - gain[i])
             * abs(1 / math.log2(2 + ranking.index(k)) - 1 / math.log2(2 + ranking.index(i)))
             / ideal
@@ -94,7 +94,7 @@ def test_a_student_in_the_teachers_order_with_wide_gaps_has_nothing_to_learn() -
     assert value([1, 2, 3, 4], [4, 3, 2], [2.0, 1.0, 0.0], student).item() > 10
 
 
-def test_what_is_asked_for() -> None:
+def test_selection() -> None:
     world = make_world()
     loss = LambdaLossLoss(LambdaLossSettings(lambdaloss_top_k=4, lambdaloss_pool=7))
     sets = loss.select(world.lists())

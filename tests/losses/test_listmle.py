@@ -22,10 +22,10 @@ def value(scores: list[list[float]], keep: list[list[bool]] | None = None) -> to
 
 
 def test_by_hand() -> None:
-    # Odds 2:1:5, wanted in this order: 2/8 · 1/6 · 5/5.
+    # Odds 2 : 1 : 5, and the teacher's order is this one: 2/8 · 1/6 · 5/5.
     odds = [math.log(2), 0.0, math.log(5)]
     assert value([odds]).item() == pytest.approx(math.log(8 / 2) + math.log(6 / 1), abs=1e-12)
-    # A list that ends after two items: 2/3 · 1/1.
+    # With two items only: 2/3 · 1/1.
     assert value([odds], [[True, True, False]]).item() == pytest.approx(math.log(3 / 2), abs=1e-12)
 
 
@@ -53,7 +53,7 @@ def test_equals_the_slow_version_and_rrd_far_above_its_rest() -> None:
     torch.testing.assert_close(relaxed.forward(far_below, sets), found)
 
 
-def test_the_list_is_the_teachers() -> None:
+def test_the_items_are_the_teachers_top_k() -> None:
     world, loss = make_world(), ListMLELoss(ListMLESettings(listmle_top_k=7))
     assert torch.equal(loss.select(world.lists()).items, world.lists().teacher_top(7))
     assert not loss.renewed

@@ -26,8 +26,8 @@ def make(**settings: Any) -> RCELoss:
     return RCELoss(RCESettings(**{**SMALL, **settings}))
 
 
-def exact_lists(teacher: Tensor, student: Tensor, seed: int = 0) -> Candidates:
-    """Candidates in float64, nothing seen, for all contexts but padding; ``student [n + 1, N + 1]``."""
+def exact_candidates(teacher: Tensor, student: Tensor, seed: int = 0) -> Candidates:
+    """Candidates in float64, nothing seen, for all users; ``student [n + 1, N + 1]``."""
     seen = seen_of([], *teacher.shape)
     rows = student.clone()
     rows[:, 0] = -torch.inf
@@ -37,17 +37,17 @@ def exact_lists(teacher: Tensor, student: Tensor, seed: int = 0) -> Candidates:
     )
 
 
-def built(loss: RCELoss, lists: Candidates, sampled: Tensor) -> ItemSets:
-    """The sets of a loss with the samples given, not drawn."""
-    k = loss.settings.rce_top_k
-    teacher_top, student_top = lists.teacher_top(k), lists.student_top(k)
+def built(loss: RCELoss, candidates: Candidates, sampled: Tensor) -> ItemSets:
+    """The sets of a loss with these samples."""
+    k = loss.top_k
+    teacher_top, student_top = candidates.teacher_top(k), candidates.student_top(k)
     return loss.build(
         student_top,
         sampled,
         teacher_top,
         is_member(teacher_top, student_top),
         is_member(teacher_top, sampled),
-        lists,
+        candidates,
     )
 
 
@@ -72,8 +72,8 @@ def test_by_hand() -> None:
     l2 = 6 / 7 * math.log(3) + 1 / 7 * math.log(3 / 2)
     # Without the split, {1, 2, 3}: teacher 6/9, 2/9, 1/9; student 1/6, 3/6, 2/6.
     union = 6 / 9 * math.log(6) + 2 / 9 * math.log(2) + 1 / 9 * math.log(3)
-    # One of two teacher items is in Q_S: γ = e^{−2·1/2}; none is among the samples: γ = e^0 in the
-    # authors' way.
+    # One of two teacher items is in Q_S: γ = e^{−2·1/2}. None is among the samples: γ = e^0 in the
+    # authors' code.
     gamma = math.exp(-1)
     for settings, expected in (  # 1e-7, since γ is kept in float32
         ({}, (1 - gamma) * l1 + gamma * l2),
@@ -84,50 +84,18 @@ def test_by_hand() -> None:
         ({"rce_gamma": "constant", "rce_gamma_value": 0.25}, 0.75 * l1 + 0.25 * l2),
     ):
         loss = make(**HAND, **settings)
-        sets = built(loss, exact_lists(TEACHER, STUDENT), torch.tensor([[3]]))
+        sets = built(loss, exact_candidates(TEACHER, STUDENT), torch.tensor([[3]]))
         assert value_of(loss, sets, STUDENT).item() == pytest.approx(expected, abs=1e-7), (
             settings
         )  # γ is kept in float32
 
 
-def test_a_uniform_item_and_target_weights_by_hand() -> None:
-    # On {1} ∪ {3} ∪ {4}, teacher 6, 1, 1 and student 1, 2, e^−0.5; then with target weights.
-    mass = 1 + 2 + math.exp(-0.5)
-    # Items 1, 3, 4 have 3, 1 and 0 interactions; only 1 is in the history; the student's ranks are
-    # 3, 2, 4 (4 is beyond M = 3).
-    lists = exact_lists(TEACHER, STUDENT)
-    lists._popularity = torch.tensor([0, 3, 9, 1, 0, 9])
-    lists._seen = seen_of([(1, 1)], 2, 6)
-    at = {rank: 1 / (1 + math.exp(-(rank - 2) / 4)) for rank in (2, 3, 4)}
-    for settings, weights in (
-        ({}, (6, 1, 1)),
-        ({"rce_popularity_tilt": 0.5}, (6 / 2, 1 / math.sqrt(2), 1)),
-        ({"rce_history_boost": 0.5}, (6 * 1.5, 1, 1)),
-        (
-            {"rce_rank_boost": 3.0, "rce_rank_boost_scale": 4.0},
-            (6 * (1 + 3 * at[3]), 1 + 3 * at[2], 1 + 3 * at[4]),
-        ),
-        ({"rce_popularity_tilt": 1.0, "rce_history_boost": 1.0}, (6 / 4 * 2, 1 / 2, 1)),
-    ):
-        loss = make(**HAND, **settings, rce_terms="l2", rce_tail_samples=1)
-        sets = loss._weighted(
-            built(loss, lists, torch.tensor([[3, 4]])),
-            lists.student_top(loss.settings.rce_pool),
-            lists,
-        )
-        expected = sum(
-            weight / sum(weights) * (math.log(mass) - score)
-            for weight, score in zip(weights, (0.0, math.log(2), -0.5), strict=True)
-        )
-        assert value_of(loss, sets, STUDENT).item() == pytest.approx(expected, abs=1e-12), settings
-
-
 def test_votes_by_hand() -> None:
-    # The student's list is 10, 11, ..., 15; Q_T = {11, 13, 15, 99}, K = 2, so Q_S = {10, 11}; 13
-    # and 15 are missed.
+    # The student's top-M is 10, 11, ..., 15; Q_T = {11, 13, 15, 99}, K = 2, so Q_S = {10, 11}, and
+    # 13 and 15 are missed.
     pool, teacher_top = torch.tensor([[10, 11, 12, 13, 14, 15]]), torch.tensor([[11, 13, 15, 99]])
     assert blocker_votes(is_member(pool, teacher_top), 2, "paper").tolist() == [[2, 2, 2, 1, 1, 0]]
-    # All of Q_T in the list, itself included.
+    # All of Q_T in the top-M votes, the position itself included.
     assert blocker_votes(is_member(pool, teacher_top), 2, "code").tolist() == [[3, 3, 2, 2, 1, 1]]
 
 
@@ -152,8 +120,8 @@ def test_votes_equal_the_slow_version(mode: str) -> None:
 
 
 def test_teacher_items_beyond_the_pool_do_not_change_the_draw() -> None:
-    # D2: the paper's z in the whole catalogue is z in the pool plus the number missed beyond it,
-    # the same everywhere.
+    # D2: the paper's z among all items is z in the pool plus the number of items missed beyond it,
+    # which is the same everywhere.
     world = make_world(20, 40, seed=5)
     everything, teacher_top = world.lists().student_top(40), world.lists().teacher_top(6)
     inside = blocker_votes(is_member(everything[:, :15], teacher_top), 6, "paper")
@@ -182,8 +150,8 @@ def test_equals_the_slow_version(terms: str, gamma: str, tau: float, n_samples: 
         rce_temperature=tau,
         rce_beta=1.7,
     )
-    lists = exact_lists(teacher, student)
-    sets = loss.select(lists)
+    candidates = exact_candidates(teacher, student)
+    sets = loss.select(candidates)
     found = value_of(loss, sets, student)
     for user in range(1, 13):
         q_t = sorted(range(1, 26), key=lambda i: -float(teacher[user, i]))[:5]
@@ -237,8 +205,11 @@ def test_authors_numbers(golden: Golden, prefix: str) -> None:
         )
     )
     users = golden.batch()
-    lists = golden.lists(users)
-    pool, teacher_top = lists.student_top(settings["mkd_mxK"]), lists.teacher_top(settings["mkd_K"])
+    candidates = golden.lists(users)
+    pool, teacher_top = (
+        candidates.student_top(settings["mkd_mxK"]),
+        candidates.teacher_top(settings["mkd_K"]),
+    )
     assert torch.equal(pool, golden.ids(f"{prefix}student_top")[users])
     assert torch.equal(teacher_top, golden.ids(f"{prefix}teacher_top")[users])
     z = torch.from_numpy(golden.arrays[f"{prefix}z"])[users - 1]
@@ -246,7 +217,7 @@ def test_authors_numbers(golden: Golden, prefix: str) -> None:
         blocker_votes(is_member(pool, teacher_top), settings["mkd_K"], "code").double(), z
     )
     sampled = golden.ids(f"{prefix}sampled")[users]
-    sets = built(loss, lists, sampled)
+    sets = built(loss, candidates, sampled)
     # γ in float64, as theirs; ours is kept in float32.
     assert sets.gamma is not None
     gamma = torch.exp(-settings["mkd_beta"] * is_member(teacher_top, sampled).double().mean(1))
@@ -270,7 +241,7 @@ def test_beta_0_leaves_the_second_term() -> None:
     assert not torch.allclose(found["l1"], found["l2"])
 
 
-def test_a_large_beta_leaves_the_first_term_where_lists_overlap() -> None:
+def test_a_large_beta_leaves_the_first_term_where_the_top_k_overlap() -> None:
     world = make_world()
     loss = make(rce_beta=1e4)
     sets = loss.select(world.lists())
@@ -285,29 +256,29 @@ def test_a_large_beta_leaves_the_first_term_where_lists_overlap() -> None:
 def test_without_overlap_gamma_is_1() -> None:
     # Teacher and student in opposite order.
     teacher = torch.arange(31.0).expand(2, 31)
-    sets = make().select(exact_lists(teacher.double(), -teacher.double()))
+    sets = make().select(exact_candidates(teacher.double(), -teacher.double()))
     assert sets.gamma is not None
     assert sets.gamma.tolist() == [1.0]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.4, 5.0])
-def test_equal_lists_and_no_other_samples_make_both_terms_one(beta: float) -> None:
+def test_equal_top_k_and_no_other_samples_make_both_terms_equal(beta: float) -> None:
     # P6: Q_T = Q_S and L = M = K.
     teacher = torch.randn(6, 31, dtype=torch.float64)
     student = teacher * 3 + 1
     values = []
     for terms in ("l1", "l2", "full", "no_split"):
         loss = make(rce_samples=5, rce_pool=5, rce_beta=beta, rce_terms=terms)
-        values.append(value_of(loss, loss.select(exact_lists(teacher, student)), student))
+        values.append(value_of(loss, loss.select(exact_candidates(teacher, student)), student))
     for value in values[1:]:
         torch.testing.assert_close(value, values[0])
 
 
-def test_no_samples_and_equal_lists_leave_nothing_to_pull_up() -> None:
+def test_no_samples_and_equal_top_k_leave_the_second_term_empty() -> None:
     teacher = torch.randn(6, 31, dtype=torch.float64)
     loss = make(rce_samples=0, rce_beta=0.0)
     assert (
-        value_of(loss, loss.select(exact_lists(teacher, teacher * 3)), teacher * 3).tolist()
+        value_of(loss, loss.select(exact_candidates(teacher, teacher * 3)), teacher * 3).tolist()
         == [0.0] * 5
     )
 
@@ -323,7 +294,7 @@ def test_no_split_counts_each_item_once() -> None:
         assert set(counted) == set(sets.items[row].tolist())
 
 
-def test_the_second_list_counts_each_item_once_and_nothing_shared() -> None:
+def test_the_second_term_counts_each_item_once_and_no_shared_ones() -> None:
     world = make_world(40, 20, seed=2)
     sets = make(rce_samples=8).select(world.lists())
     assert sets.keep is not None
@@ -354,7 +325,7 @@ def test_gamma_modes() -> None:
 
 
 def test_a_low_sampling_temperature_draws_the_top_blockers() -> None:
-    # z falls along the list; T → 0 takes the positions with most votes first.
+    # z falls along the top-M; T → 0 takes the positions with most votes first.
     world = make_world(30, 30)
     sets = make(rce_sampling_temperature=1e-3).select(world.lists())
     pool, teacher_top = world.lists().student_top(10), world.lists().teacher_top(5)
@@ -367,7 +338,7 @@ def test_a_low_sampling_temperature_draws_the_top_blockers() -> None:
         assert sorted(chosen, reverse=True) == votes[row].sort(descending=True).values[:4].tolist()
 
 
-def test_closure_sets_are_what_is_missed_inside_it_and_the_samples() -> None:
+def test_closure_sets_are_the_missed_items_and_these_with_the_samples() -> None:
     world = make_world(40, 20, seed=2)
     loss = make(rce_samples=8)
     sets = loss.select(world.lists())
@@ -383,40 +354,7 @@ def test_closure_sets_are_what_is_missed_inside_it_and_the_samples() -> None:
         assert set(counted) == missed | set(samples)
 
 
-@pytest.mark.parametrize("terms", ["full", "no_split"])
-def test_uniform_items_come_from_outside_both_lists(terms: str) -> None:
-    world = make_world(40, 30, seed=2)
-    met: set[int] = set()
-    for n in (4, 22):  # of 30 items the two lists have 10 to 15
-        loss = make(rce_tail_samples=n, rce_terms=terms)
-        sets = loss.select(world.lists())
-        _, support = loss.closure_sets(sets)
-        assert support.keep is not None
-        pool, teacher_top = world.lists().student_top(10), world.lists().teacher_top(5)
-        for row in range(40):
-            outside = set(range(1, 31)) - set(pool[row].tolist()) - set(teacher_top[row].tolist())
-            tail = sets.items[row, 9 : 9 + n].tolist()
-            drawn = set(tail) - {0}
-            assert drawn <= outside
-            assert len(drawn) == n - tail.count(0) == min(n, len(outside))
-            counted = support.items[row][support.keep[row]].tolist()
-            assert len(counted) == len(set(counted))
-            assert drawn <= set(counted)
-            assert 0 not in counted
-            met |= drawn if n == 4 else set()
-    assert len(met) > 25
-
-
-def test_without_variants_nothing_is_drawn_or_weighed() -> None:
-    world = make_world(30, 30)
-    plain, listed = make(rce_rank_boost_scale=3.0), world.lists()
-    listed._popularity = None
-    sets = plain.select(listed)
-    assert sets.items.shape[1] == 5 + 4 + 5
-    assert torch.equal(sets.teacher_scores, world.lists().teacher_scores(sets.items))  # type: ignore[arg-type]
-
-
-# --- the sampling temperature that is found ---------------------------------------------------------------------
+# --- the sampling temperature that is found -------------------------------------------------------
 
 
 def slow_gap(world: World, row: int, targets: ItemSets, support: ItemSets) -> float:
@@ -424,7 +362,8 @@ def slow_gap(world: World, row: int, targets: ItemSets, support: ItemSets) -> fl
     user = world.user(row + 1, [])
     assert targets.keep is not None
     assert support.keep is not None
-    missed, inside = (s.items[row][s.keep[row]].tolist() for s in (targets, support))  # type: ignore[index]
+    missed = targets.items[row][targets.keep[row]].tolist()
+    inside = support.items[row][support.keep[row]].tolist()
     mass = sum(math.exp(user.teacher[i]) for i in missed)
     normaliser = sum(math.exp(user.student[i]) for i in inside)
     gap = 0.0
@@ -452,11 +391,11 @@ def test_auto_takes_the_temperature_of_the_smallest_closure_gap(
         world = make_world(8, 30, seed=seed)
         loss = make(rce_sampling_temperature="auto")
         assert loss.tuned
-        lists, once = world.lists(seed=seed), world.lists(seed=seed)
-        loss.tune(lists)
+        candidates, once = world.lists(seed=seed), world.lists(seed=seed)
+        loss.tune(candidates)
         make().select(once)
         assert torch.equal(
-            lists.generator.get_state(), once.generator.get_state()
+            candidates.generator.get_state(), once.generator.get_state()
         )  # the same noise for all
         gaps = {}
         for temperature in tried:
@@ -470,7 +409,7 @@ def test_auto_takes_the_temperature_of_the_smallest_closure_gap(
         assert torch.equal(loss.select(world.lists()).items, fixed.select(world.lists()).items)
 
 
-def test_auto_before_it_was_tuned_and_with_nobody_to_look_at_is_the_papers() -> None:
+def test_auto_is_the_papers_value_before_it_was_tuned_and_without_users() -> None:
     world, loss = make_world(), make(rce_sampling_temperature="auto")
     expected = make(rce_sampling_temperature=10).select(world.lists()).items
     assert torch.equal(loss.select(world.lists()).items, expected)
@@ -488,8 +427,8 @@ def test_scores_mask_and_weights_are_required() -> None:
         make().closure_sets(sets)
 
 
-def test_the_end_of_a_short_list_is_no_item() -> None:
-    """A row that may be recommended two items only: 0 after them is neither shared, nor drawn, nor scored."""
+def test_the_end_of_a_short_top_m_is_no_item() -> None:
+    """A row that may be recommended two items only ends with 0, which is never drawn or scored."""
 
     class Short(Ranking):
         def top_k(self, contexts: Tensor, k: int, without: Seen | None = None) -> Tensor:
@@ -503,10 +442,10 @@ def test_the_end_of_a_short_list_is_no_item() -> None:
     teacher = Terse(TEACHER.clone(), seen)
     loss = make(rce_top_k=3, rce_samples=2, rce_pool=4, rce_beta=1.0)
     for seed in range(20):
-        lists = Candidates(
+        candidates = Candidates(
             torch.tensor([1]), teacher, Short(), seen, torch.Generator().manual_seed(seed)
         )
-        sets = loss.select(lists)
+        sets = loss.select(candidates)
         assert sets.overlap is not None
         assert sets.overlap.tolist() == [1.0]
         assert sorted(sets.items[0, 3:5].tolist()) == [1, 2]
@@ -514,6 +453,6 @@ def test_the_end_of_a_short_list_is_no_item() -> None:
         value = loss.forward(student.gather(1, sets.items), sets)
         (slope,) = torch.autograd.grad(value.sum(), student)
         assert slope[0, 0] == 0.0
-        louder = student.detach().clone()
-        louder[0, 0] = 9.0
-        assert torch.equal(loss.forward(louder.gather(1, sets.items), sets), value)
+        other = student.detach().clone()
+        other[0, 0] = 9.0
+        assert torch.equal(loss.forward(other.gather(1, sets.items), sets), value)

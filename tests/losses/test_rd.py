@@ -15,7 +15,7 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def sets_of(keep: torch.Tensor, n_items: int, k: int, started: bool = True) -> ItemSets:
-    """As :meth:`RDLoss.select` lays them out, for a catalogue of so many items."""
+    """Item sets as from :meth:`RDLoss.select`, for a catalogue of so many items."""
     found = keep[:, k:].sum(1).clamp(min=1)
     gamma = torch.full((len(keep),), float(started), dtype=torch.float64)
     return ItemSets(
@@ -27,15 +27,15 @@ def sets_of(keep: torch.Tensor, n_items: int, k: int, started: bool = True) -> I
 
 
 def test_by_hand() -> None:
-    # Two items of weights e^0 and e^{−1}; scores 0 and ln 3 cost ln 2 and ln 4/3. Two samples, 0.5
-    # and 2, catalogue of 21.
+    # Two items of weights e^0 and e^{−1}; scores 0 and ln 3 cost ln 2 and ln 4/3. Two samples with
+    # scores 0.5 and 2, and 21 items.
     scores = torch.tensor([[0.0, LN3, 0.5, 2.0]], dtype=torch.float64)
     every = torch.ones(1, 4, dtype=torch.bool)
     first, second = 1 / (1 + math.exp(-1)), math.exp(-1) / (1 + math.exp(-1))
     settings = RDSettings(rd_top_k=2, rd_samples=2)
     before = RDLoss(settings).forward(scores, sets_of(every, 21, 2, started=False))
     assert before.item() == pytest.approx(first * LN2 + second * math.log(4 / 3), abs=1e-12)
-    # Both samples are above the first item, one above the second: ranks 20·2/2 and 20·1/2, which
+    # Both samples are above the first item, one is above the second: ranks 20·2/2 and 20·1/2, which
     # should be 0 and 1.
     w = (first * math.tanh(0.1 * 20), second * math.tanh(0.1 * 9))
     after = RDLoss(settings).forward(scores, sets_of(every, 21, 2))
@@ -48,7 +48,7 @@ def test_by_hand() -> None:
     assert port.item() == pytest.approx((w[0] * LN2 + w[1] * math.log(4 / 3)) / sum(w), abs=1e-12)
 
 
-def test_what_the_student_ranks_high_enough_is_left_alone() -> None:
+def test_items_that_the_student_ranks_high_enough_have_no_gradient() -> None:
     scores = torch.tensor([[5.0, 4.0, 1.0, 2.0]], requires_grad=True)
     sets = sets_of(torch.ones(1, 4, dtype=torch.bool), 21, 2)
     value = RDLoss(RDSettings(rd_top_k=2, rd_samples=2)).forward(scores, sets)
@@ -83,8 +83,8 @@ def test_equals_the_slow_version_under_any_mask(started: bool, port: bool) -> No
 
 
 def test_whole_ranks_stay_whole_in_float32() -> None:
-    # All n samples are above: rank N − 1, though (N − 1)/n is no whole number. μ shows a rank that
-    # is one too low.
+    # All n samples are above: rank N − 1, though (N − 1)/n is no whole number. With this μ a rank
+    # that is one too low shows.
     loss = RDLoss(RDSettings(rd_top_k=1, rd_samples=7, rd_mu=1e-3))
     for n_items in range(9, 300):
         sets = sets_of(torch.ones(1, 8, dtype=torch.bool), n_items, 1)
@@ -100,8 +100,8 @@ def test_authors_numbers(golden: Golden) -> None:
     # https://github.com/woriazzc/RCEKD, commit 771322a, class RD
     settings = golden.meta["rd_"]
     users = golden.batch()
-    lists = golden.lists(users)
-    top = lists.teacher_top(settings["rd_topk"], unseen=True)
+    candidates = golden.lists(users)
+    top = candidates.teacher_top(settings["rd_topk"], unseen=True)
     assert torch.equal(top, golden.ids("rd_teacher_top")[users])
     items = torch.cat([top, golden.ids("rd_dynamic")[users]], 1)
     sets = dataclasses.replace(
@@ -147,9 +147,9 @@ def test_fewer_samples_stand_for_more_each() -> None:
 def test_ranks_count_from_the_start_epoch_on() -> None:
     loss = RDLoss(RDSettings(rd_top_k=4, rd_samples=9, rd_start_epoch=3))
     for epoch, gamma in ((0, 0.0), (2, 0.0), (3, 1.0), (4, 1.0)):
-        lists = make_world().lists()
-        lists.epoch = epoch
-        found = loss.select(lists).gamma
+        candidates = make_world().lists()
+        candidates.epoch = epoch
+        found = loss.select(candidates).gamma
         assert found is not None
         assert found.tolist() == [gamma] * 6
 

@@ -44,8 +44,8 @@ def test_authors_numbers(golden: Golden) -> None:
     # https://github.com/woriazzc/RCEKD, commit 771322a, class RRD
     settings = golden.meta["rrd_"]
     users = golden.batch(unique=True)
-    lists = golden.lists(users)
-    top = lists.teacher_top(settings["rrd_mxK"], unseen=True)
+    candidates = golden.lists(users)
+    top = candidates.teacher_top(settings["rrd_mxK"], unseen=True)
     assert torch.equal(top, golden.ids("rrd_teacher_top")[users])
     items = torch.cat([golden.ids("rrd_interesting"), golden.ids("rrd_uninteresting")], 1)[users]
     sets = ItemSets(items, keep=items != 0)
@@ -90,7 +90,7 @@ def test_without_sampling() -> None:
 
 
 def test_what_a_user_lacks_is_masked() -> None:
-    # 30 items, 9 + 5 wanted; user 1 has 6 unseen, user 2 has 20, user 3 all 30.
+    # 30 items, 9 + 5 are drawn; user 1 has 6 unseen items, user 2 has 20, user 3 all 30.
     pairs = [(1, i) for i in range(1, 25)] + [(2, i) for i in range(1, 11)]
     world = make_world(3, 30, pairs)
     for sample in (True, False):
@@ -133,7 +133,7 @@ def test_item_side() -> None:
     loss, weight = side
     assert weight == 0.3
     assert loss.item_side() is None
-    # The same lists of users, for items: here user u has seen item u, 2u and 3u.
+    # Users are drawn for each item. User u has seen the items u, 2u and 3u.
     world = make_world(30, 6)
     by_item = world.transposed()
     sets = loss.select(by_item.lists())
@@ -147,8 +147,8 @@ def test_item_side() -> None:
 
 
 @pytest.mark.parametrize("sample", [True, False])
-def test_item_side_with_fewer_users_than_the_lists_want(sample: bool) -> None:
-    # 7 users, 4 + 5 wanted: the head is full, the rest is what remains.
+def test_item_side_with_fewer_users_than_are_drawn(sample: bool) -> None:
+    # 7 users, 4 + 5 are drawn: the head is full, the rest are the 3 remaining users.
     world = make_world(7, 20, pairs=[])
     by_item = world.transposed()
     loss = RRDLoss(RRDSettings(rrd_top_k=4, rrd_rest=5, rrd_sample=sample))

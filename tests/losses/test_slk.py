@@ -15,7 +15,7 @@ LN3 = math.log(3)
 
 
 def sets_of(items: list[int], teacher: list[float]) -> ItemSets:
-    """Targets, and the student's item at the border last."""
+    """Targets, and the student's item at the border as the last column."""
     return ItemSets(
         torch.tensor([items]), torch.tensor([[*teacher, -torch.inf]], dtype=torch.float64)
     )
@@ -26,8 +26,8 @@ STUDENT = torch.tensor([[99.0, 0.0, LN3, 0.0]], dtype=torch.float64)
 
 
 def test_by_hand() -> None:
-    # The teacher wants items 1 and 2, 1/4 and 3/4. The border is item 2's score: weights σ(−ln 3) =
-    # 1/4 and 1/2.
+    # The teacher gives items 1 and 2 the probabilities 1/4 and 3/4. The border is item 2's score,
+    # so the weights are σ(−ln 3) = 1/4 and 1/2.
     value = SLKLoss(SLKSettings()).forward(STUDENT, sets_of([2, 1, 2], [LN3, 0.0]))
     assert value.item() == pytest.approx(
         3 / 4 * 1 / 2 * math.log(5 / 3) + 1 / 4 * 1 / 4 * math.log(5), abs=1e-12
@@ -86,7 +86,7 @@ def test_far_above_the_border_it_is_fce_and_far_below_nothing() -> None:
     )
 
 
-def test_what_is_asked_for() -> None:
+def test_selection() -> None:
     world = make_world()
     sets = SLKLoss(SLKSettings(slk_top_k=4, slk_cut=7)).select(world.lists())
     assert torch.equal(sets.items[:, :4], world.lists().teacher_top(4))

@@ -16,8 +16,7 @@ LN3 = math.log(3)
 
 
 def test_by_hand() -> None:
-    # Three items with probabilities 1/5, 3/5, 1/5; the padding score counts nowhere, as item or as
-    # "no item".
+    # Three items with probabilities 1/5, 3/5, 1/5; the padding score never counts.
     student = torch.tensor([[99.0, 0.0, LN3, 0.0]], dtype=torch.float64)
     loss = SoftmaxLoss(SoftmaxSettings())
     for items, expected in (
@@ -52,7 +51,7 @@ def test_equals_the_slow_version_and_fce_with_an_indifferent_teacher() -> None:
     torch.testing.assert_close(found, taught)
 
 
-def test_of_whom_no_item_is_known_nothing_is_learned() -> None:
+def test_a_user_without_training_items_learns_nothing() -> None:
     student = torch.randn(2, 9, requires_grad=True)
     loss = SoftmaxLoss(SoftmaxSettings()).forward(student, ItemSets(torch.tensor([[0, 0], [4, 0]])))
     torch.autograd.backward(loss.sum())
@@ -77,7 +76,7 @@ def test_positives_are_training_items_drawn_at_random() -> None:
     assert sorted(all_of_them.tolist()) == [0, 0, 5, 10, 15]
 
 
-def test_it_stands_in_the_place_of_the_models_own_loss() -> None:
+def test_it_replaces_the_models_own_loss() -> None:
     assert (SoftmaxLoss.needs_teacher, SoftmaxLoss.replaces_base) == (False, True)
     with pytest.raises(SettingsError, match=r"\[softmax_weight\] is 0.0, but must be above 0"):
         SoftmaxSettings(softmax_weight=0.0)

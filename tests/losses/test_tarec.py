@@ -20,7 +20,7 @@ LN = math.log
 def loss_of(
     probabilities: list[float], teacher: list[float], **settings: Any
 ) -> tuple[float, list[float]]:
-    """The loss of one row, items in the teacher's order, and its gradient by the student's scores."""
+    """The loss of one row in the teacher's order, and its gradient by the student's scores."""
     student = torch.tensor(
         [[LN(p) for p in probabilities]], dtype=torch.float64, requires_grad=True
     )
@@ -34,7 +34,7 @@ def loss_of(
 
 
 def test_two_items_by_hand() -> None:
-    # Teacher (3/4, 1/4), student (1/4, 3/4): half of the probability is one place too far down.
+    # Teacher (3/4, 1/4), student (1/4, 3/4): half of the probability is one position too far down.
     value, gradient = loss_of([1 / 4, 3 / 4], [3 / 4, 1 / 4])
     assert value == pytest.approx(1 / 2, abs=1e-12)
     # d|F_T − F_S| = −dp_1 = −p_1 (1 − p_1) by s_1, and the opposite by s_2.
@@ -49,8 +49,8 @@ def test_three_items_by_hand() -> None:
     # −(2 p_1 + p_2) falls by 2, 1 and 0 per probability; their mean under p is 3/4.
     slopes = [1 / 4 * (-2 + 3 / 4), 1 / 4 * (-1 + 3 / 4), 1 / 2 * (0 + 3 / 4)]
     assert gradient == pytest.approx(slopes, abs=1e-12)
-    # The same amount at the wrong end costs twice as much as at the next place; cross-entropy would
-    # not tell them apart.
+    # The same amount two positions away costs twice as much as one position away; cross-entropy
+    # would not tell them apart.
     near, far = (
         loss_of([3 / 8, 3 / 8, 1 / 4], [1 / 2, 1 / 4, 1 / 4]),
         loss_of([3 / 8, 1 / 4, 3 / 8], [1 / 2, 1 / 4, 1 / 4]),
@@ -60,7 +60,7 @@ def test_three_items_by_hand() -> None:
 
 
 def test_temperature_divides_both_sides_and_nothing_else() -> None:
-    # Squares at τ = 2 are what they are squares of.
+    # The softmax at τ = 2 of logarithms of squares is that of their roots.
     value, _ = loss_of([1 / 16, 9 / 16], [9 / 16, 1 / 16], tarec_temperature=2.0)
     assert value == pytest.approx(1 / 2, abs=1e-12)
 
@@ -72,10 +72,10 @@ def test_equals_the_slow_version(tau: float) -> None:
         world.student.double(),
         Table(world.teacher.score_all(torch.arange(9)).double(), world.seen),
     )
-    lists = world.lists()
-    lists._teacher = teacher
+    candidates = world.lists()
+    candidates._teacher = teacher
     loss = TARecLoss(TARecSettings(tarec_top_k=6, tarec_temperature=tau))
-    sets = loss.select(lists)
+    sets = loss.select(candidates)
     found = loss.forward(student[1:].gather(1, sets.items), sets)
     for user in range(1, 9):
         tops = [
@@ -110,13 +110,15 @@ def select(teacher: list[float], student: list[float], k: int) -> ItemSets:
     world = make_world(1, n)._replace(
         student=torch.tensor([[-torch.inf] + [0.0] * n, [-torch.inf, *student]])
     )
-    lists = world.lists()
-    lists._teacher = Table(torch.tensor([[0.0] * (n + 1), [0.0, *teacher]]), seen_of([], 2, n + 1))
-    return TARecLoss(TARecSettings(tarec_top_k=k)).select(lists)
+    candidates = world.lists()
+    candidates._teacher = Table(
+        torch.tensor([[0.0] * (n + 1), [0.0, *teacher]]), seen_of([], 2, n + 1)
+    )
+    return TARecLoss(TARecSettings(tarec_top_k=k)).select(candidates)
 
 
 def test_selection_by_hand() -> None:
-    # Q_T = {2, 1}, Q_S = {4, 2}: in the teacher's order, 2 once, and nothing last.
+    # Q_T = {2, 1}, Q_S = {4, 2}: in the teacher's order, item 2 once, and an empty column last.
     sets = select([3.0, 4.0, 1.0, 2.0], [1.0, 2.0, 0.0, 3.0], 2)
     assert sets.keep is not None
     assert sets.items.tolist() == [[2, 1, 4, 0]]
@@ -134,7 +136,7 @@ def test_at_most_the_length_of_the_list() -> None:
 
 
 def test_less_than_cross_entropy_where_it_is_nearly_right() -> None:
-    # Pinsker: |F_T − F_S| ≤ √(KL/2) at each of the places.
+    # Pinsker: |F_T − F_S| ≤ √(KL/2) at each position.
     student, teacher = torch.randn(2, 50, 6, dtype=torch.float64)
     sets = ItemSets(torch.ones(50, 6).long(), teacher, torch.ones(50, 6, dtype=torch.bool))
     divergence = soft_cross_entropy(student, teacher) - soft_cross_entropy(teacher, teacher)
@@ -146,7 +148,7 @@ def test_scores_of_the_teacher_are_required() -> None:
         TARecLoss(TARecSettings()).forward(torch.zeros(1, 1), ItemSets(torch.ones(1, 1).long()))
 
 
-# --- the contrast of vectors --------------------------------------------------------------------------------
+# --- the contrast of embeddings -------------------------------------------------------------------
 
 
 def contrast_of(
@@ -172,16 +174,16 @@ def plain(x: Any) -> Any:
     return x.detach().tolist()
 
 
-def test_the_weight_is_the_term() -> None:
+def test_without_weight_there_is_no_contrast() -> None:
     for weight in (0.3, 0.0):
-        side = TARecLoss(TARecSettings(tarec_contrast_weight=weight)).feature_side()
+        side = TARecLoss(TARecSettings(tarec_contrast_weight=weight)).embedding_side()
         assert (side is None) if weight == 0.0 else (side is not None and side[1] == weight)
     assert TARecContrast.left_out_by == "tarec_contrast_weight: 0"
 
 
-def test_two_vectors_by_hand() -> None:
-    # W = 1. Cosines with one's own 1 and with the other's 0, at τ = 1: −ln(e/(e + 1)); length does
-    # not count.
+def test_two_embeddings_by_hand() -> None:
+    # W = 1. The cosine to the own embedding is 1, to the other's 0, at τ = 1: −ln(e/(e + 1)). The
+    # lengths do not count.
     loss = contrast_of("items", (2, 2), tarec_contrast_temperature=1.0)
     loss.projections["of_items"].weight.data = torch.eye(2, dtype=torch.float64)
     table = torch.tensor([[2.0, 0.0], [0.0, 7.0]], dtype=torch.float64)
@@ -228,13 +230,12 @@ def _with(given: Vectors, student: Tensor) -> Vectors:
     return Vectors(given.ids, student, given.teacher, given.weights)
 
 
-def test_nothing_in_the_batch_and_vectors_of_zero() -> None:
+def test_an_empty_batch_and_embeddings_of_zeros() -> None:
     loss = contrast_of()
     assert loss.forward(vectors(0), vectors(0)).item() == 0
     one = vectors(1)
-    assert loss.forward(one, vectors(0)).item() == pytest.approx(
-        0, abs=1e-12
-    )  # nobody to be told from
+    # There is no other embedding to contrast it with.
+    assert loss.forward(one, vectors(0)).item() == pytest.approx(0, abs=1e-12)
     zero = Vectors(
         one.ids,
         torch.zeros(1, 3, dtype=torch.float64),
@@ -244,7 +245,7 @@ def test_nothing_in_the_batch_and_vectors_of_zero() -> None:
     assert loss.forward(zero, vectors(3)).isfinite()
 
 
-def test_many_vectors_are_told_apart_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_embeddings_are_contrasted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CONTRASTED_AT_A_TIME", 4)
     given = vectors(10)
     parts = contrast_of("users")._parts(10, torch.device("cpu"))

@@ -49,7 +49,7 @@ def subsets(draw: st.DrawFn, items: Sequence[int]) -> list[int]:
 
 
 def ranks(student: Sequence[float], ties_against: bool = False) -> list[int]:
-    """1-based places; equal scores share the best place of the group, or the worst."""
+    """Ranks from 1; equal scores share the best rank of their group, or the worst."""
     found = []
     for score in student:
         above = 0
@@ -137,9 +137,8 @@ def test_t2_cross_entropy_on_a_prefix_of_the_students_ranking(
 ) -> None:
     student, teacher = scores
     order = sorted(range(len(student)), key=lambda i: -student[i])
-    rank = {
-        item: place + 1 for place, item in enumerate(order)
-    }  # one order of the ties: the prefixes are closed in it
+    # With ties in this order, the prefixes are closed.
+    rank = {item: place + 1 for place, item in enumerate(order)}
     places = [rank[i] for i in range(len(student))]
     for length in range(1, len(order) + 1):
         closed = order[:length]
@@ -159,7 +158,7 @@ def test_t2_fails_without_closure(rank: int, missing: float) -> None:
     lost = minus_log_ndcg({target: 1.0}, ranks(student))
     assert lost == pytest.approx(math.log(math.log2(1 + rank)), abs=1e-12)
     assert lost == pytest.approx(missing, abs=1e-4)
-    # The closure gap mends it: Δ = ln r, which is at least that.
+    # The closure gap makes up for it: Δ = ln r, which is at least as large.
     gap, _ = gap_and_ce(student, student, [target], [target])
     assert gap == pytest.approx(math.log(rank), abs=1e-12)
     assert gap >= lost
@@ -226,7 +225,7 @@ def test_a_mask_of_the_support_is_the_smaller_support(
 
 
 @given(catalogues(low=3), st.data())
-def test_full_normaliser_bounds_ndcg_of_the_teachers_list(
+def test_a_full_normaliser_bounds_ndcg_of_the_teachers_top_k(
     scores: tuple[list[float], list[float]], data: st.DataObject
 ) -> None:
     # P5: T3 with A = I, as the loss.
@@ -278,7 +277,7 @@ def test_the_reported_gap_closes_the_bound_at_any_temperature(
     )
 
 
-def test_who_is_not_taught_has_no_closure_gap() -> None:
+def test_a_user_without_teacher_items_has_no_closure_gap() -> None:
     loss = CELoss(CESettings())
     items = torch.tensor([[2], [0]])
     sets = ItemSets(items, torch.zeros(2, 1), items != 0)

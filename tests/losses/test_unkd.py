@@ -12,7 +12,7 @@ from torch import Tensor
 from recbole_rcekd.core.types import ItemSets, TeacherScores
 from recbole_rcekd.losses.candidates import Candidates
 from recbole_rcekd.losses.unkd import UnKDLoss, UnKDSettings, draw_pairs, popularity_groups, quotas
-from recbole_rcekd.teachers.score_file import ListedScores
+from recbole_rcekd.teachers.listed_scores import ListedScores
 from tests.reference.unkd import groups, pair_probabilities, unkd
 from tests.tables import World, make_world
 
@@ -20,7 +20,8 @@ LN2, LN3 = math.log(2), math.log(3)
 
 
 def prepared(n_contexts: int = 7, **settings: int | float) -> UnKDLoss:
-    loss = UnKDLoss(UnKDSettings(**{"unkd_groups": 2, "unkd_pairs": 5, "unkd_pool": 7, **settings}))  # type: ignore[arg-type]
+    small = {"unkd_groups": 2, "unkd_pairs": 5, "unkd_pool": 7}
+    loss = UnKDLoss(UnKDSettings(**{**small, **settings}))  # type: ignore[arg-type]
     loss.prepare(n_contexts, torch.device("cpu"))
     return loss
 
@@ -30,7 +31,7 @@ def pairs_of(sets: ItemSets, row: int) -> list[tuple[int, int]]:
     return list(zip(sets.items[row, :n].tolist(), sets.items[row, n:].tolist(), strict=True))
 
 
-# --- the formula ----------------------------------------------------------------------------------------------
+# --- the formula ----------------------------------------------------------------------------------
 
 
 def test_by_hand() -> None:
@@ -57,7 +58,7 @@ def test_equals_the_slow_version_under_any_mask() -> None:
 
 
 @pytest.mark.parametrize("garbage", [1e4, math.inf, math.nan])
-def test_what_is_no_pair_has_no_gradient(garbage: float) -> None:
+def test_an_empty_pair_has_no_gradient(garbage: float) -> None:
     scores = torch.tensor([[0.5, garbage, 0.0, garbage]], requires_grad=True)
     value = UnKDLoss(UnKDSettings(unkd_pairs=2)).forward(
         scores, ItemSets(torch.tensor([[1, 0, 2, 0]]))
@@ -67,15 +68,15 @@ def test_what_is_no_pair_has_no_gradient(garbage: float) -> None:
     assert gradient[0].tolist() == pytest.approx([-half, 0.0, half, 0.0])
 
 
-# --- groups and quotas ----------------------------------------------------------------------------------------
+# --- groups and quotas ----------------------------------------------------------------------------
 
 
 def test_groups_by_hand() -> None:
-    # 12 interactions, so 4 to each group: 4, then 2 + 2, then the rest; items nobody has, and
-    # padding, in the last.
+    # 12 interactions, so 4 for each group: 4, then 2 + 2, then the rest. Items without interactions
+    # and padding are in the last group.
     popularity = torch.tensor([0, 1, 4, 2, 0, 2, 1, 1, 1])
     assert popularity_groups(popularity, 3).tolist() == [2, 2, 0, 1, 2, 1, 2, 2, 2]
-    # One item has more than its share: the groups that it covers have no other.
+    # One item has more than a group's share: the groups that it covers have no other item.
     assert popularity_groups(torch.tensor([0, 1, 18, 1]), 4).tolist() == [3, 3, 0, 3]
 
 
@@ -117,12 +118,12 @@ def test_quotas_by_hand(n: int, power: float, expected: list[int]) -> None:
 def test_a_quota_is_cut_at_a_tenth_and_an_empty_group_has_none() -> None:
     # Mean popularity 100 and 2: a share of 0.02, counted as 0.1.
     assert quotas(torch.tensor([0, 100, 2]), torch.tensor([2, 0, 2]), 3, 11, 1.0) == [1, 0, 10]
-    # Nobody has what is in the last group: as its least popular neighbour.
+    # The last group has no interaction: it counts as popular as the least popular other group.
     assert quotas(torch.tensor([0, 4, 2, 0]), torch.tensor([2, 0, 1, 2]), 3, 5, 1.0) == [1, 2, 2]
     assert quotas(torch.tensor([0, 0, 0]), torch.tensor([1, 1, 1]), 2, 5, 1.0) == [0, 5]
 
 
-# --- pairs ----------------------------------------------------------------------------------------------------
+# --- pairs ----------------------------------------------------------------------------------------
 
 
 def test_pairs_are_two_draws_repeated_until_they_differ() -> None:
@@ -144,7 +145,7 @@ def test_rows_have_their_own_weights() -> None:
     assert torch.equal(a[2:], b[2:])  # no two places
 
 
-# --- selection ------------------------------------------------------------------------------------------------
+# --- selection ------------------------------------------------------------------------------------
 
 
 def test_pairs_are_unseen_of_one_group_and_in_the_teachers_order() -> None:
@@ -167,7 +168,7 @@ def test_pairs_are_unseen_of_one_group_and_in_the_teachers_order() -> None:
             assert len(better) <= 7 + 3  # in the pool of 7, what is seen not counted
 
 
-def test_what_a_group_lacks_is_no_pair() -> None:
+def test_a_group_with_too_few_items_has_no_pair() -> None:
     # Group 0 is item 1 alone; group 1 the rest, of which user 2 has seen all but one.
     pairs = [(u, 1) for u in (3, 4, 5, 6, 7, 8, 9)] + [(2, i) for i in range(2, 9)]
     sets = prepared(10).select(make_world(9, 9, pairs).lists(torch.tensor([1, 2])))
@@ -181,7 +182,7 @@ def test_fewer_pairs_than_groups() -> None:
 
 
 class Counted(TeacherScores):
-    """A teacher that counts how often it is asked for full rows of whom."""
+    """A teacher that counts for which users all its scores are asked for."""
 
     def __init__(self, world: World) -> None:
         self._teacher = world.teacher
@@ -202,7 +203,7 @@ class Counted(TeacherScores):
         raise AssertionError
 
 
-def test_the_teacher_is_asked_once_about_each_context() -> None:
+def test_the_teachers_scores_are_computed_once_for_each_user() -> None:
     world = make_world()
     teacher = Counted(world)
     counted, loss = World(teacher, world.student, world.seen), prepared()
@@ -220,13 +221,13 @@ def test_the_teacher_is_asked_once_about_each_context() -> None:
     assert torch.equal(again.items, second.items)
 
 
-def test_what_is_remembered_goes_by_ids_and_is_not_saved() -> None:
+def test_top_items_are_kept_by_ids_and_not_saved() -> None:
     world = make_world()
     loss = prepared(200)
-    lists = world.lists(torch.tensor([2, 5]))
-    lists.ids = torch.tensor([150, 7])  # as of rows
+    candidates = world.lists(torch.tensor([2, 5]))
+    candidates.ids = torch.tensor([150, 7])  # as of rows
     expected = prepared().select(world.lists(torch.tensor([2, 5])))
-    assert torch.equal(loss.select(lists).items, expected.items)
+    assert torch.equal(loss.select(candidates).items, expected.items)
     other: Candidates = world.lists(torch.tensor([5, 2]), seed=3)
     other.ids = torch.tensor([7, 150])
     assert torch.equal(
@@ -235,8 +236,8 @@ def test_what_is_remembered_goes_by_ids_and_is_not_saved() -> None:
     assert not loss.state_dict()
 
 
-def test_what_a_file_does_not_list_is_in_no_pair() -> None:
-    # User 1 lists items 4 and 5 only; the others score the floor, all the same.
+def test_items_that_a_file_does_not_list_are_in_no_pair() -> None:
+    # For user 1 items 4 and 5 are listed; all others have the same score, the floor.
     world = make_world(2, 12, [(1, 1), (2, 2)])
     users, items, scores = (
         torch.tensor([1, 1, 2]),

@@ -77,7 +77,7 @@ def test_a_narrow_student_keeps_its_products() -> None:
 
 
 def test_it_does_not_jump() -> None:
-    """The signs of a QR decomposition turn over where the corner of the matrix passes 0."""
+    """The signs of a QR decomposition flip where the corner of the matrix passes 0."""
     loss = built(2, 3)
     found = []
     for corner in (-1e-9, 1e-9):
@@ -98,7 +98,7 @@ def test_gradients(width: int, teacher_width: int) -> None:
 
 
 def test_one_projector_for_both_sides_brings_scores_along() -> None:
-    """Where the teacher's vectors lie in as many dimensions as the student's, all is learned: vectors, hence scores."""
+    """A teacher whose embeddings lie in as many dimensions as the student's is learned entirely."""
     turn = torch.linalg.qr(torch.randn(5, 3, dtype=torch.float64))[0]
     teacher = [torch.randn(n, 3, dtype=torch.float64) @ turn.t() for n in (8, 9)]
     student = [torch.randn(n, 3, dtype=torch.float64).requires_grad_() for n in (8, 9)]

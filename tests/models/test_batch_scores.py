@@ -1,4 +1,4 @@
-"""Both ways to hold a batch's scores, against dense arithmetic in float64: values, lists, gradients."""
+"""Both ways to hold a batch's scores, against dense arithmetic in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HSTU: its blocks and its loss a second time in plain loops, what may not depend on what, and its way into RecBole."""
+"""HSTU: blocks and loss against plain loops, independence of padding and batch, use in RecBole."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def build_hstu(folder: Path, **overrides: Any) -> Bundle:
 def last_query(
     model: Any, items: torch.Tensor, lengths: torch.Tensor, times: torch.Tensor | None = None
 ) -> Any:
-    """The query after the last item of each row, of length 1."""
+    """The query at the last item of each row, of length 1."""
     hidden, _ = model.forward(items, lengths, times)
     return torch.nn.functional.normalize(hidden[lengths.cumsum(0) - 1], dim=-1)
 
 
 def noisy_model(bundle: Bundle, std: float = 0.5) -> Any:
-    """Weights so large that nothing is near zero, in double precision; evaluation mode."""
+    """A model in double precision and evaluation mode, with weights that are not near zero."""
     model = build_model(bundle).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def noisy_model(bundle: Bundle, std: float = 0.5) -> Any:
     return model
 
 
-# Items, padded on the right; how many; when.
+# Items padded on the right, their number, and their times
 SEQ = torch.tensor([[3, 7, 2, 9, 0, 0], [5, 0, 0, 0, 0, 0], [1, 1, 4, 8, 6, 2]])
 LENGTHS = torch.tensor([4, 1, 6])
 TIMES = torch.tensor(
@@ -87,7 +87,7 @@ TIMES = torch.tensor(
 )
 
 
-# --- the formula --------------------------------------------------------------------------------------------
+# --- the formula ----------------------------------------------------------------------------------
 
 
 def slow_silu(x: Any) -> Any:
@@ -196,7 +196,7 @@ def test_the_loss_is_its_formula_at_every_position(
     model = noisy_model(build_hstu(folder, temperature=0.3))
     negatives = [2, 11, 7, 7, 30, 9]  # 7 twice; 2, 7 and 9 are targets of some rows
     monkeypatch.setattr(model, "_draw_negatives", lambda: torch.tensor(negatives))
-    # A query per position is that of the row cut there, which asks the model for one position only.
+    # The query of a position must be that of the row up to there.
     cut = [
         (row, end) for row, length in enumerate(LENGTHS.tolist()) for end in range(1, length + 1)
     ]
@@ -231,12 +231,11 @@ def test_negatives_are_items_and_reach_all_of_them(folder: Path) -> None:
     model = build_model(build_hstu(folder, n_negatives=2000))
     drawn = model._draw_negatives()
     assert drawn.shape == (2000,)
-    assert set(drawn.tolist()) == set(
-        range(1, model.n_items)
-    )  # one is missed with probability 60 · (59/60)^2000 < 1e-12
+    # An item is missed with probability 60 · (59/60)^2000 < 1e-12.
+    assert set(drawn.tolist()) == set(range(1, model.n_items))
 
 
-# --- what may not depend on what ----------------------------------------------------------------------------
+# --- what may not depend on what ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -268,14 +267,14 @@ def test_a_later_item_changes_no_earlier_position(folder: Path, bias: str, chang
 
 
 def test_one_time_unit_is_a_second(folder: Path) -> None:
-    """Buckets grow by e^.301 = 1.35; all within a second is in the first, all beyond a lifetime in the last."""
+    """Buckets grow by e^.301 = 1.35: a second is in the first, more than a lifetime in the last."""
     model = build_model(build_hstu(folder, relative_bias="position_time"))
     times = torch.tensor([[0.0, 0.5, 1.36, 10.0, 1e30]])
     expected = [0, 0, 1, int(math.log(10) / 0.301), 127]
     assert model._time_buckets(times)[0, :, 0].tolist() == expected
 
 
-# --- scores -------------------------------------------------------------------------------------------------
+# --- scores ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("temperature", 1 / 0.2), ("cosine", 1.0)])
@@ -309,7 +308,7 @@ def test_scores_are_a_product_of_two_tables_as_it_is(
     assert (query.shape, table.shape) == ((3, 8), (8, model.n_items))
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -372,7 +371,7 @@ def test_plain_recbole_runs_it(folder: Path) -> None:
     assert 0 <= result["test_result"]["ndcg@10"] <= 1
 
 
-# --- the data -----------------------------------------------------------------------------------------------
+# --- the data -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -396,8 +395,8 @@ def test_one_training_row_per_user_and_all_pairs(
         for field in plain.inter_feat.columns:
             assert torch.equal(mine.inter_feat[field], plain.inter_feat[field]), field
 
-    # What was taken, in order: a user's first row lists it all but its target, every later one adds
-    # its own.
+    # The items of each user in their order: the list and the target of the first row, and then the
+    # target of each later row.
     taken: dict[int, list[int]] = defaultdict(list)
     rows = expected[0].inter_feat
     fields = ("user_id", "item_length", "item_id", "item_id_list")
@@ -435,7 +434,7 @@ def test_a_ready_split_in_any_order(tmp_path: Path) -> None:
     assert sorted(zip(users, items, strict=True)) == expected
 
 
-# --- RecBole finds it ---------------------------------------------------------------------------------------
+# --- RecBole finds it -----------------------------------------------------------------------------
 
 
 def test_recbole_finds_model_and_dataset_by_name() -> None:
@@ -455,9 +454,8 @@ def test_config_precedence(folder: Path, tmp_path: Path, monkeypatch: pytest.Mon
     config = Config(model="HSTU", dataset="tiny", config_file_list=[str(file)], config_dict=given)
     values = [config[key] for key in ("temperature", "hidden_size", "n_heads", "n_layers")]
     assert values == [0.05, 24, 4, 5]  # ours, the file, the dict, the command line
-    assert (
-        config["train_neg_sample_args"]["distribution"] == "none"
-    )  # RecBole's overall.yaml says uniform
+    # RecBole's overall.yaml has "uniform".
+    assert config["train_neg_sample_args"]["distribution"] == "none"
     assert Config(model=HSTU, dataset="tiny", config_dict=given)["temperature"] == 0.05
     assert (
         Config(

@@ -1,4 +1,4 @@
-"""Every model that RecBole can build here, scored as its own full sort does it, with a gradient or refused.
+"""Every model that RecBole can build here: scored as its full sort does, or refused.
 
 What is expected comes from the model's own `full_sort_predict` or `predict`, called here without
 our code.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recbole_rcekd.core.errors import ScoringError
-from recbole_rcekd.core.functional import picked_products
+from recbole_rcekd.core.products import picked_products
 from recbole_rcekd.models.scorer import ModelScorer
 from tests.helpers import Bundle, build, build_model, write_dataset, write_knowledge
 
@@ -219,7 +219,8 @@ def test_models_without_gradient_are_no_students(data_path: Path, name: str) -> 
 
 
 def random_states() -> tuple[Any, Any, str]:
-    return torch.random.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    of_numpy = str(np.random.get_state())  # noqa: NPY002
+    return torch.random.get_rng_state().tolist(), random.getstate(), of_numpy
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -511,7 +512,7 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-# -- two plain tables ----------------------------------------------------------------------------------------------
+# -- two plain tables ------------------------------------------------------------------------------
 
 
 PLAIN_TABLES = ("BPR", "LINE")
@@ -717,7 +718,7 @@ def test_a_frozen_table_is_no_trouble(data_path: Path) -> None:
 
 
 def test_rows_of_the_padding_user_are_learned_as_the_model_learns_them(data_path: Path) -> None:
-    """A lookup with ``padding_idx`` or with scaled gradients is none that a plain one can replace."""
+    """A plain lookup cannot replace one with ``padding_idx`` or with scaled gradients."""
     for settings in ({"padding_idx": 5}, {"scale_grad_by_freq": True}, {"max_norm": 0.1}):
         model, bundle = make(data_path, "BPR")
         model.user_embedding = torch.nn.Embedding(41, 8, **settings)

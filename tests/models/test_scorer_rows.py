@@ -1,4 +1,4 @@
-"""Sequential and context-aware models as RecBole has them, scored row by row; what a step's two losses share."""
+"""Sequential and context-aware models, scored row by row; what a step's two losses share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from recbole_rcekd.core.errors import ScoringError
 from recbole_rcekd.core.top_k import ProductRanking
 from recbole_rcekd.data.contexts import Rows
 from recbole_rcekd.models.batch_scores import FactoredBatchScores
-from recbole_rcekd.models.scorer import ModelScorer, require_rankable
+from recbole_rcekd.models.probe import require_rankable
+from recbole_rcekd.models.scorer import ModelScorer
 from tests.helpers import Bundle, block_pairs, build, build_model, write_atomic_file, write_dataset
 from tests.models.test_scorer import classes_in
 
@@ -114,7 +115,7 @@ def test_rows_are_scored_as_the_model_scores_them(folder: Path, name: str) -> No
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert trained.kind == KINDS[name]
     assert frozen.kind == ("product" if name in LATER_PRODUCTS else KINDS[name])
-    assert (frozen._scale_and_bias is not None) == (name in LATER_PRODUCTS)
+    assert (frozen._form.scale_and_bias is not None) == (name in LATER_PRODUCTS)
     assert trained.n_contexts == len(dataset)
     ids = torch.tensor([30, 0, 7, 30])
     items = torch.randint(1, N_ITEMS + 1, (4, 6))
@@ -141,8 +142,8 @@ def test_a_scale_and_a_bias_are_read_off_once_only_of_what_is_frozen(
     model, bundle = make(folder, name)
     model.eval()
     scorer = ModelScorer(model, bundle.train._dataset, frozen=True)
-    assert scorer._scale_and_bias is not None
-    scale, bias = scorer._scale_and_bias
+    assert scorer._form.scale_and_bias is not None
+    scale, bias = scorer._form.scale_and_bias
     if name == "CORE":
         assert scale == pytest.approx(1 / model.temperature, rel=1e-4)
         assert float(bias.abs().max()) < 1e-4
@@ -158,7 +159,7 @@ def test_a_scale_and_a_bias_are_read_off_once_only_of_what_is_frozen(
     assert ModelScorer(model, bundle.train._dataset, frozen=True).kind == "rows"
 
 
-# --- what a step shares -------------------------------------------------------------------------------------
+# --- what a step shares ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -253,7 +254,7 @@ def test_what_a_step_shares_has_the_gradient_of_both(folder: Path) -> None:
         torch.testing.assert_close(found[0][key], gradient, rtol=1e-4, atol=1e-5)
 
 
-# --- models that read features ------------------------------------------------------------------------------
+# --- models that read features --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["FM", "DeepFM"])

@@ -1,4 +1,4 @@
-"""VBPR: scores and loss by hand, features from files to scores, checkpoints, and teaching a plain BPR."""
+"""VBPR: scores and loss by hand, features in files, checkpoints, and as the teacher of a BPR."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {"embedding_size": 4, "feature_embedding_size": 6}
 
 def vectors(size: int, seed: int) -> dict[str, np.ndarray[Any, Any]]:
     draw = np.random.default_rng(seed)
-    # In an order that is not that of the ids.
+    # The order is not that of the ids.
     return {f"i{item}": draw.normal(2.0, 1.0, size).round(4) for item in draw.permutation(N_ITEMS)}
 
 
@@ -99,7 +99,7 @@ def _stand_in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def slow_features(bundle: Bundle) -> np.ndarray[Any, Any]:
-    """What the files say of each item id: centred on the mean of those given, of length 1, side by side."""
+    """The vectors in the files by item id, less the mean of those given, of length 1, joined."""
     table = np.zeros((bundle.dataset.item_num, TEXT + IMAGE))
     text = {
         token: vector for token, vector in vectors(TEXT, 1).items() if token not in WITHOUT_TEXT
@@ -137,7 +137,7 @@ def user_batch(*users: int) -> Any:
     return Interaction({"user_id": torch.tensor(users)})
 
 
-# --- scores and loss ----------------------------------------------------------------------------------------
+# --- scores and loss ------------------------------------------------------------------------------
 
 
 def test_recbole_knows_it() -> None:
@@ -154,15 +154,13 @@ def test_features_are_those_of_the_files(bundle: Bundle, model: Any) -> None:
 
 
 def test_preparing_features_by_hand() -> None:
-    given = np.array(
-        [[0, 0], [1, 5], [0, 0], [7, -3]]
-    )  # the mean of the two that are given is (4, 1)
+    # The mean of the two vectors that are not zero is (4, 1).
+    given = np.array([[0, 0], [1, 5], [0, 0], [7, -3]])
     root = 5  # of (−3)² + 4²
     expected = np.array([[0, 0], [-3 / root, 4 / root], [0, 0], [3 / root, -4 / root]])
     assert_allclose(prepare_features(given), expected, rtol=1e-6)
-    assert_allclose(
-        prepare_features(np.array([[0.0], [2.0], [2.0]])), np.zeros((3, 1))
-    )  # nothing tells them apart
+    # The two given vectors are equal.
+    assert_allclose(prepare_features(np.array([[0.0], [2.0], [2.0]])), np.zeros((3, 1)))
     assert_allclose(prepare_features(np.zeros((2, 3))), np.zeros((2, 3)))
 
 
@@ -240,7 +238,7 @@ def test_the_scorer_sees_a_product(bundle: Bundle, model: Any) -> None:
     assert (rows.shape, table.shape) == ((3, width), (bundle.dataset.item_num, width))
 
 
-# --- files: checkpoints, and settings that are refused --------------------------------------------------------
+# --- files: checkpoints, and settings that are refused --------------------------------------------
 
 
 def test_recbole_opens_the_checkpoint(folder: Path, bundle: Bundle, tmp_path: Path) -> None:
@@ -281,7 +279,7 @@ def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> No
     }
     model = build_model(build(tmp_path, "VBPR", item_features="price", **price))
     assert model.features.shape == (N_ITEMS + 1, 1)
-    # None: the padding item and i0, which are as the mean, i30.
+    # No vector: the padding item and i0; and i30 is the mean.
     assert set(model.features.flatten().tolist()) == {-1.0, 0.0, 1.0}
 
 
@@ -309,9 +307,8 @@ def test_one_vector_may_be_named_alone_and_may_be_a_number(tmp_path: Path) -> No
     ],
 )
 def test_settings_that_are_refused(folder: Path, settings: dict[str, Any], words: str) -> None:
-    with pytest.raises(
-        SettingsError, match=words
-    ):  # before RecBole reads on: a forgotten alias is a KeyError there
+    # Refused before RecBole goes on, where a missing alias is a KeyError.
+    with pytest.raises(SettingsError, match=words):
         build(folder, "VBPR", "tiny", **{**FEATURES, **settings})
 
 
@@ -326,11 +323,11 @@ def test_vectors_that_are_no_numbers_are_refused(tmp_path: Path, kind: str, valu
         build_model(build(tmp_path, "VBPR", **FEATURES))
 
 
-# --- teaching -------------------------------------------------------------------------------------------------
+# --- teaching -------------------------------------------------------------------------------------
 
 
 def test_it_teaches_a_student_that_knows_no_features(folder: Path, tmp_path: Path) -> None:
-    """The student's settings say nothing of features: the teacher's keys do."""
+    """The student's settings have no features, only the teacher's keys do."""
     settings = {
         **{f"teacher_{key}": value for key, value in {**FEATURES, **SIZES}.items()},
         **{"data_path": str(folder), "use_gpu": False, "state": "ERROR", "show_progress": False},

@@ -1,4 +1,4 @@
-"""CD for one user: binary cross-entropy with the teacher's soft label (ICDM 2019), as probabilities."""
+"""CD for one user: binary cross-entropy with the teacher's soft label (ICDM 2019)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cd(
 
 
 def duel_probabilities(n_pool: int, pool: int, temperature: float) -> list[float]:
-    """How likely each position of a pool is to be the better of two draws with weights exp(−(r+1)/(P·T))."""
+    """The probability of each position to be the better of two that are drawn."""
     weights = [math.exp(-(r + 1) / (pool * temperature)) for r in range(n_pool)]
     won = [0.0] * n_pool
     for a, weight_a in enumerate(weights):

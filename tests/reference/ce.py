@@ -1,4 +1,4 @@
-"""Soft cross-entropy on a short list, for one user, straight from the formula (RCE-KD, section 5, figure 3)."""
+"""Soft cross-entropy on a top-K, for one user (RCE-KD, section 5, figure 3)."""
 
 from __future__ import annotations
 

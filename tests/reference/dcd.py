@@ -1,4 +1,4 @@
-"""DCD for one user: which items of the teacher's list the student has too low or too high (CIKM 2021)."""
+"""DCD for one user: which items of the teacher's top-P the student ranks wrongly (CIKM 2021)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.tables import User
 def corrections(
     student: Sequence[float], top: Sequence[int], temperature: float
 ) -> tuple[list[float], list[float]]:
-    """e⁺ and e⁻ of each item of the teacher's list, by counting who stands above it."""
+    """e⁺ and e⁻ of each item of the teacher's top-P, by counting the items above it."""
     under, over = [], []
     for place, item in enumerate(top):
         rank = sum(student[other] > student[item] for other in top)
@@ -25,7 +25,7 @@ def corrections(
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"dcd_items": 4, "dcd_pool": 12, "dcd_item_weight": 0.0}
 CASES: list[dict[str, Any]] = [{}]
-ORDERED = 4  # so many columns stand in the order to be learned
+ORDERED = 4  # so many columns are in the order to be learned
 TAIL = "dcd_items"  # the last columns, as many as this setting says
 ZERO = True  # where the student has the teacher's order
 

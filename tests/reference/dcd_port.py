@@ -13,7 +13,7 @@ from tests.tables import User
 def weights(
     student: Sequence[float], top: Sequence[int], temperature: float
 ) -> tuple[list[float], list[float]]:
-    """e⁺ and e⁻ of each item of the teacher's list; item 0 is padding."""
+    """e⁺ and e⁻ of each item of the teacher's top-P; item 0 is padding."""
     under, over = [], []
     for place, item in enumerate(top):
         rank = sum(score > student[item] for score in student[1:])
@@ -25,7 +25,7 @@ def weights(
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"dcd_port_items": 4, "dcd_port_pool": 12}
 CASES: list[dict[str, Any]] = [{}]
-ORDERED = 4  # so many columns stand in the order to be learned
+ORDERED = 4  # so many columns are in the order to be learned
 TAIL = "dcd_port_items"  # the last columns, as many as this setting says
 
 

@@ -1,4 +1,4 @@
-"""DE for the rows of a batch: each expert rebuilds the teacher's vector, and a draw says how much each counts."""
+"""DE for the rows of a batch: a draw says how much each expert's output counts (CIKM 2020)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def shares(logits: list[float], noise: list[float], temperature: float) -> list[
     return [w / sum(weights) for w in weights]
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [{"de_experts": n} for n in (4, 2)]
 

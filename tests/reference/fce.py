@@ -1,4 +1,4 @@
-"""Cross-entropy normalised over the whole catalogue, for one user; item 0 is padding."""
+"""Cross-entropy over all items, for one user; item 0 is padding."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ def sampled_fce(
     n_items: int,
     tau: float,
 ) -> float:
-    """With the normaliser estimated: ``others`` and the targets count once, each of ``tail`` for its share of the rest."""
+    """With an estimated normaliser.
+
+    ``others`` and the targets count once, each item of ``tail`` for its share of the remaining
+    items.
+    """
     certain = {*targets, *others}
     z = sum(math.exp(student[item] / tau) for item in certain)
     for item in tail:
@@ -45,7 +49,7 @@ CASES: list[dict[str, Any]] = [
     *({"fce_target": target} for target in ("all", "teacher")),
     {"fce_normaliser": "sampled", "fce_temperature": 2.0},
 ]
-BLOCKS = (10,)  # both lists, and the sample
+BLOCKS = (10,)  # both top-K, and the sample
 TAIL = "fce_samples"  # the last columns, as many as this setting says
 
 

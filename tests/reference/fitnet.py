@@ -1,4 +1,4 @@
-"""FitNet for the rows of a batch: project each, and compare it with the teacher's."""
+"""FitNet for the rows of a batch: project each, and compare it with the teacher's (ICLR 2015)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def squared_distance(x: Sequence[float], y: Sequence[float]) -> float:
     return sum((a - b) ** 2 for a, b in zip(x, y, strict=True))
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [
     {},

@@ -1,4 +1,4 @@
-"""FreqD with dense matrices and loops: a graph of the most shared interactions, a filter, a distance (arXiv 2411.10676)."""
+"""FreqD with dense matrices and loops (arXiv 2411.10676)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Rows = Sequence[Sequence[float]]
 
 
 def neighbours(has: Sequence[set[int]], k: int) -> list[set[int]]:
-    """Of each entity those that it chose or that chose it, given what each has."""
+    """For each user the others that it chose or that chose it, given the items of each."""
     near: list[set[int]] = [set() for _ in has]
     for one in range(len(has)):
         shared = [(-len(has[one] & has[other]), other) for other in range(len(has)) if other != one]
@@ -52,7 +52,7 @@ def project(row: Sequence[float], projector: nn.Module, kept: Sequence[float]) -
 def distance(
     near: Sequence[dict[int, float]], student: Rows, teacher: Rows, cosines: bool
 ) -> list[float]:
-    """Of each row of a filter given as entries by column."""
+    """Of each row of a filter, which is given as entries by column."""
     found = []
     for row in near:
         left, right = [0.0] * len(teacher[0]), [0.0] * len(teacher[0])
@@ -67,7 +67,10 @@ def distance(
 def filter_rows(
     vectors: Vectors, graph: Sequence[set[int]], alpha: float, kept: Tensor, keep: float
 ) -> list[Any]:
-    """H for the batch, by places among the vectors; ``kept`` tells for each entry in turn whether it stays."""
+    """H for the batch, with columns by positions among the embeddings.
+
+    ``kept`` says for each entry in turn whether it stays.
+    """
     ids: list[int] = vectors.ids.tolist()
     draws = iter(kept.tolist())
     rows = []
@@ -82,7 +85,7 @@ def filter_rows(
     return rows
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {"freqd_neighbours": 2}
 CASES: list[dict[str, Any]] = [
     {},
@@ -92,7 +95,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def value(users: Vectors | None, items: Vectors | None, loss: FreqDLoss) -> float:
-    """In training, draws from the loss's generator what the loss would draw."""
+    """In training it draws from the loss's generator what the loss would draw."""
     s, total = loss.settings, 0.0
     keep, share = (s.freqd_keep, 1.0 - s.freqd_dropout) if loss.training else (1.0, 1.0)
 

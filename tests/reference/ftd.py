@@ -20,7 +20,7 @@ def cosine(left: Sequence[float], right: Sequence[float]) -> float:
 
 
 def batch_rows(*sides: Vectors | None) -> tuple[list[list[float]], list[list[float]]]:
-    """Student's and teacher's rows of what stands in the batch."""
+    """The student's and the teacher's rows of the users and items in the batch."""
     student: list[list[float]] = []
     teacher: list[list[float]] = []
     for side in sides:
@@ -38,7 +38,7 @@ def ftd(student: Sequence[Sequence[float]], teacher: Sequence[Sequence[float]]) 
     return total
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [{}]
 WEIGHTED = False  # pairs

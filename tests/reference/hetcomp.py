@@ -57,7 +57,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:
-    """What is unseen, and the positives that were drawn."""
+    """The unseen items, and the positives that were drawn."""
     assert sets.seen is not None
     counts = torch.ones(6, 31, dtype=torch.bool)
     counts[sets.seen.cells(torch.arange(6))] = False
@@ -67,7 +67,7 @@ def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:
 
 
 def value(user: User, settings: Mapping[str, Any]) -> float:
-    # At the beginning, the first state teaches.
+    # At the beginning, the first checkpoint teaches.
     top = [int(i) for i in user.world.earlier[0].top_k(torch.tensor([user.id]), 20, True)[0] if i]
     positives = [item for item in user.items[:2] if item]
     if settings.get("hetcomp_objective") == "hard":

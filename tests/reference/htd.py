@@ -1,4 +1,4 @@
-"""HTD by loops: cosines of each entity with each group's mean, of pairs inside groups, and DE's loss (KDD 2021)."""
+"""HTD by loops: cosines to group means, cosines inside groups, and DE's loss (KDD 2021)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def within_groups(student: Rows, teacher: Rows, groups: Sequence[int]) -> float:
     return total
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [{"htd_groups": 2}, {"htd_groups": 4, "htd_alpha": 0.9}]
 WEIGHTED = False  # pairs

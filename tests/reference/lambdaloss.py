@@ -41,7 +41,7 @@ def lambdaloss(
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"lambdaloss_top_k": 5, "lambdaloss_pool": 8}
 CASES: list[dict[str, Any]] = [{}, {"lambdaloss_temperature": 2.0}]
-ORDERED = 8  # the student's list
+ORDERED = 8  # the student's top-M
 BLOCKS = (8,)
 
 
@@ -51,6 +51,6 @@ def value(user: User, settings: Mapping[str, Any]) -> float:
 
 
 def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:
-    """What stands in both lists counts as a target."""
+    """An item of both top lists counts as a target."""
     both = (sets.items[:, :8].unsqueeze(2) == sets.items[:, 8:].unsqueeze(1)).any(2)
     return torch.cat([~both, sets.items[:, 8:] != 0], dim=1)

@@ -1,4 +1,4 @@
-"""ListMLE for one user: the probability of picking a list in its order (ICML 2008)."""
+"""ListMLE for one user: the probability of picking the top-K in its order (ICML 2008)."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ CASES: list[dict[str, Any]] = [{"rd_weights": weights} for weights in ("original
     {"rd_start_epoch": 1}
 ]
 RELATIVE = False  # each score alone
-ZERO = True  # where the student ranks no item below its place
-ORDERED = 4  # so many columns stand in the teacher's order
+ZERO = True  # where the student ranks no item too low
+ORDERED = 4  # so many columns are in the teacher's order
 TAIL = "rd_samples"  # the last columns, as many as this setting says
 
 

@@ -24,7 +24,7 @@ def rrd(
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"rrd_top_k": 4, "rrd_rest": 5, "rrd_pool": 9}
 CASES: list[dict[str, Any]] = [{"rrd_sample": sample} for sample in (True, False)]
-ORDERED = 4  # so many columns stand in the order to be learned
+ORDERED = 4  # so many columns are in the order to be learned
 TAIL = "rrd_rest"  # the last columns, as many as this setting says
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy over the catalogue with the weights of SL@K, for one user; item 0 is padding."""
+"""Cross-entropy over all items with the weights of SL@K, for one user; item 0 is padding."""
 
 from __future__ import annotations
 

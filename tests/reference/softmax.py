@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of labels over the catalogue, for one user; item 0 is padding."""
+"""Softmax cross-entropy of labels over all items, for one user; item 0 is padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TARec for one user: what it costs to carry the student's probabilities to where the teacher has them (WWW 2025)."""
+"""TARec for one user: the cost of moving the student's probabilities (WWW 2025)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Scores = Mapping[int, float] | Sequence[float]
 
 
 def carried(have: Sequence[float], want: Sequence[float]) -> float:
-    """Probability times distance in places, carried from left to right until all lies where it should."""
+    """Probability times distance in positions, moved from left to right until all is in place."""
     have, want = list(have), list(want)
     cost, i, j = 0.0, 0, 0
     while i < len(have) and j < len(want):
@@ -41,7 +41,7 @@ def contrast(
     weights: Sequence[float],
     tau: float,
 ) -> float:
-    """InfoNCE of projected vectors among each other."""
+    """InfoNCE of projected embeddings among each other."""
     loss = 0.0
     for i, weight in enumerate(weights):
         projected = [sum(w * x for w, x in zip(row, student[i], strict=True)) for row in projection]
@@ -58,7 +58,7 @@ def cosine(one: Sequence[float], other: Sequence[float]) -> float:
 # --- for tests/losses/test_contract.py ---
 SMALL: dict[str, Any] = {"tarec_top_k": 5}
 CASES: list[dict[str, Any]] = [{"tarec_temperature": tau} for tau in (1.0, 2.5)]
-ORDERED = 10  # all columns stand in the teacher's order
+ORDERED = 10  # all columns are in the teacher's order
 
 
 def value(user: User, settings: Mapping[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""UnKD for one user: how sure the student is of the teacher's order within pairs (WSDM 2023)."""
+"""UnKD for one user: the probability of the teacher's order within pairs (WSDM 2023)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unkd(student: Sequence[float], pairs: Sequence[tuple[int, int]]) -> float:
 
 
 def groups(popularity: Sequence[int], n_groups: int) -> list[int]:
-    """The group of each item: the most popular first, on to the next group when the share of the last is used up."""
+    """The group of each item: the most popular first, the next group when a share is used up."""
     total, before, group = sum(popularity), 0, [n_groups - 1] * len(popularity)
     for item in sorted(range(len(popularity)), key=lambda i: -popularity[i]):
         if popularity[item]:
@@ -33,7 +33,7 @@ def groups(popularity: Sequence[int], n_groups: int) -> list[int]:
 
 
 def pair_probabilities(weights: Sequence[float]) -> dict[tuple[int, int], float]:
-    """Of two independent draws that are repeated until they differ, by place, the smaller first."""
+    """Of two independent draws that are repeated until they differ, the smaller position first."""
     likely = {
         (a, b): 2 * weights[a] * weights[b]
         for a in range(len(weights))
@@ -46,11 +46,11 @@ def pair_probabilities(weights: Sequence[float]) -> dict[tuple[int, int], float]
 SMALL: dict[str, Any] = {"unkd_groups": 2, "unkd_pairs": 5, "unkd_pool": 7}
 CASES: list[dict[str, Any]] = [{"unkd_quota_power": power} for power in (0.0, 1.0)]
 ORDERED = 10  # pairs of columns
-ZERO = True  # with a short list there may be no two items in a group
+ZERO = True  # a teacher that lists few items may have no two in a group
 
 
 def support(settings: Mapping[str, Any], sets: ItemSets) -> Tensor:
-    """A group of which a user has no two items has no pair."""
+    """A group with fewer than two items for a user has no pair."""
     pairs = (sets.items[:, :5] != 0) & (sets.items[:, 5:] != 0)
     return torch.cat([pairs, pairs], dim=1)
 

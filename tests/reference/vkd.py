@@ -1,4 +1,4 @@
-"""VkD for the rows of a batch: turn each, and compare it with the teacher's."""
+"""VkD for the rows of a batch: rotate each, and compare it with the teacher's (CVPR 2024)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def standardised(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def orthonormal(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Gram and Schmidt's columns; rows where there are fewer of them."""
+    """Gram–Schmidt of the columns, or of the rows where there are fewer of them."""
     if len(rows) < len(rows[0]):
         return [list(row) for row in zip(*orthonormal(list(zip(*rows, strict=True))), strict=True)]
     found: list[list[float]] = []
@@ -33,7 +33,7 @@ def orthonormal(rows: Sequence[Sequence[float]]) -> list[list[float]]:
     return [list(row) for row in zip(*found, strict=True)]
 
 
-# --- for tests/losses/test_feature_contract.py ---
+# --- for tests/losses/test_embedding_contract.py ---
 SMALL: dict[str, Any] = {}
 CASES: list[dict[str, Any]] = [{"vkd_standardise": standardise} for standardise in (False, True)]
 

@@ -1,4 +1,4 @@
-"""The teacher answers in the student's ids, is frozen, draws nothing, and has learned from the same interactions."""
+"""A teacher scores by the student's ids, is frozen, draws nothing, and has the same data."""
 
 from __future__ import annotations
 
@@ -87,7 +87,8 @@ def with_settings(source: Path, target: Path, **settings: Any) -> Path:
 
 
 def random_states() -> tuple[Any, Any, str]:
-    return torch.random.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    of_numpy = np.random.get_state()  # noqa: NPY002
+    return torch.random.get_rng_state().tolist(), random.getstate(), str(of_numpy)
 
 
 def by_token(scores: Tensor, dataset: Any) -> dict[tuple[str, str], float]:
@@ -269,9 +270,8 @@ def test_other_filter_or_split_is_refused(
     "part",
     [
         {"mode": {"valid": "uni100", "test": "uni100"}},
-        {
-            "split": {"LS": "valid_and_test"}
-        },  # of twelve interactions, a tenth is one: the same split in other words
+        # The same split in other words: a tenth of twelve interactions is one.
+        {"split": {"LS": "valid_and_test"}},
     ],
 )
 def test_other_settings_with_the_same_outcome_are_accepted(
@@ -335,7 +335,7 @@ def test_weights_that_do_not_fit(folder: Path, student: Bundle, tmp_path: Path) 
 
 
 def test_the_same_settings_of_other_files_are_another_split(folder: Path, tmp_path: Path) -> None:
-    """Ready splits of the same names, in two folders: what one tests is what the other trains on."""
+    """Ready splits with the same names in two folders: one tests what the other trains on."""
     pairs = block_pairs()
     for name, first in (("one", 0), ("two", 1)):
         for part, rows in (
@@ -422,7 +422,7 @@ def test_other_features_are_another_teacher(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["BPR.pth", "CKE.pth"])
 def test_random_streams_are_left_alone(folder: Path, student: Bundle, path: str) -> None:
-    """Whatever is drawn between `init_seed` and `data_preparation` or the model would give another split or student."""
+    """A draw between `init_seed` and the data or the model would change the split or the model."""
     if path == "CKE.pth":  # its data have to be built again
         save_untrained(build(folder, "CKE", **SMALL), folder / path)
     before = random_states()

@@ -17,9 +17,9 @@ from torch import Tensor
 from recbole_rcekd.core.store import Store
 from recbole_rcekd.core.types import TeacherScores
 from recbole_rcekd.teachers.ensemble import EnsembleScores, ensemble, reciprocal_rank, standardised
+from recbole_rcekd.teachers.listed_scores import ListedScores
 from recbole_rcekd.teachers.rescale import moments
-from recbole_rcekd.teachers.score_cache import DenseScores, FactorScores
-from recbole_rcekd.teachers.score_file import ListedScores
+from recbole_rcekd.teachers.score_tables import DenseScores, FactorScores
 from tests.tables import seen_of
 
 N_USERS, N_ITEMS = 7, 12
@@ -61,8 +61,17 @@ MAKERS: dict[str, Callable[[int], TeacherScores]] = {
     "dense": dense,
     "lists": lists,
 }
-MIXES = ["factors", "dense", "lists", "factors factors", "lists lists lists", "factors dense", "factors lists", "dense lists",
-         "dense dense factors lists factors lists"]  # fmt: skip
+MIXES = [
+    "factors",
+    "dense",
+    "lists",
+    "factors factors",
+    "lists lists lists",
+    "factors dense",
+    "factors lists",
+    "dense lists",
+    "dense dense factors lists factors lists",
+]
 
 
 def mix(names: str) -> list[TeacherScores]:
@@ -88,7 +97,7 @@ def close(found: Matrix | Tensor, expected: Matrix | Tensor) -> None:
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), rtol=1e-4, atol=1e-5)
 
 
-# --- standardised -----------------------------------------------------------------------------------------------
+# --- standardised ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", MIXES)
@@ -300,7 +309,7 @@ def test_lists_are_kept_on_disk(tmp_path: Path) -> None:
         assert (tmp_path / names / f"top-3-unseen-by-users{dtype}").exists()
 
 
-# --- reciprocal ranks -------------------------------------------------------------------------------------------
+# --- reciprocal ranks -----------------------------------------------------------------------------
 
 
 def test_reciprocal_ranks_by_hand() -> None:

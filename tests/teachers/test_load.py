@@ -1,4 +1,4 @@
-"""Teachers that are files of scores, and several at once: how they are opened, combined, rescaled and reported."""
+"""Score files and several teachers: how they are opened, combined, rescaled and reported."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, read_teacher
 from recbole_rcekd.teachers.ensemble import TeacherEnsemble, combined_rows, ensemble
+from recbole_rcekd.teachers.listed_scores import ListedScores
 from recbole_rcekd.teachers.load import source_list
 from recbole_rcekd.teachers.rescale import RescaledScores, rescaled
-from recbole_rcekd.teachers.score_cache import DenseScores, FactorScores
-from recbole_rcekd.teachers.score_file import ListedScores, ScoreFileTeacher
+from recbole_rcekd.teachers.score_file import ScoreFileTeacher
+from recbole_rcekd.teachers.score_tables import DenseScores, FactorScores
 from recbole_rcekd.training.diagnostics import distance_to_teacher
 from recbole_rcekd.training.user_distiller import UserDistiller
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_atomic_file
@@ -81,7 +82,7 @@ def write_scores(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, latest interactions first; `BPR.pth`, `LightGCN.pth` (in other ids), `a.csv`, and others."""
+    """Data with the latest interactions first, `BPR.pth`, `LightGCN.pth` (other ids), `a.csv`, …"""
     folder = tmp_path_factory.mktemp("teachers")
     write_atomic_file(
         folder / "tiny" / "tiny.inter",
@@ -130,7 +131,7 @@ def asked(bundle: Bundle, teacher: Any) -> Tensor:
     return rows
 
 
-# --- opening ----------------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("as_list", [True, False])
@@ -240,7 +241,7 @@ def test_fingerprints(folder: Path, student: Bundle, tmp_path: Path) -> None:
     assert mark("BPR.pth", "b.csv") == marks[0]
 
 
-# --- what several say together ----------------------------------------------------------------------------------
+# --- what several say together --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["standardised", "reciprocal_rank"])
@@ -257,7 +258,7 @@ def test_fingerprints(folder: Path, student: Bundle, tmp_path: Path) -> None:
 def test_evaluation_sees_what_is_taught(
     folder: Path, student: Bundle, names: str, how: Any
 ) -> None:
-    """Full rows made on the spot and the scores of :func:`ensemble` are one thing; of tables, matrices and lists."""
+    """Full rows equal the scores of :func:`ensemble`, for tables, matrices and lists."""
     paths = [folder / name for name in names.split()]
     if len(paths) == 1:
         paths *= 2
@@ -322,7 +323,7 @@ def test_of_what_a_list_lacks_its_rank_says_nothing() -> None:
     assert found[0].tolist() == pytest.approx([-np.inf, 0.0, 2 / 61, 0.0])
 
 
-# --- rescaled ---------------------------------------------------------------------------------------------------
+# --- rescaled -------------------------------------------------------------------------------------
 
 SEEN = seen_of([(1, 1), (2, 2)], 4, 5)
 
@@ -451,7 +452,7 @@ def test_a_temperature_in_training_is_a_division_of_the_scores(
     assert not torch.equal(weights(divided(1.0), kd_loss=loss), by_hand)
 
 
-# --- diagnostics of short lists ---------------------------------------------------------------------------------
+# --- diagnostics of short lists -------------------------------------------------------------------
 
 
 def test_short_lists_are_compared_as_far_as_they_go() -> None:
@@ -466,7 +467,7 @@ def test_short_lists_are_compared_as_far_as_they_go() -> None:
 
 
 def test_the_diagnostics_know_what_a_file_lists(student: Bundle, tmp_path: Path) -> None:
-    """A student that agrees with the file is at its teacher, whatever comes after the listed items."""
+    """A student that agrees with the file equals its teacher, whatever follows the listed items."""
     path = write_scores(tmp_path / "a.csv", lambda u, i: (u + i) % 6 == 0 and u != 3)
     settings = TeacherSettings(teacher_missing_users="skip")
     scores = load_teacher(path, student.train, settings=settings).open_scores(KDSettings())
@@ -494,7 +495,7 @@ def _as_listed(scores: TeacherScores, users: Tensor) -> Tensor:
     return rows
 
 
-# --- the whole command ------------------------------------------------------------------------------------------
+# --- the whole command ----------------------------------------------------------------------------
 
 
 def run(folder: Path, **arguments: Any) -> dict[str, Any]:
@@ -559,7 +560,7 @@ def test_a_file_teaches(folder: Path, student: Bundle) -> None:
 
 
 def ndcg_of(bundle: Bundle, teacher: Any) -> float:
-    """NDCG@10 of the one test item, by hand; equal scores make the order, so they are spread first."""
+    """NDCG@10 of the one test item, by hand; scores are made distinct first, for a unique order."""
     rows = asked(bundle, teacher).clone()
     for data in (bundle.train, bundle.valid):
         features = data._dataset.inter_feat
@@ -579,15 +580,17 @@ def test_three_checkpoints_teach(folder: Path, student: Bundle, how: str) -> Non
     paths = [folder / f"{name}.pth" for name in ("BPR", "LightGCN", "ItemKNN")]
     settings = {"teacher_ensemble": how, "teacher_weights": [1, 2, 1]}
     result = run(folder, teacher=paths, kd_loss="rce,rrd", settings=settings)
-    read = TeacherSettings(teacher_ensemble=how, teacher_weights=[1, 2, 1])  # type: ignore[arg-type]
+    read = TeacherSettings(
+        teacher_ensemble=how,  # type: ignore[arg-type]
+        teacher_weights=[1, 2, 1],
+    )
     teacher = load_teacher(paths, student.train, settings=read)
     found = json.loads(Path("out/result.json").read_text(encoding="utf-8"))["teacher"]
     assert found["model"] == "BPR + LightGCN + ItemKNN"
     assert found["checkpoint"] == ",".join(map(str, paths))
     assert found["fingerprint"] == teacher.fingerprint
-    assert (
-        found["parameters"] == (N_USERS + 1 + N_ITEMS + 1) * (8 + 4) + 1
-    )  # ItemKNN has one unused
+    # ItemKNN has one unused parameter.
+    assert found["parameters"] == (N_USERS + 1 + N_ITEMS + 1) * (8 + 4) + 1
     assert found["checkpoint_bytes"] == sum(path.stat().st_size for path in paths)
     assert found["ranking_ms_per_1000_users"] > 0
     assert found["test_result"]["ndcg@10"] == pytest.approx(ndcg_of(student, teacher), abs=1e-4)
@@ -632,7 +635,7 @@ def test_what_is_refused_before_data_are_read(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+        "recbole_rcekd.experiment.create_dataset", lambda config: pytest.fail("data were read")
     )
     with pytest.raises(
         SettingsError,

@@ -1,4 +1,4 @@
-"""RecBole's own checkpoints open; whatever else is in a file is refused, unexecuted, in one sentence."""
+"""RecBole's checkpoints open; anything else in a file is refused in one sentence, not executed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Call:
         return self.function, self.args
 
     def __call__(self) -> None:
-        """What a pickle calls may itself be the result of a call; `pickle` asks only whether it is callable."""
+        """A pickle may call the result of a call; `pickle` only checks that it is callable."""
         raise AssertionError
 
 
@@ -131,7 +131,7 @@ def look_up(owner: Any, name: str) -> Call:
 
 
 def by_attributes(sentinel: Path) -> Call:
-    """The usual way around a list of names: from something harmless to `os.system` through attributes."""
+    """The usual way around a list of names: attributes lead from a harmless name to `os.system`."""
     names = look_up(look_up(Config, "__init__"), "__globals__")
     return Call(look_up(Call(look_up(names, "get"), "os"), "system"), f"touch '{sentinel}'")
 
@@ -358,7 +358,7 @@ def test_checkpoint_of_a_gpu_opens_on_the_cpu(folder: Path, tmp_path: Path) -> N
 
 
 def test_a_class_is_not_changed() -> None:
-    """Pickle sets attributes of whatever it has in hand, of a class too, and then every matrix would have them."""
+    """Pickle sets attributes of any object, also of a class; then every matrix would have them."""
     before = vars(scipy.sparse.csr_matrix).copy()
     attributes = b"}X\x05\x00\x00\x00tocoocbuiltins\ndict\ns"
     spoiled = b"\x80\x02cscipy.sparse._csr\ncsr_matrix\nN" + attributes + b"\x86b."

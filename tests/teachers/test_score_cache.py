@@ -1,4 +1,4 @@
-"""Teacher scores: equal to the model's, from disk without the model, and never from a file that cannot be trusted."""
+"""Cached teacher scores equal the model's, need no model, and never come from a damaged file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,8 @@ from recbole_rcekd.core.store import FORMAT, Store
 from recbole_rcekd.core.types import Seen
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher, read_teacher
-from recbole_rcekd.teachers.score_cache import (
-    DenseScores,
-    FactorScores,
-    blocks,
-    open_teacher_scores,
-)
+from recbole_rcekd.teachers.score_cache import open_teacher_scores
+from recbole_rcekd.teachers.score_tables import DenseScores, FactorScores, blocks
 from tests.helpers import Bundle, build, train_and_save, write_dataset
 
 # isort: split
@@ -230,9 +226,8 @@ def test_what_cannot_be_trusted_is_made_again(
     assert reason in record.getMessage()
     assert torch.equal(scores.score(USERS, ITEMS), expected)
     caplog.clear()
-    again = open_teacher_scores(
-        untouchable(trained.teacher(name)), settings(tmp_path)
-    )  # the new entry is whole
+    # The new entry is whole.
+    again = open_teacher_scores(untouchable(trained.teacher(name)), settings(tmp_path))
     assert torch.equal(again.score(USERS, ITEMS), expected)
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
@@ -244,9 +239,8 @@ def test_other_teacher_is_another_folder(
     open_teacher_scores(bpr, settings(tmp_path))
     expected = open_teacher_scores(graph, settings(tmp_path / "b")).score(USERS, ITEMS)
     root = tmp_path / "scores"
-    shutil.copytree(
-        root / bpr.fingerprint, root / graph.fingerprint
-    )  # as if files were moved about by hand
+    # As if somebody had moved files by hand
+    shutil.copytree(root / bpr.fingerprint, root / graph.fingerprint)
     assert torch.equal(open_teacher_scores(graph, settings(tmp_path)).score(USERS, ITEMS), expected)
     assert "it was made by another teacher" in caplog.text
 
@@ -255,7 +249,8 @@ def test_other_teacher_is_another_folder(
 def test_runs_side_by_side_share_one_entry(trained: Trained, tmp_path: Path, name: str) -> None:
     teachers = [trained.teacher(name) for _ in range(3)]
     for teacher in teachers:
-        teacher.scorer  # noqa: B018  (building the models draws random numbers, which threads would mix up)
+        # Building the models draws random numbers, in an order that threads would change.
+        teacher.scorer  # noqa: B018
     barrier = threading.Barrier(len(teachers))
     results: list[Tensor] = []
 
@@ -387,9 +382,8 @@ class FakeTeacher:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_name_the_users(tmp_path: Path, value: float) -> None:
-    teacher = FakeTeacher(
-        20, 10, {0: np.nan, 3: value, 17: value}
-    )  # the padding user has no meaning
+    # The scores of the padding user do not matter.
+    teacher = FakeTeacher(20, 10, {0: np.nan, 3: value, 17: value})
     with pytest.raises(
         TeacherError,
         match=r"NaN or infinite scores to 2 users: user-3, user-17\. Its training diverged",

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from recbole_rcekd.core.errors import TeacherError
 from recbole_rcekd.core.settings import TeacherSettings
-from recbole_rcekd.teachers.score_file import ListedScores, read_scores
+from recbole_rcekd.teachers.listed_scores import ListedScores
+from recbole_rcekd.teachers.score_file import read_scores
 from tests.helpers import build, write_dataset
 from tests.tables import seen_of
 
-# --- lists ------------------------------------------------------------------------------------------------------
+# --- lists ----------------------------------------------------------------------------------------
 
 N_USERS, N_ITEMS = 5, 9
 SEEN = [(1, 2), (1, 3), (2, 1), (4, 8), (4, 1)]
@@ -61,11 +62,12 @@ def test_by_hand() -> None:
     expected = torch.tensor([[5.0, 3.0, floor], [0.5, -0.5, -0.5], [-torch.inf] * 3])
     torch.testing.assert_close(found, expected)
     assert found.dtype == torch.float32
+    # Items 1 and 4 are tied.
     assert scores.top_k(torch.tensor([4, 3, 1]), 4).tolist() == [
         [1, 4, 8, 0],
         [0] * 4,
         [2, 3, 8, 0],
-    ]  # a tie: 1 and 4
+    ]
     assert scores.top_k(torch.tensor([4, 3, 1]), 2, unseen=True).tolist() == [
         [4, 0],
         [0, 0],
@@ -119,14 +121,13 @@ def test_memory_is_what_is_listed() -> None:
         torch.tensor([1.0, 2.0]),
         seen_of([(1, 1)], n, n),
     )
-    assert (
-        max(value.numel() for value in vars(scores).values() if isinstance(value, Tensor)) == n
-    )  # one floor per user
+    # One floor per user
+    assert max(value.numel() for value in vars(scores).values() if isinstance(value, Tensor)) == n
     assert scores.score(torch.tensor([n - 1]), torch.tensor([[5, 6]])).tolist() == [[2.0, 1.0]]
     assert scores.top_k(torch.tensor([1]), 2).tolist() == [[n - 1, 0]]
 
 
-# --- files ------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def dataset(users: list[str], items: list[str], pairs: list[tuple[int, int]]) -> Any:

@@ -87,7 +87,7 @@ def trained(caplog: pytest.LogCaptureFixture) -> list[str]:
     return re.findall(r"(?:Teacher: training \w+|\w+, seed \d+: training \w+)", text)
 
 
-# --- which epochs are kept ----------------------------------------------------------------------------------
+# --- which epochs are kept ------------------------------------------------------------------------
 
 
 def test_evenly_by_hand() -> None:
@@ -130,7 +130,7 @@ def test_those_kept_are_spread_over_the_epochs_before_the_best(
         assert abs(epoch + 1 - part * (best + 1) / (n + 1)) <= max(1, (best + 1) / (n + 1))
 
 
-# --- kept while a teacher is trained ------------------------------------------------------------------------
+# --- kept while a teacher is trained --------------------------------------------------------------
 
 
 def test_a_teachers_states_lie_beside_it(folder: Path, tmp_path: Path) -> None:
@@ -160,10 +160,11 @@ def test_a_state_is_the_teacher_after_so_many_epochs(folder: Path, tmp_path: Pat
     last = {**TEACHER, "teacher_eval_step": 0}  # the last epoch counts as the best
     run(folder, {**last, "teacher_checkpoints": 2}, kd_loss="scratch")
     (file,) = (tmp_path / "saved").glob("teacher-*.pth")
+    # Kept of 1, 3, 5 and 7. Even steps would be after 3 and 6 of 9 epochs.
     assert numbers(folder_beside(file)) == [
         1,
         5,
-    ]  # of 1, 3, 5 and 7: after 3 and 6 of 9 epochs would be even
+    ]
     run(folder, last, kd_loss="scratch")
     run(folder, {**last, "teacher_epochs": 6}, kd_loss="scratch")
     others = [
@@ -231,19 +232,25 @@ def test_another_command_was_faster(tmp_path: Path) -> None:
     for name in ("one", "two"):
         trajectory = Trajectory(tmp_path / name, 2)
         for epoch in range(4):
-            trajectory.add(epoch, lambda file, name=name: Path(file).write_text(name))  # type: ignore[misc,arg-type]
+            trajectory.add(
+                epoch,
+                lambda file, name=name: Path(file).write_text(name),  # type: ignore[misc,arg-type]
+            )
             trajectory.best = epoch
         assert trajectory.finish(place) == [0, 2]
     assert [file.read_text() for file in place.iterdir()] == ["one", "one"]
     assert [each.name for each in tmp_path.iterdir()] == ["t.trajectory"]
 
 
-# --- found and opened for a student -------------------------------------------------------------------------
+# --- found and opened for a student ---------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def teachers(folder: Path) -> Path:
-    """``a.pth`` and ``b.pth`` with states beside them, which are models as they are drawn; ``alone.pth``; and sequential ones."""
+    """``a.pth`` and ``b.pth`` with earlier states, ``alone.pth`` without, and sequential ones.
+
+    The states are untrained models.
+    """
     place = folder / "teachers"
     general = build(folder, "BPR", embedding_size=8)
     for seed, name in enumerate(("a", "b", "alone")):
@@ -414,7 +421,7 @@ def test_states_of_another_kind_are_refused(folder: Path, teachers: Path) -> Non
         )
 
 
-# --- the whole command --------------------------------------------------------------------------------------
+# --- the whole command ----------------------------------------------------------------------------
 
 
 def test_the_command(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -463,7 +470,8 @@ def test_the_command(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixt
         (
             TEACHER,
             {},
-            r"\[kd_loss\] rce\+hetcomp learns from earlier states .* say with \[teacher_checkpoints\]",
+            r"\[kd_loss\] rce\+hetcomp learns from earlier states .* say with "
+            r"\[teacher_checkpoints\]",
         ),
         (
             {},
@@ -502,7 +510,7 @@ def test_what_is_refused_before_data_are_read(
 ) -> None:
     shutil.copy(teachers / "alone.pth", "alone.pth")
     monkeypatch.setattr(
-        "recbole_rcekd.quick_start.create_dataset", lambda config: pytest.fail("data were read")
+        "recbole_rcekd.experiment.create_dataset", lambda config: pytest.fail("data were read")
     )
     with pytest.raises((SettingsError, TeacherError), match=words):
         run(folder, settings, kd_loss="scratch,rce+hetcomp", **arguments)

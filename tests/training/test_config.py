@@ -1,4 +1,4 @@
-"""Keys: what is refused by name, who wins, and what of the student's command reaches the teacher."""
+"""Keys: which are refused, which take precedence, and which the teacher gets from the student."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_keys(folder: Path, keys: dict[str, Any]) -> Any:
     return build_config(folder, **keys)
 
 
-# --- unknown keys -------------------------------------------------------------------------------------------
+# --- unknown keys ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,10 @@ def test_no_key_of_recbole_is_taken_for_ours(tmp_path: Path, model: str) -> None
 
 
 def test_keys_of_other_models_are_left_alone(tmp_path: Path) -> None:
-    """Short names of losses are near to many: de_epochs to RecVAE's n_dec_epochs, rce_weight to LightGCN's reg_weight."""
+    """Keys with short names of losses are similar to others.
+
+    de_epochs is similar to RecVAE's n_dec_epochs, rce_weight to LightGCN's reg_weight.
+    """
     for key in ("n_dec_epochs", "reg_weight", "kg_weight"):
         check_keys(with_keys(tmp_path, {key: 1}))
 
@@ -155,7 +158,7 @@ def test_a_wrong_value_is_refused(tmp_path: Path, key: str, value: Any, words: s
         read_kd_settings(build_config(tmp_path, **{key: value}))
 
 
-# --- kd_loss ------------------------------------------------------------------------------------------------
+# --- kd_loss --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_one_trainer_takes_one_loss(tmp_path: Path, value: Any) -> None:
         read_kd_settings(build_config(tmp_path, kd_loss=value))
 
 
-# --- defaults and precedence --------------------------------------------------------------------------------
+# --- defaults and precedence ----------------------------------------------------------------------
 
 
 def test_without_any_key_the_shipped_files_are_used(tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_keys_of_other_losses_do_not_disturb(tmp_path: Path) -> None:
     assert read_kd_settings(config)[1]["ce"].settings.as_dict()["ce_top_k"] == 7
 
 
-# --- per loss -----------------------------------------------------------------------------------------------
+# --- per loss -------------------------------------------------------------------------------------
 
 
 def test_overrides_for_one_method(tmp_path: Path) -> None:
@@ -282,7 +285,7 @@ def test_what_is_not_per_method_is_refused(tmp_path: Path) -> None:
         check_keys(build_config(tmp_path, rce_embedding_size=8))
 
 
-# --- the teacher's Config -----------------------------------------------------------------------------------
+# --- the teacher's Config -------------------------------------------------------------------------
 
 
 def test_the_students_model_and_training_keys_do_not_reach_the_teacher(
@@ -293,9 +296,8 @@ def test_the_students_model_and_training_keys_do_not_reach_the_teacher(
     assert (student["embedding_size"], student["learning_rate"]) == (7, 0.5)
     teacher = teacher_config("BPR", student)
     default = Config("BPR", "tiny", config_dict={"data_path": str(tmp_path)})
-    assert (
-        default["embedding_size"] == 7
-    )  # it is the command line that plain RecBole would have read
+    # Plain RecBole reads the command line.
+    assert default["embedding_size"] == 7
     assert teacher["embedding_size"] == 64  # BPR.yaml
     assert (teacher["learning_rate"], teacher["epochs"], teacher["train_batch_size"]) == (
         0.001,
@@ -359,7 +361,10 @@ def test_data_evaluation_and_seed_are_shared(
 
 
 def test_data_may_be_the_teachers_alone(tmp_path: Path) -> None:
-    """Features that only the teacher reads: ``teacher_`` before keys of the data, whole blocks of a yaml file too."""
+    """Features that only the teacher reads, by ``teacher_`` before keys of the data.
+
+    The values may be whole blocks of a yaml file.
+    """
     file = tmp_path / "student.yaml"
     file.write_text(
         "load_col: {inter: [user_id, item_id]}\n"
@@ -398,8 +403,7 @@ def test_the_command_line_is_back_after_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cli(monkeypatch, "--seed=1")
-    with pytest.raises(
-        (ValueError, ImportError)
-    ):  # RecBole looks for it among the models that need lightgbm
+    # RecBole looks for an unknown model among those that need lightgbm.
+    with pytest.raises((ValueError, ImportError)):
         teacher_config("BRP", build_config(tmp_path))
     assert sys.argv == ["x", "--seed=1"]

@@ -1,4 +1,4 @@
-"""Distillation of vectors from end to end: what a step learns on, who is refused, what is kept, and sums of methods."""
+"""Embedding distillation from end to end: a step, refused models, saved state, sums of methods."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def course(bundle: Bundle, trainer: Any) -> list[State]:
     return states
 
 
-# --- what a step learns on ----------------------------------------------------------------------------------
+# --- what a step learns on ------------------------------------------------------------------------
 
 
 def test_weights_of_kinds_by_hand() -> None:
@@ -174,7 +174,7 @@ def tables_of(name: str, model: Any) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("teacher", ["BPR", "LightGCN"])
 @pytest.mark.parametrize("student", ["BPR", "LightGCN"])
 def test_a_step_by_hand(folder: Path, teacher_file: Path, student: str, teacher: str) -> None:
-    """Value and gradient, in the total loss too; one propagation serves base loss and both sides."""
+    """Value and gradient, also in the total loss; base loss and both sides share a propagation."""
     file = teacher_file if teacher == "BPR" else untrained(folder, "LightGCN", embedding_size=6)
     bundle, trainer = make(folder, file, student, fitnet_weight=3.0)
     model, teacher_model = trainer.model, read_teacher(file, bundle.train).model
@@ -307,7 +307,7 @@ def test_in_half_precision_only_the_model_computes(folder: Path, teacher_file: P
     assert torch.equal(found, exact)
 
 
-# --- from whom, and who -------------------------------------------------------------------------------------
+# --- from whom, and who ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("student", ["BPR", "LightGCN"])
@@ -435,7 +435,7 @@ def test_several_processes_are_refused(folder: Path, teacher_file: Path) -> None
     assert not Path("saved/teacher_scores").exists()  # before anything is computed
 
 
-# --- what is learned beside the student ---------------------------------------------------------------------
+# --- what is learned beside the student -----------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -527,7 +527,7 @@ def test_methods_of_scores_leave_no_parts(folder: Path, teacher_file: Path) -> N
     assert not list(Path.cwd().rglob("*.kd.pth"))
 
 
-# --- sums ---------------------------------------------------------------------------------------------------
+# --- sums -----------------------------------------------------------------------------------------
 
 
 def test_a_sum_is_the_base_loss_and_each_term(
@@ -589,7 +589,7 @@ def test_a_second_method_does_not_change_the_draws_of_the_first(
         torch.testing.assert_close(found[0][name], found[1][name])
 
 
-# --- the teacher alone --------------------------------------------------------------------------------------
+# --- the teacher alone ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", ["vkd", "rce", "rce+fitnet"])

@@ -1,4 +1,4 @@
-"""Teachers of one kind and students of another, from files on disk to a result, and what the teacher says to whom."""
+"""Teachers of one kind and students of another: from files on disk to a result, and the scores."""
 
 from __future__ import annotations
 
@@ -14,17 +14,14 @@ from recbole_rcekd import KDError, load_teacher, run_recbole_kd
 from recbole_rcekd.core.errors import SettingsError, TeacherError
 from recbole_rcekd.core.settings import KDSettings
 from recbole_rcekd.data.contexts import ROW_FIELD
-from recbole_rcekd.data.sequence_dataset import create_dataset, training_pairs
+from recbole_rcekd.data.sequence_dataset import create_dataset
+from recbole_rcekd.data.sequences import training_pairs
 from recbole_rcekd.losses import LOSSES
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
 from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher
-from recbole_rcekd.teachers.score_cache import (
-    DenseScores,
-    FactorScores,
-    Scores,
-    open_teacher_scores,
-)
+from recbole_rcekd.teachers.score_cache import open_teacher_scores
+from recbole_rcekd.teachers.score_tables import DenseScores, FactorScores, Scores
 from recbole_rcekd.training.sequence_candidates import row_teacher_of
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller
 from tests.helpers import (
@@ -81,7 +78,10 @@ def events() -> list[tuple[str, str, int]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data `tiny`, whole and as a ready split: three interactions of each user are validation and test."""
+    """The data `tiny`, whole and as a ready split.
+
+    In the split, three interactions of each user are validation and test.
+    """
     folder = tmp_path_factory.mktemp("pairs")
     write_atomic_file(folder / "tiny" / "tiny.inter", HEADER, events())
     of_user: dict[str, list[tuple[str, str, int]]] = {}
@@ -144,7 +144,7 @@ def run(
     )
 
 
-# --- every kind with every other --------------------------------------------------------------------------------
+# --- every kind with every other ------------------------------------------------------------------
 
 INTERACTIONS = {"kd_sequence_split": "interactions"}
 READY = {"benchmark_filename": ["train", "valid", "test"]}
@@ -236,7 +236,10 @@ def test_rows_are_split_otherwise_than_interactions(folder: Path) -> None:
 def test_what_is_hidden_from_a_row_is_no_negative_either(
     folder: Path, tmp_path: Path, target: str
 ) -> None:
-    """CE over the catalogue: of a user's training items only the row's target is in it, for teacher and student."""
+    """CE over the catalogue: of a user's training items, only the row's target is not masked.
+
+    That holds for teacher and student.
+    """
     student = built(folder, "GRU4Rec")
     dataset, model = student.train._dataset, build_model(student).eval()
     saved(built(folder, "BPR"), tmp_path / "x.pth")
@@ -308,7 +311,7 @@ def test_a_student_that_cannot_learn_so_is_refused_before_the_teacher_is_trained
     assert not list(Path("saved").glob("teacher-*"))
 
 
-# --- what is taught is what the teacher's model says --------------------------------------------------------------
+# --- what is taught is what the teacher's model says ----------------------------------------------
 
 
 def built(folder: Path, model: str, split: dict[str, Any] = LEAVE_ONE_OUT, **more: Any) -> Bundle:
@@ -338,7 +341,7 @@ def names(bundle: Bundle, field: str) -> list[str]:
 
 
 def in_ids_of(student: Bundle, own: Bundle, rows: Tensor) -> Tensor:
-    """Full rows in the teacher's item ids, brought to the student's by token; −inf at the padding item."""
+    """Full rows of the teacher, brought to the student's item ids by token; −inf for padding."""
     place = [own.dataset.field2token_id["item_id"][token] for token in names(student, "item_id")]
     return rows[:, place].index_fill(1, torch.tensor([0]), -torch.inf)
 

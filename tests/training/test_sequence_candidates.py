@@ -1,4 +1,4 @@
-"""The lists of rows, against plain Python over random tables: what a row may hear of, and where its target stands."""
+"""The candidates of rows against plain Python on random tables: which items, and the target."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_estimated_normaliser_with_everything_in_its_sample_is_that_of_what_i
     torch.testing.assert_close(found, whole.forward(lists.mask_rows(student), whole.select(lists)))
 
 
-# --- what a teacher says nothing of -------------------------------------------------------------------------
+# --- what a teacher says nothing of ---------------------------------------------------------------
 
 
 class Silent(Table):
@@ -286,7 +286,7 @@ def test_a_row_from_which_the_first_item_is_hidden_is_taught_all_the_same() -> N
     assert float(found[place]) == pytest.approx(expected)
 
 
-# --- which kind a teacher is --------------------------------------------------------------------------------
+# --- which kind a teacher is ----------------------------------------------------------------------
 
 
 class FakeData:

@@ -1,4 +1,4 @@
-"""Distillation of sequential students: a step's loss and its gradient, derived again by hand from one forward of the model."""
+"""Distillation of sequential students: the loss of a step and its gradient, derived by hand."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from recbole_rcekd.losses.softmax import SoftmaxLoss, SoftmaxSettings
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.teachers.ensemble import TeacherEnsemble
-from recbole_rcekd.teachers.score_cache import FactorScores
 from recbole_rcekd.teachers.score_file import ScoreFileTeacher
+from recbole_rcekd.teachers.score_tables import FactorScores
 from recbole_rcekd.training.sequence_candidates import SequenceCandidates, row_teacher_of
 from recbole_rcekd.training.sequence_distiller import SequenceDistiller, _first_places
 from tests.helpers import Bundle, block_pairs, build, build_model, save_untrained, write_dataset
@@ -162,11 +162,11 @@ def taught_step(distiller: SequenceDistiller, model: Any, batch: Any) -> tuple[T
     return base, kd, len(calls)
 
 
-# --- by hand ------------------------------------------------------------------------------------------------
+# --- by hand --------------------------------------------------------------------------------------
 
 
 def one_forward(model: Any, name: str, batch: Any) -> tuple[Tensor, Tensor]:
-    """The base loss and all scores of a batch, by the formulas of RecBole's models, from a single forward."""
+    """Base loss and all scores of a batch from one forward, by the formulas of RecBole's models."""
     torch.manual_seed(3)
     sequences, lengths, target = batch["item_id_list"], batch["item_length"], batch["item_id"]
     if name in ("FPMC", "DIN"):
@@ -215,7 +215,7 @@ FAST = ["GRU4Rec", "GRU4Rec with BPR", "SASRec", "FPMC"]
 @pytest.mark.parametrize("whole", [False, True], ids=["ce", "fce"])
 @pytest.mark.parametrize("name", FAST)
 def test_a_step_by_hand(folder: Path, name: str, whole: bool, general: bool) -> None:
-    """Also the gradient, in training mode: with other dropout in the KD loss than in the base loss it would differ."""
+    """Also the gradient in training mode, where KD and base loss must have the same dropout."""
     bundle, model = student_of(folder, name)
     loss = FCELoss(FCESettings(fce_top_k=4)) if whole else CELoss(CESettings(ce_top_k=4))
     distiller = distiller_of(bundle, model, loss, general)
@@ -258,7 +258,8 @@ def test_rce_by_hand(folder: Path, name: str, general: bool) -> None:
     expected, found = gradients(model, wanted_base + wanted), gradients(model, base + kd)
     for key, gradient in expected.items():
         torch.testing.assert_close(found[key], gradient, rtol=1e-3, atol=1e-5)
-    assert distiller.diagnostics()["gamma"] == pytest.approx(float(sets.gamma.mean()))  # type: ignore[union-attr]
+    gamma = float(sets.gamma.mean())  # type: ignore[union-attr]
+    assert distiller.diagnostics()["gamma"] == pytest.approx(gamma)
 
 
 def test_a_catalogue_of_targets(folder: Path) -> None:
@@ -298,7 +299,10 @@ def test_half_precision_of_a_step_is_not_for_the_teacher(folder: Path) -> None:
 
 
 def test_a_model_that_scores_pairs(folder: Path) -> None:
-    """DIN, whose batches hold each row twice, with its own item and with a drawn one: taught once, on its own."""
+    """The batches of DIN have each row twice, with its own item and with a drawn one.
+
+    The row is taught once, with its own item.
+    """
     bundle, model = student_of(folder, "DIN")
     distiller = distiller_of(bundle, model, CELoss(CESettings(ce_top_k=4)))
     batch, dataset = first_batch(bundle), bundle.train._dataset
@@ -347,7 +351,7 @@ def test_lists_longer_than_the_catalogue_are_refused(folder: Path) -> None:
         distiller_of(bundle, model, CELoss(CESettings(ce_top_k=31)))
 
 
-# --- diagnostics --------------------------------------------------------------------------------------------
+# --- diagnostics ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["sequential teacher", "general teacher"])
@@ -402,9 +406,9 @@ def test_a_loss_is_tuned_on_the_first_batch_of_each_epoch(folder: Path, general:
     calls: list[int] = []
     tune = loss.tune
 
-    def noted(lists: Any) -> None:
-        calls.append(len(lists.contexts))
-        tune(lists)
+    def noted(candidates: Any) -> None:
+        calls.append(len(candidates.contexts))
+        tune(candidates)
 
     loss.tune = noted  # type: ignore[method-assign]
     batch = first_batch(bundle)
@@ -433,7 +437,8 @@ def test_diagnostics_can_be_turned_off(folder: Path) -> None:
 
 
 def random_states() -> tuple[Any, Any, str]:
-    return torch.random.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())  # noqa: NPY002
+    of_numpy = np.random.get_state()  # noqa: NPY002
+    return torch.random.get_rng_state().tolist(), random.getstate(), str(of_numpy)
 
 
 @pytest.mark.parametrize("name", ["GRU4Rec", "GRU4Rec with BPR", "SASRec", "FPMC", "HSTU"])
@@ -459,7 +464,7 @@ def test_global_random_streams_do_not_move(folder: Path, name: str) -> None:
     assert model.training
 
 
-# --- in RecBole's trainer -----------------------------------------------------------------------------------
+# --- in RecBole's trainer -------------------------------------------------------------------------
 
 
 def course(bundle: Bundle, trainer: Any) -> list[dict[str, Tensor]]:
@@ -571,7 +576,8 @@ def test_every_process_has_the_lists_of_all_users(folder: Path, how: Any) -> Non
     for number in (1, 2):
         file = Path.cwd() / f"{number}.csv"
         lines = [
-            f"{tokens['user_id'][user]},{tokens['item_id'][item]},{(user * 7 + item * number * 3) % 31}"
+            f"{tokens['user_id'][user]},{tokens['item_id'][item]},"
+            f"{(user * 7 + item * number * 3) % 31}"
             for user in range(1, N_USERS + 1)
             for item in range(1, N_ITEMS + 1)
         ]

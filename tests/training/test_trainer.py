@@ -1,4 +1,4 @@
-"""The trainer: RecBole's traps, each with a test that goes red when the guard against it is taken away."""
+"""The trainer and RecBole's traps; each has a test that fails without the guard against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from recbole_rcekd import DistillTrainer, KDError, distill_trainer
 from recbole_rcekd.core.errors import ScoringError, SettingsError
 from recbole_rcekd.teachers.checkpoint_teacher import read_teacher
 from recbole_rcekd.training.history import History
-from recbole_rcekd.training.trainer import DistillMixin, recording_trainer, update_in_one_pass
+from recbole_rcekd.training.optimizer import update_in_one_pass
+from recbole_rcekd.training.recording import recording_trainer
+from recbole_rcekd.training.trainer import DistillMixin
 from recbole_rcekd.training.user_distiller import UserDistiller
 from tests.helpers import Bundle, build, build_model, train_teacher, write_dataset
 
@@ -40,12 +42,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "LightGCN": {"embedding_size": 8, "n_layers": 2},
     "NeuMF": {"mf_embedding_size": 8, "mlp_embedding_size": 8, "mlp_hidden_size": [8]},
     "MultiVAE": {"latent_dimension": 8, "mlp_hidden_size": [16]},
+    # DiffRec draws in evaluation too.
     "DiffRec": {
         "embedding_size": 4,
         "dims_dnn": [16],
         "steps": 3,
         "sampling_noise": True,
-    },  # draws in evaluation too
+    },
     "RecVAE": {"latent_dimension": 8, "hidden_dimension": 16, "n_enc_epochs": 1, "n_dec_epochs": 1},
 }
 
@@ -114,7 +117,7 @@ def rows_of(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-# --- λ = 0 is plain RecBole ---------------------------------------------------------------------------------
+# --- λ = 0 is plain RecBole -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["BPR", "LightGCN", "NeuMF", "MultiVAE", "DiffRec", "RecVAE"])
@@ -174,7 +177,7 @@ def test_no_anomaly_detection_while_an_epoch_runs(
     assert not any(modes)
 
 
-# --- caches -------------------------------------------------------------------------------------------------
+# --- caches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["BPR", "NeuMF"])
@@ -194,7 +197,7 @@ def test_a_run_from_the_cache_is_the_same_run(tmp_path: Path, teacher: str) -> N
 def test_validation_ranks_with_the_weights_of_the_moment(
     folder: Path, tmp_path: Path, teacher_file: Path, name: str, schedule: str
 ) -> None:
-    """LightGCN and DMF keep the last full sort; a scoring call in training used to leave it for the validation."""
+    """LightGCN and DMF cache a full sort; one made in training must not be used in validation."""
     bundle, trainer = make(
         folder, tmp_path, teacher_file, name, epochs=3, learning_rate=0.05, kd_schedule=schedule
     )
@@ -213,7 +216,7 @@ def test_validation_ranks_with_the_weights_of_the_moment(
     assert len(set(true)) > 1  # otherwise stale results would not show
 
 
-# --- the wrapped loss ---------------------------------------------------------------------------------------
+# --- the wrapped loss -----------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -255,9 +258,8 @@ def test_a_step_adds_the_weighted_loss_and_stays_a_scalar(
         folder, tmp_path, teacher_file, kd_schedule="interactions", rce_weight=3.0
     )
     batch = next(iter(bundle.train))
-    assert len(set(batch["user_id"].tolist())) < len(
-        batch["user_id"]
-    )  # users who stand there twice
+    # Some users are in the batch twice.
+    assert len(set(batch["user_id"].tolist())) < len(batch["user_id"])
     base = trainer.model.calculate_loss(batch)
     with trainer.distilling(bundle.train) as distiller:
         assert isinstance(distiller, UserDistiller)
@@ -336,7 +338,7 @@ def test_wrong_settings_and_models_are_refused(
         distill_trainer(bundle.config)(bundle.config, build_model(bundle), teacher)
 
 
-# --- models with a trainer of their own ---------------------------------------------------------------------
+# --- models with a trainer of their own -----------------------------------------------------------
 
 
 def test_recvae_is_trained_by_its_own_trainer(
@@ -350,9 +352,8 @@ def test_recvae_is_trained_by_its_own_trainer(
         trainer.fit(bundle.train, bundle.valid, callback_fn=raising(Stop()))
     assert trainer.distiller is not None
     steps.append(trainer.distiller.steps)
-    assert steps == [
-        2 * len(bundle.train)
-    ]  # once through the data for the encoder, once for the decoder
+    # Once through the data for the encoder, once for the decoder
+    assert steps == [2 * len(bundle.train)]
     assert trainer.history.rows[0]["kd_loss"] > 0
 
 
@@ -368,14 +369,14 @@ def test_distill_trainer_class_refuses_it_and_says_what_to_write(
     assert distill_trainer(bundle_of(folder, tmp_path, "LightGCN").config) is DistillTrainer
 
 
-# --- files --------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_trainers_of_the_same_second_write_different_files(
     folder: Path, tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "recbole_rcekd.training.trainer.get_local_time", lambda: "Nov-24-2026_11-29-00"
+        "recbole_rcekd.training.recording.get_local_time", lambda: "Nov-24-2026_11-29-00"
     )
     trainers: list[Any] = [make(folder, tmp_path, teacher_file)[1] for _ in range(2)]
     config = bundle_of(folder, tmp_path).config
@@ -479,7 +480,7 @@ def test_resume_with_recboles_own_method(folder: Path, tmp_path: Path, teacher_f
     assert second.history.rows[0]["kd_loss"] < first.history.rows[0]["kd_loss"]
 
 
-# --- what is reported ---------------------------------------------------------------------------------------
+# --- what is reported -----------------------------------------------------------------------------
 
 
 def test_history_log_and_tensorboard_say_the_same(
@@ -582,7 +583,7 @@ def test_the_seed_of_the_draws_can_be_given(
 def test_scores_of_ones_own_will_do_as_a_teacher(
     folder: Path, tmp_path: Path, teacher_file: Path
 ) -> None:
-    from recbole_rcekd.teachers.score_cache import FactorScores
+    from recbole_rcekd.teachers.score_tables import FactorScores
 
     bundle = bundle_of(folder, tmp_path, epochs=1)
     teacher = read_teacher(teacher_file, bundle.train)
@@ -604,7 +605,7 @@ def test_autoencoders_are_taught_too(folder: Path, tmp_path: Path, teacher_file:
     assert trainer.history.rows[0]["kd_loss"] > 0
 
 
-# --- the update in one pass ---------------------------------------------------------------------------------
+# --- the update in one pass -----------------------------------------------------------------------
 
 
 def fused(optimizer: Any) -> bool:
@@ -645,7 +646,7 @@ def test_every_learner_of_recbole_distils(
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_one_pass_takes_the_same_steps(weight_decay: float) -> None:
-    """Each of Adam's steps moves a weight by up to the learning rate; of that, float32 rounds a millionth."""
+    """A step of Adam is at most the learning rate; float32 rounds a millionth of it."""
     lr, n_steps = 0.01, 8
     weights = []
     for one_pass in (False, True):
@@ -723,7 +724,7 @@ def test_a_plain_checkpoint_is_resumed_with_distillation(
     assert [row["epoch"] for row in second.history.rows] == [1, 2]
 
 
-# --- half precision -----------------------------------------------------------------------------------------
+# --- half precision -------------------------------------------------------------------------------
 
 # LightGCN is not among the models: RecBole's own step fails in half precision, in torch's sparse
 # products.

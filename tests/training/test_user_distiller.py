@@ -1,4 +1,4 @@
-"""When whom is taught on what: schedules, refresh, draws and diagnostics, against sums over plain loops in float64."""
+"""Schedules, refresh, draws and diagnostics, against sums over plain loops in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from recbole_rcekd.losses.dcd import DCDLoss, DCDSettings
 from recbole_rcekd.losses.fce import FCESettings
 from recbole_rcekd.losses.rce import RCESettings
 from recbole_rcekd.losses.rrd import RRDSettings
-from recbole_rcekd.teachers.score_cache import FactorScores
+from recbole_rcekd.losses.srce import SRCELoss, SRCESettings
+from recbole_rcekd.teachers.score_tables import FactorScores
 from recbole_rcekd.training.user_distiller import UserDistiller
 
 N_USERS, N_ITEMS, WITHOUT = 23, 61, (4, 17)
@@ -52,7 +53,7 @@ def teacher_scores() -> FactorScores:
 
 
 class Student:
-    """Two tables in float64, with the interface of a ModelScorer; remembers whom it was asked for."""
+    """Two tables in float64 with the interface of a ModelScorer, which notes the scored users."""
 
     device = torch.device("cpu")
 
@@ -99,7 +100,7 @@ class ProbeSettings(LossSettings):
 
 
 class Probe(KDLoss):
-    """Candidates nothing but the user's own id and when it was listed, so that every step says whom it taught."""
+    """Its only candidates are the user's id and the time, so that each step shows its users."""
 
     settings_type = ProbeSettings
 
@@ -144,7 +145,7 @@ def no_batch() -> dict[str, Tensor]:
     return {}
 
 
-# --- kd_schedule: users -------------------------------------------------------------------------------------
+# --- kd_schedule: users ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 7, len(USERS), 50])
@@ -171,9 +172,8 @@ def test_more_steps_than_planned_go_round() -> None:
         distiller.step(no_batch())
     assert Counter(probe.taught) == Counter(USERS * 2)
     distiller.step(no_batch())
-    assert (
-        len(set(probe.taught[-5:])) == 5
-    )  # the third round begins like the others: a part of 20 / 4 users
+    # The third round begins like the others, with 20 / 4 users.
+    assert len(set(probe.taught[-5:])) == 5
 
 
 def test_steps_without_anyone_are_zero() -> None:
@@ -190,9 +190,8 @@ def test_a_step_is_the_mean_over_its_users() -> None:
     distiller.begin_epoch(0, 3)
     for size in (7, 7, 6):  # 20 users in 3 steps
         probe.taught = []
-        step = distiller.step(
-            {"user_id": torch.tensor([1, 2, 3])}
-        )  # who stands in the batch does not matter
+        # The users of the batch do not matter.
+        step = distiller.step({"user_id": torch.tensor([1, 2, 3])})
         assert len(probe.taught) == size
         naive = (
             sum((student.users[u] @ student.items[u] for u in probe.taught), torch.zeros(())) / size
@@ -202,7 +201,7 @@ def test_a_step_is_the_mean_over_its_users() -> None:
             torch.testing.assert_close(own, expected)
 
 
-# --- kd_schedule: interactions ------------------------------------------------------------------------------
+# --- kd_schedule: interactions --------------------------------------------------------------------
 
 
 def naive_ce(student: Student, user: int, k: int) -> Tensor:
@@ -235,9 +234,8 @@ def test_interactions_is_the_mean_over_rows_of_the_batch(batch: list[int]) -> No
     student.asked = []
     step = distiller.step({"user_id": torch.tensor(batch)})
     rows = [u for u in batch if u != 0]
-    assert student.asked == [
-        sorted(set(rows))
-    ]  # each user is scored once, however often it stands there
+    # Each user is scored once, however often it is in the batch.
+    assert student.asked == [sorted(set(rows))]
     naive = sum((naive_ce(student, u, 6) for u in rows), torch.zeros(())) / len(rows)
     torch.testing.assert_close(step, naive)
     for own, expected in zip(student.gradients(step), student.gradients(naive), strict=True):
@@ -262,7 +260,7 @@ def test_a_batch_of_nobody_is_zero() -> None:
         assert float(distiller.step({"user_id": torch.tensor(batch, dtype=torch.int64)})) == 0.0
 
 
-# --- refresh ------------------------------------------------------------------------------------------------
+# --- refresh --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("every", [1, 3, 4, 100])
@@ -301,7 +299,7 @@ def test_lists_that_cannot_change_are_chosen_once() -> None:
     assert probe.selected_in(distiller, 1) == probe.selected_in(distiller, 2) == []
 
 
-# --- draws --------------------------------------------------------------------------------------------------
+# --- draws ----------------------------------------------------------------------------------------
 
 SAMPLING: list[KDLoss] = [
     FCELoss(FCESettings(fce_top_k=4, fce_normaliser="sampled", fce_samples=5)),
@@ -352,7 +350,7 @@ def test_draws_follow_the_seed_and_nothing_else(loss: KDLoss, schedule: Any) -> 
     assert course(loss, 6, kd_schedule=schedule) != first
 
 
-# --- losses over the catalogue, and the item side -----------------------------------------------------------
+# --- losses over the catalogue, and the item side -------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["product", "rows"])
@@ -445,7 +443,7 @@ def test_every_item_is_visited_once_per_epoch() -> None:
     assert sorted(i for part in items for i in part) == list(range(1, N_ITEMS))
 
 
-# --- diagnostics --------------------------------------------------------------------------------------------
+# --- diagnostics ----------------------------------------------------------------------------------
 
 
 def ranking(row: Tensor) -> list[int]:
@@ -488,8 +486,17 @@ def test_diagnostics_against_plain_loops() -> None:
 @pytest.mark.parametrize("terms", ["full", "no_split"])
 def test_closure_of_the_samples_against_plain_loops(terms: Any) -> None:
     student = Student()
-    loss = RCELoss(
-        RCESettings(rce_top_k=6, rce_samples=5, rce_pool=20, rce_tail_samples=4, rce_terms=terms)
+    loss = SRCELoss(
+        SRCESettings(
+            srce_top_k=6,
+            srce_samples=5,
+            srce_pool=20,
+            srce_tail_samples=4,
+            srce_terms=terms,
+            srce_popularity_tilt=0.0,
+            srce_rank_boost=0.0,
+            srce_history_boost=0.0,
+        )
     )
     distiller = make(loss, student, kd_diagnostic_users=1000)
     distiller.begin_epoch(0, 1)
@@ -501,7 +508,9 @@ def test_closure_of_the_samples_against_plain_loops(terms: Any) -> None:
         theirs, mine = ranking(teacher_row)[:6], ranking(student_row)[:6]
         missed = [i for i in theirs if i not in mine]
         assert distiller._sides[0].sets is not None
-        drawn = distiller._sides[0].sets.items[USERS.index(user), 6:15].tolist()
+        # Columns: Q_S (6), samples (5), Q_T (6), uniform ones (4).
+        row = distiller._sides[0].sets.items[USERS.index(user)].tolist()
+        drawn = row[6:11] + row[17:]
         sampled = {*missed, *drawn} | ({*mine, *theirs} if terms == "no_split" else set())
         mass = sum(math.exp(float(teacher_row[i])) for i in missed)
         for name, inside in (("closure_gap", sampled), ("closure_gap_unsampled", set(missed))):
@@ -539,7 +548,13 @@ def test_one_set_that_is_both_has_no_samples_to_be_judged() -> None:
         ("l1", {"closure_gap"}),
         ("l2", {"closure_gap", "closure_gap_unsampled", "blockers_covered"}),
     ):
-        loss = RCELoss(RCESettings(rce_top_k=6, rce_samples=5, rce_pool=20, rce_terms=terms))  # type: ignore[arg-type]
+        settings = RCESettings(
+            rce_top_k=6,
+            rce_samples=5,
+            rce_pool=20,
+            rce_terms=terms,  # type: ignore[arg-type]
+        )
+        loss = RCELoss(settings)
         distiller = make(loss, kd_diagnostic_users=3)
         distiller.begin_epoch(0, 1)
         assert set(distiller.diagnostics()) == {"gamma", "overlap@50", "ndcg@10_to_teacher", *names}

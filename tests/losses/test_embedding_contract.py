@@ -1,12 +1,14 @@
-"""What every loss of vectors promises, whatever its formula.
+"""What every loss on embeddings promises, whatever its formula.
 
-``tests/reference/<name>.py`` has ``SMALL``, settings that fit a batch of a few users and items;
-``CASES``, what to try beyond them; ``value(users, items, loss)``, the slow formula in float64,
-which reads the learned parameters off the loss and makes its draws anew (its generator stands where
-it stood before ``forward``; the loss is in evaluation mode, without dropout); and where it differs
-from the default: ``WEIGHTED`` (False: the weights of rows do not count, as in losses of pairs),
-``CONSTANTS`` (True: something made of the student's vectors passes no gradient on purpose, so the
-gradient is not that of the value).
+``tests/reference/<name>.py`` has ``SMALL``: settings that fit a batch of a few users and items;
+``CASES``: what to try beyond them; and ``value(users, items, loss)``: the slow formula in float64.
+It reads the learned parameters from the loss and repeats its draws (the loss's generator is in the
+state that it had before ``forward``; the loss is in evaluation mode, without dropout). These are
+there only if they differ from the default:
+
+* ``WEIGHTED``: False if the weights of rows do not count, as in losses of pairs;
+* ``CONSTANTS``: True if something computed from the student's embeddings has no gradient, so that
+  the gradient is not that of the value.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ REFERENCE: dict[str, Any] = {
     name: importlib.import_module(f"tests.reference.{name}") for name in LOSSES
 }
 SIDES = ("users", "items")
-# name of the loss, what differs from SMALL, whose vectors
+# name of the loss, what differs from SMALL, which sides
 Setting = tuple[str, dict[str, Any], str]
 CASES: list[Setting] = [
     (name, settings, sides)
@@ -41,13 +43,13 @@ CASES: list[Setting] = [
 ]
 N_USERS, N_ITEMS = 12, 30
 STUDENT_WIDTH, TEACHER_WIDTH = 3, 5
-# Repeats of neither; item 7 is positive and negative, the others one of both.
+# No repeats. Item 7 is positive and negative, the others are one of the two.
 BATCH = {"users": torch.tensor([2, 3, 5, 8, 11]), "items": torch.tensor([1, 4, 7, 9, 15, 16, 30])}
 WEIGHTS = {"users": torch.ones(5), "items": torch.tensor([0.5, 0.5, 1.0, 0.5, 0.5, 0.5, 0.5])}
 
 
 class Case:
-    """A loss, and the vectors of a batch in float64."""
+    """A loss, and the embeddings of a batch in float64."""
 
     def __init__(
         self,
@@ -86,7 +88,7 @@ class Case:
         return Vectors(ids, self.student[side][ids], self.teacher[side][ids], self.weights[side])
 
     def value(self, users: Vectors | None = None, items: Vectors | None = None) -> Tensor:
-        """Of the batch, or of what is given instead; always with the same draws."""
+        """The loss of the batch, or of what is given instead; always with the same draws."""
         self.rewind()
         return self.loss.forward(users or self.vectors("users"), items or self.vectors("items"))
 
@@ -94,7 +96,7 @@ class Case:
         self.generator.set_state(self._state)
 
     def gradients(self, of: dict[str, Tensor]) -> dict[str, Tensor | None]:
-        """By the tables of student or teacher."""
+        """The gradients by these tables of the student or the teacher."""
         for table in of.values():
             table.requires_grad_()
         value = self.value()
@@ -163,14 +165,14 @@ def test_equals_the_slow_version(setting: Setting, widths: tuple[int, int]) -> N
 
 def test_the_gradient_is_that_of_the_value(case: Case) -> None:
     if getattr(REFERENCE[case.name], "CONSTANTS", False):
-        pytest.skip("it is not, on purpose")
+        pytest.skip("something has no gradient on purpose")
     tables = [case.student[side].requires_grad_() for side in case.loss.sides]
     parameters = list(case.loss.parameters())
-    # What is perturbed is read by value() again.
+    # value() reads the perturbed tensors again.
     assert torch.autograd.gradcheck(lambda *_: case.value(), (*tables, *parameters))
 
 
-def test_who_gets_a_gradient(case: Case) -> None:
+def test_only_the_embeddings_of_the_batch_and_its_neighbours_get_a_gradient(case: Case) -> None:
     of_student = case.gradients(case.student)
     for side in SIDES:
         gradient = of_student[side]
@@ -216,7 +218,7 @@ def test_the_order_of_rows_does_not_matter(case: Case) -> None:
 
 
 def test_both_sides_are_the_sum_of_each(setting: Setting) -> None:
-    """For losses of rows; those of pairs have pairs of a user and an item."""
+    """Not for losses of pairs, which also have pairs of a user and an item."""
     if setting[2] != "both" or not getattr(REFERENCE[setting[0]], "WEIGHTED", True):
         pytest.skip("nothing to add up")
     case = Case(setting)
@@ -234,7 +236,7 @@ def test_rows_count_by_their_weights(case: Case) -> None:
         pytest.skip("pairs are counted, not rows")
     ones = dict(case.weights)
     value = case.value()
-    # Linear: a half more for each is a half more.
+    # The loss is linear in the weights.
     case.weights = {side: 1.5 * weights for side, weights in ones.items()}
     torch.testing.assert_close(case.value(), 1.5 * value)
     # Row by row, the parts make up the whole.
@@ -249,7 +251,7 @@ def test_rows_count_by_their_weights(case: Case) -> None:
 
 
 @pytest.mark.parametrize("empty", [("users",), ("items",), SIDES], ids="+".join)
-def test_nobody(case: Case, empty: tuple[str, ...]) -> None:
+def test_an_empty_side(case: Case, empty: tuple[str, ...]) -> None:
     for side in empty:
         case.batch[side], case.weights[side] = case.batch[side][:0], case.weights[side][:0]
     value = case.value()
@@ -264,7 +266,7 @@ def test_nobody(case: Case, empty: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("zero", ["student", "teacher", "both"])
 @pytest.mark.parametrize("rows", ["one", "all"])
-def test_vectors_of_zeros(case: Case, zero: str, rows: str) -> None:
+def test_embeddings_of_zeros(case: Case, zero: str, rows: str) -> None:
     for tables in [case.student, case.teacher] if zero == "both" else [getattr(case, zero)]:
         for side in SIDES:
             tables[side][case.batch[side][1:2] if rows == "one" else slice(None)] = 0.0
@@ -297,7 +299,7 @@ def test_parts_can_be_kept(setting: Setting) -> None:
 
 
 def test_in_training_all_draws_come_from_the_generator(setting: Setting) -> None:
-    """So that RecBole's own stream, which orders batches and drops out, stays where it was."""
+    """RecBole's own random stream (batch order, dropout) is left alone."""
     case = Case(setting)
     case.loss.train()
     before = torch.get_rng_state()
