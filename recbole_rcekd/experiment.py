@@ -22,7 +22,7 @@ from recbole_rcekd.core.errors import KDError, SettingsError
 from recbole_rcekd.core.random_state import preserved_random_state
 from recbole_rcekd.core.settings import TeacherSettings, read_settings
 from recbole_rcekd.data.fingerprint import data_files_hash, split_hash
-from recbole_rcekd.data.sequence_dataset import create_dataset, is_split_by_interactions
+from recbole_rcekd.data.sequence_dataset import create_dataset, way_of_split
 from recbole_rcekd.evaluation.evaluate import measure_teacher, ranking_time
 from recbole_rcekd.evaluation.report import Report, RunResult, TeacherResult
 from recbole_rcekd.losses.methods import Method, read_methods
@@ -152,7 +152,7 @@ class Experiment:
         dataset = create_dataset(config)
         logger.info(dataset)
         data = Data(dataset, *data_preparation(config, dataset))
-        if is_split_by_interactions(data.train._dataset) != is_split_by_interactions(dataset):
+        if way_of_split(data.train._dataset.config) != way_of_split(config):
             raise SettingsError(
                 "[kd_sequence_split]: the data loaders that RecBole kept in "
                 f"[{config['checkpoint_dir']}] (save_dataloaders) are split in another way: remove "

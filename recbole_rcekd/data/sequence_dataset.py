@@ -234,16 +234,13 @@ def create_dataset(config: Any) -> Any:
     return dataset
 
 
-def is_split_by_interactions(dataset: Any) -> bool:
-    """Whether a sequential dataset is split by interactions.
+def way_of_split(config: Any) -> tuple[Any, ...]:
+    """What decides whether rows or interactions are split: equal for equal splits.
 
     Args:
-        dataset: a dataset from :func:`create_dataset` that is not built yet, or a training split.
+        config: RecBole's Config of a dataset.
     """
-    if "training_pairs" in vars(dataset):
-        return True
-    unbuilt = isinstance(dataset, SequenceDataset) and not dataset._lists_are_given()
-    return unbuilt and (dataset._ready_split or _split_by_interactions(dataset.config))
+    return config["kd_sequence_split"] or "rows", config["benchmark_filename"]
 
 
 def _stable_order(keys: dict[str, Tensor]) -> Tensor:
