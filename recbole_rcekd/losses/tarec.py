@@ -102,7 +102,7 @@ class TARecLoss(KDLoss):
         return ItemSets(items.gather(1, order), scores, scores != -torch.inf)
 
     def forward(self, student_scores: Tensor, sets: ItemSets) -> Tensor:
-        """Σ_k |F_T(k) − F_S(k)| of each user."""
+        """``Σ_k |F_T(k) − F_S(k)|`` of each user."""
         if sets.teacher_scores is None or sets.keep is None:
             raise ValueError("TARecLoss needs teacher_scores and keep; see TARecLoss.select.")
         student, teacher = (
