@@ -83,9 +83,10 @@ def test_a_room_imports_only_what_stands_before_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_every_room_says_what_it_is_for(name: str) -> None:
-    tree = MODULES[f"recbole_rcekd.{name}"]
-    sentences = re.findall(r"[.:](?=\s|$)", ast.get_docstring(tree) or "")
-    assert sentences
+    """In three sentences, or more; a module of the front in one."""
+    text = ast.get_docstring(MODULES[f"recbole_rcekd.{name}"]) or ""
+    sentences = re.findall(r"\.(?=\s|$)", text)
+    assert len(sentences) >= (3 if (PACKAGE / name).is_dir() else 1)
 
 
 def test_no_import_in_a_circle() -> None:

@@ -73,6 +73,12 @@ def test_lines_of_markdown(file: Path) -> None:
     assert not [f"{named(file)}:{n}" for n, line in lines if len(line) > COLUMNS]
 
 
+@pytest.mark.parametrize("file", files("*.yaml"), ids=named)
+def test_lines_of_yaml(file: Path) -> None:
+    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+    assert not [f"{named(file)}:{n}" for n, line in lines if len(line) > COLUMNS]
+
+
 def test_lines_of_python() -> None:
     found = [
         f"{named(file)}:{number}"

@@ -121,6 +121,27 @@ def add_model(
     wrap(Config, "_update_internal_config_dict", with_ours)
 
 
+# The embeddings that LightGCN, NGCF, DGCF, SGL, NCL, SpectralCF and DMF keep in evaluation. If a
+# scoring call left them in the model, the next validation would rank with embeddings from before
+# the training step.
+EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
+# Keys of a checkpoint's Config that would read or write other files, and values that do not: the
+# weights come from the checkpoint alone.
+OTHER_FILES: dict[str, Any] = {
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+    "use_pretrain": False,  # NeuMF
+}
+# Keys of some models that would read other files, while the model is built.
+OTHER_FILES_OF: dict[str, dict[str, Any]] = {
+    "ConvNCF": {"train_method": "no_pretrain"},
+    "KD_DAGFM": {"phase": "teacher_training"},
+    "NAIS": {"pretrain_path": None},
+    "RaCT": {"train_stage": "actor_pretrain"},
+    "S3Rec": {"train_stage": "pretrain"},
+}
 # With RecBole's default of 4096 scores, full-sort evaluation takes a few users at a time. This many
 # fit in the memory of any machine.
 EVAL_BATCH_SIZE = 2**20

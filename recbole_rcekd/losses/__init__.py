@@ -1,6 +1,8 @@
-"""The distillation losses.
+"""The distillation losses: the formula of each method, and the candidates that it learns on.
 
-To add one, see ``CONTRIBUTING.md``: a file here, a line in ``LOSSES``, a yaml file, a test.
+Nothing here imports RecBole, so a loss can be used with any two tensors. To add one, see
+``CONTRIBUTING.md``: a file here, a line in ``LOSSES``, a yaml file, tests and an entry in
+``METHODS.md``.
 """
 
 from __future__ import annotations

@@ -10,13 +10,9 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
+from recbole_rcekd.compat.habits import EVALUATION_CACHES
 from recbole_rcekd.core.errors import ScoringError
 from recbole_rcekd.models.product_recorder import Enough, ProductRecorder
-
-# The embeddings that LightGCN, NGCF, DGCF, SGL, NCL, SpectralCF and DMF keep in evaluation. If a
-# scoring call left them in the model, the next validation would rank with embeddings from before
-# the training step.
-EVALUATION_CACHES = ("restore_user_e", "restore_item_e", "i_embedding")
 
 
 class ModelCalls:

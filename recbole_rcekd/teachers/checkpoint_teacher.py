@@ -13,6 +13,7 @@ import torch
 from recbole.utils import get_model, init_seed
 from torch import Tensor
 
+from recbole_rcekd.compat.habits import EVALUATION_CACHES, OTHER_FILES, OTHER_FILES_OF
 from recbole_rcekd.core.distributed import MACHINE_KEYS
 from recbole_rcekd.core.errors import TeacherError
 from recbole_rcekd.core.random_state import preserved_random_state
@@ -30,7 +31,6 @@ from recbole_rcekd.data.fingerprint import (
     hash_value,
     split_hash,
 )
-from recbole_rcekd.models.model_calls import EVALUATION_CACHES
 from recbole_rcekd.models.probe import require_rankable
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
@@ -38,23 +38,6 @@ from recbole_rcekd.teachers.safe_load import read_checkpoint
 from recbole_rcekd.teachers.same_data import ids_in, require_same_interactions, teachers_data
 
 _SEQUENCES_AT_A_TIME = 1024
-# Keys of a teacher's Config that would read or write other files. The weights come from the
-# checkpoint alone.
-_NEUTRAL = {
-    "dataset_save_path": None,
-    "dataloaders_save_path": None,
-    "save_dataset": False,
-    "save_dataloaders": False,
-    "use_pretrain": False,  # NeuMF
-}
-# Keys of some models that would read other files, while the model is built.
-_NEUTRAL_FOR: dict[str, dict[str, Any]] = {
-    "ConvNCF": {"train_method": "no_pretrain"},
-    "KD_DAGFM": {"phase": "teacher_training"},
-    "NAIS": {"pretrain_path": None},
-    "RaCT": {"train_stage": "actor_pretrain"},
-    "S3Rec": {"train_stage": "pretrain"},
-}
 # Keys that do not change the scores. (The number of processes changes the random draws of the
 # training, and so the weights, which are hashed themselves.)
 _UNIMPORTANT = MACHINE_KEYS | {"local_rank", "world_size"}
@@ -153,7 +136,7 @@ class CheckpointTeacher(Teacher):
         return model
 
     def _build(self) -> Any:
-        neutral = _NEUTRAL_FOR.get(self.name, {})
+        neutral = OTHER_FILES_OF.get(self.name, {})
         own = {key: self.config[key] for key in neutral}
         try:
             for key, value in neutral.items():
@@ -319,7 +302,7 @@ def own_config(content: dict[str, Any], source: Any) -> Any:
         raise TeacherError(
             f"[{source}] is not a RecBole checkpoint: its [config] is no RecBole Config."
         )
-    for key, value in {**_NEUTRAL, "single_spec": True, "local_rank": 0}.items():
+    for key, value in {**OTHER_FILES, "single_spec": True, "local_rank": 0}.items():
         config[key] = value
     try:
         model_class = get_model(config["model"])
