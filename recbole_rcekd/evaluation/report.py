@@ -11,7 +11,7 @@ import statistics
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ class Report:
         return {
             "format": RESULT_FORMAT,
             "command": shlex.join(sys.argv),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": _machine(),
             "dataset": {
                 "name": self.config["dataset"],

@@ -147,7 +147,7 @@ def run_all(models: list[Model], work: Path) -> dict[str, dict[str, Any]]:
 def table(models: list[Model], outcomes: dict[str, dict[str, Any]]) -> str:
     """The text of ``docs/model_support.md``."""
     versions = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     count = {
         side: sum(outcomes[model.name][side]["status"] == checks.WORKS for model in models)
         for side in ("teacher", "student")
