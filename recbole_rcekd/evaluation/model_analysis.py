@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import torch
 from recbole.config import Config
 from recbole.data import data_preparation
 from recbole.evaluator.register import metrics_dict
-from recbole.trainer import Trainer
 from recbole.utils import EvaluatorType, ModelType, init_seed
 from torch import Tensor
 
-from recbole_rcekd.compat import without_tensorboard
 from recbole_rcekd.compat.habits import EVAL_BATCH_SIZE
 from recbole_rcekd.core.errors import SettingsError, TeacherError
-from recbole_rcekd.core.functional import is_member
 from recbole_rcekd.core.settings import KDSettings, TeacherSettings, read_settings
 from recbole_rcekd.core.top_k import CELLS_AT_A_TIME, RowRanking, top_k
 from recbole_rcekd.core.types import TeacherScores
@@ -27,7 +23,7 @@ from recbole_rcekd.data.contexts import Rows, is_sequential
 from recbole_rcekd.data.fingerprint import split_hash
 from recbole_rcekd.data.sequence_dataset import create_dataset
 from recbole_rcekd.evaluation.comparison import Comparison, quartile_groups, transfer_ratio
-from recbole_rcekd.evaluation.evaluate import TeacherAsModel, evaluated
+from recbole_rcekd.evaluation.held_out import HeldOutResult, held_out_result, shared_with_teacher
 from recbole_rcekd.evaluation.tables import OF_LISTS
 from recbole_rcekd.losses import CELoss, RCELoss
 from recbole_rcekd.losses.base import KDLoss
@@ -102,23 +98,6 @@ class _Asked(TeacherScores):
         if self._last is None or not torch.equal(self._last[0], contexts):
             self._last = contexts, *self._teacher.scores_and_listed(contexts)
         return self._last[1:]
-
-
-@dataclass(frozen=True)
-class _Tested:
-    """The evaluation of one model on the test set.
-
-    Attributes:
-        result: RecBole's metrics.
-        users: the user of each test list, ``[n]``.
-        ndcg: NDCG@10 of each test list, ``[n]``.
-        lists: the top-10 of each test list, ``[n, 10]``.
-    """
-
-    result: dict[str, float]
-    users: Tensor
-    ndcg: Tensor
-    lists: Tensor
 
 
 class ModelAnalysis:
@@ -234,7 +213,10 @@ class ModelAnalysis:
             "student": self.learners["student"],
         }
         models = {name: model for name, model in told.items() if model is not None}
-        tested = {name: self._tested(model) for name, model in models.items()}
+        tested = {
+            name: held_out_result(model, self.config, self.train, self.test)
+            for name, model in models.items()
+        }
         results = {name: test.result for name, test in tested.items()}
         learned = [name for name in tested if name != "teacher"]
         return {
@@ -253,7 +235,7 @@ class ModelAnalysis:
                 "n": len(tested["teacher"].users),
                 "result": results,
                 f"overlap@{NDCG_AT}": {
-                    name: float(_shared(tested, name).mean()) for name in learned
+                    name: float(shared_with_teacher(tested, name).mean()) for name in learned
                 },
                 "transfer_ratio": self._transfer_ratios(results),
             },
@@ -328,19 +310,6 @@ class ModelAnalysis:
 
     # -- on the test set ---------------------------------------------------------------------------
 
-    def _tested(self, model: Teacher) -> _Tested:
-        """Evaluate a model with RecBole; the NDCG of each user comes from RecBole's metric too."""
-        noting = _Noting(model, self.dataset.uid_field)
-        with without_tensorboard():
-            trainer = Trainer(self.config, TeacherAsModel(noting, self.config))
-        trainer.eval_collector.data_collect(self.train)
-        evaluator = trainer.evaluator = _Keeping(trainer.evaluator)
-        result = evaluated(trainer, self.test)
-        ndcg = metrics_dict["ndcg"](self.config)
-        each = ndcg.metric_info(*ndcg.used_info(evaluator.collected))[:, NDCG_AT - 1]
-        lists = evaluator.collected.get("rec.items")[:, :NDCG_AT]
-        return _Tested(result, torch.cat(noting.users), torch.from_numpy(each), lists)
-
     def _transfer_ratios(
         self, results: Mapping[str, Mapping[str, float]]
     ) -> dict[str, float | None]:
@@ -355,7 +324,7 @@ class ModelAnalysis:
         }
 
     def _groups(
-        self, tested: Mapping[str, _Tested], learned: Sequence[str]
+        self, tested: Mapping[str, HeldOutResult], learned: Sequence[str]
     ) -> list[dict[str, Any]]:
         """NDCG, overlap and transfer ratio of users, in groups by length of training history."""
         histories = self.learners["student"].taken.counts()[tested["teacher"].users]
@@ -368,7 +337,7 @@ class ModelAnalysis:
                 f"ndcg@{NDCG_AT}": ndcg,
             }
             group[f"overlap@{NDCG_AT}"] = {
-                name: float(_shared(tested, name)[members].mean()) for name in learned
+                name: float(shared_with_teacher(tested, name)[members].mean()) for name in learned
             }
             if "baseline" in ndcg:
                 group["transfer_ratio"] = transfer_ratio(
@@ -376,36 +345,6 @@ class ModelAnalysis:
                 )
             groups.append(group)
         return groups
-
-
-class _Noting:
-    """A teacher that keeps the users of the rows that it scored."""
-
-    def __init__(self, model: Teacher, user_field: str) -> None:
-        self.users: list[Tensor] = []
-        self._model, self._user_field = model, user_field
-
-    def score_rows(self, rows: Any) -> Tensor:
-        self.users.append(rows[self._user_field].cpu())
-        return self._model.score_rows(rows)
-
-
-class _Keeping:
-    """RecBole's evaluator, which also keeps the data that it evaluated."""
-
-    collected: Any = None
-
-    def __init__(self, evaluator: Any) -> None:
-        self._evaluator = evaluator
-
-    def evaluate(self, collected: Any) -> Any:
-        self.collected = collected
-        return self._evaluator.evaluate(collected)
-
-
-def _shared(tested: Mapping[str, _Tested], name: str) -> Tensor:
-    """The share of the teacher's top-10 that is in the model's top-10, for each test list."""
-    return is_member(tested["teacher"].lists, tested[name].lists).double().mean(1)
 
 
 def _here(dataset: str, given: dict[str, Any]) -> Any:
