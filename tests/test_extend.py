@@ -120,6 +120,59 @@ def test_a_teacher_by_its_object(place: Path) -> None:
     assert "kd_loss" in trainer.history.rows[0]
 
 
+class PlainScores:
+    """A table of scores that knows nothing of this package."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.table = scores
+        self.table[:, 0] = -torch.inf
+        self.n_contexts, self.n_items = scores.shape
+
+    def score(self, contexts: Tensor, items: Tensor) -> Tensor:
+        return self.table[contexts].gather(1, items.long())
+
+    def score_all(self, contexts: Tensor) -> Tensor:
+        return self.table[contexts].clone()
+
+    def top_k(self, contexts: Tensor, k: int, unseen: bool) -> Tensor:
+        return self.table[contexts].topk(k).indices
+
+    def transposed(self) -> PlainScores:
+        return PlainScores(self.table.t().clone())
+
+
+@pytest.mark.parametrize("how", ["raw", "standardised"])
+def test_scores_of_any_class(place: Path, how: str) -> None:
+    bundle = build(place / "dataset", **SETTINGS, kd_teacher_scores=how)
+    data = bundle.train._dataset
+    scores: Any = PlainScores(torch.randn(int(data.user_num), int(data.item_num)))
+    trainer = DistillTrainer(bundle.config, build_model(bundle), scores)
+    trainer.fit(bundle.train, bundle.valid)
+    assert trainer.history.rows[0]["kd_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        (Path("saved") / "a.pth", r"the name of a file: open it with load_teacher\('saved/a.pth'"),
+        (torch.nn.Linear(2, 2), r"\[teacher\] is a Linear, but must be what load_teacher returns"),
+        ({"scores": 1}, r"\[teacher\] is a dict, but must be what load_teacher returns"),
+    ],
+)
+def test_what_is_no_teacher(place: Path, teacher: Any, message: str) -> None:
+    bundle = build(place / "dataset", **SETTINGS)
+    with pytest.raises(SettingsError, match=message):
+        DistillTrainer(bundle.config, build_model(bundle), teacher)
+
+
+def test_a_teacher_of_ones_own_beside_a_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CallableTeacher.functions, "ones", lambda u, n: torch.ones(len(u), n))
+    monkeypatch.setitem(TEACHERS, "callable", CallableTeacher)
+    first = run(teacher="ones", kd_loss="scratch")["runs"][0]["checkpoint"]
+    found = run(teacher=f"ones,{first}", kd_loss="rce")
+    assert found["teacher"]["model"] == "ones + BPR"
+
+
 def test_the_page_about_teachers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _, second = code_in("teacher.md")
     (place / "my_teacher.py").write_text(first + "\n\n" + second, encoding="utf-8")

@@ -18,7 +18,7 @@ from recbole_rcekd.teachers.checkpoint_teacher import CheckpointTeacher
 from recbole_rcekd.teachers.ensemble import TeacherEnsemble
 from recbole_rcekd.teachers.no_teacher import NoTeacher
 from recbole_rcekd.teachers.score_file import ScoreFileTeacher
-from recbole_rcekd.teachers.scores_in_memory import ScoresInMemory
+from recbole_rcekd.teachers.scores_in_memory import SCORE_METHODS, ScoresInMemory
 
 # The last kind in the table that recognises a name opens it. CheckpointTeacher recognises every
 # name, so it is the first.
@@ -79,11 +79,11 @@ def kind_of(source: str) -> type[Teacher]:
 def source_list(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
     """The teachers that ``--teacher`` names, one name each.
 
-    A text is split at its commas, unless the whole text is the name of a teacher that exists.
+    A text is split at its commas, unless the whole text is the name of a file that exists.
     """
     if isinstance(source, (str, os.PathLike)):
         whole = os.fspath(source)
-        if kind_of(whole).is_there(whole):
+        if os.path.exists(whole):
             return [whole]
         return [part.strip() for part in whole.split(",") if part.strip()]
     return [os.fspath(each) for each in source]
@@ -101,14 +101,22 @@ def as_teacher(given: Teacher | TeacherScores | None, dataset: Any) -> Teacher:
     return given if isinstance(given, Teacher) else ScoresInMemory(given, dataset)
 
 
-def require_no_name(given: Any) -> None:
-    """Refuse the name of a file where an opened teacher is needed.
+def require_teacher(given: Any) -> None:
+    """Refuse what is neither a teacher nor scores, before a trainer is built with it.
 
     Raises:
-        SettingsError: ``given`` is the name of a file; the message says how to open it.
+        SettingsError: ``given`` is the name of a file, or something else; the message says what to
+            do.
     """
+    if given is None or isinstance(given, (Teacher, TeacherScores)):
+        return
     if isinstance(given, (str, os.PathLike)):
         raise SettingsError(
             "[teacher] is the name of a file: open it with "
             f"load_teacher({os.fspath(given)!r}, train_data)."
+        )
+    if any(not hasattr(given, name) for name in ("n_contexts", "n_items", *SCORE_METHODS)):
+        raise SettingsError(
+            f"[teacher] is a {type(given).__name__}, but must be what load_teacher returns, a "
+            "Teacher, or scores with the methods of recbole_rcekd.core.types.TeacherScores."
         )

@@ -28,7 +28,7 @@ from recbole_rcekd.models.probe import require_rankable
 from recbole_rcekd.models.product_recorder import Product
 from recbole_rcekd.models.scorer import ModelScorer
 from recbole_rcekd.teachers.base import Teacher
-from recbole_rcekd.teachers.load import as_teacher, require_no_name
+from recbole_rcekd.teachers.load import as_teacher, require_teacher
 from recbole_rcekd.training.distiller import Distiller
 from recbole_rcekd.training.kd_terms import KDTermBuilder, Term
 from recbole_rcekd.training.optimizer import OwnGroups, update_in_one_pass
@@ -74,7 +74,7 @@ class DistillMixin(RecordingMixin):
         for key, value in overrides_for(settings.method, config).items():  # rce_learning_rate
             config[key] = value
         require_rankable(type(model))
-        require_no_name(teacher)
+        require_teacher(teacher)
         if config["MODEL_TYPE"] == ModelType.TRADITIONAL:
             raise ScoringError(
                 f"{config['model']} is not trained by gradient: it can teach, but not learn."
